@@ -1,0 +1,289 @@
+"""Metrics of generated samples, and what they were measured with.
+
+    python evaluate.py runs/fsf_dmd-digits-imf/model.pt                     # 1, 2 and 4 steps, one line each, and a picture
+
+Feature space of pixel data sets: a small convolutional classifier trained once on the data set itself, on one CPU thread from a
+fixed seed (3 s for the digits; 98.4% on the odd images when trained on the even ones), cached under runs/cache.
+
+    fd          Frechet distance of its 64 penultimate features, Gaussian fit, all real images against n generated ones; 0 is best
+    is          exp E KL(p(class | image) || p(class)) of its softmax: at most the number of classes (the form of Inception Score)
+    precision   share of generated images inside some real 3-nearest-neighbour ball; recall: the reverse (Kynkaanniemi et al.)
+    acc         share of generated images that the classifier gives the class they were asked for
+
+`floor` compares one random half of the real images with the other: what a perfect generator would score at that size.
+"""
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import BadInput, Parser, load_network, main, noise_by_index, number, preview, save_atomic
+from model import euler_sample, fixed_guidance, sample
+from vae import load_data
+
+EULER_STEPS = 25                # for a network that is no flow map (a plain velocity); the paper's teacher rows use many small steps too
+EVAL_SEED = 0                   # noise of the samples; independent of the training seed, so that runs are compared on the same noise
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Metrics on features
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def moments(features):
+    """Mean [D] and covariance [D, D] (N - 1) of features [N, D], in float64."""
+    features = torch.as_tensor(features).double()
+    return features.mean(0), torch.cov(features.T)
+
+
+def frechet_distance(mu1, cov1, mu2, cov2):
+    """|mu1 - mu2|^2 + tr cov1 + tr cov2 - 2 tr (cov1 cov2)^(1/2), a float >= 0.  mu [D], cov [D, D]; computed in float64.
+
+    No matrix square root: with cov1 = L L^T the trace is the sum of sqrt(eigenvalues of L^T cov2 L), a symmetric problem, where
+    scipy's sqrtm takes 5 to 15 times longer and can turn complex on singular input.  Eigenvalues below rounding count as zero.
+    """
+    mu1, cov1, mu2, cov2 = (torch.as_tensor(a).double() for a in (mu1, cov1, mu2, cov2))
+    if mu1.shape != mu2.shape or cov1.shape != cov2.shape or cov1.shape != (len(mu1), len(mu1)):
+        raise ValueError(f"frechet_distance: shapes {list(mu1.shape)}, {list(cov1.shape)} against {list(mu2.shape)}, {list(cov2.shape)}")
+    if not all(a.isfinite().all() for a in (mu1, cov1, mu2, cov2)):
+        raise ValueError("frechet_distance: the statistics hold NaN or infinity")
+    L, failed = torch.linalg.cholesky_ex(cov1)
+    if failed:                                                                                        # singular: few images
+        e, V = torch.linalg.eigh(cov1)
+        L = V * e.clamp(min=0).sqrt()
+    M = L.T @ cov2 @ L
+    e = torch.linalg.eigvalsh((M + M.T) / 2)
+    e = torch.where(e > e.max() * len(e) * 2.2e-16, e, 0.0)                                           # float64 rounding
+    distance = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * e.sqrt().sum()
+    return max(0.0, distance.item())
+
+
+def inception_score(probs, splits=10, shuffle=True):
+    """exp of the mean KL(p(y|x) || p(y)), as (mean, population std) over `splits`.  probs [N, classes], rows sum to 1.
+
+    shuffle: permute the rows first, as torch-fidelity does (RandomState(2020)); labels sorted by class would wreck a split.
+    """
+    probs = torch.as_tensor(probs).double()
+    if shuffle:
+        probs = probs[np.random.RandomState(2020).permutation(len(probs))]
+    scores = []
+    for i in range(splits):
+        p = probs[i * len(probs) // splits:(i + 1) * len(probs) // splits]
+        marginal = p.mean(0, keepdim=True)
+        scores.append((torch.xlogy(p, p) - torch.xlogy(p, marginal)).sum(1).mean().exp())             # 0 log 0 = 0
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std(unbiased=False).item()
+
+
+def precision_recall(real, fake, k=3, chunk=1000):
+    """(precision, recall) in [0, 1] of feature sets real [N, D] and fake [M, D], in float64, ties counted as inside.
+
+    A point's ball reaches to its k-th nearest other point of the same set.  Precision: share of fake inside some real ball.
+    """
+    real, fake = torch.as_tensor(real).double(), torch.as_tensor(fake).double()
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"precision_recall: k = {k} needs more than {k} rows on both sides, found {len(real)} and {len(fake)}")
+
+    def cdist(a, b):
+        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+    def radii(points):                                                                                # the point itself is the first
+        return torch.cat([cdist(rows, points).kthvalue(k + 1, dim=1).values for rows in points.split(chunk)])
+
+    def covered(points, centres, radius):
+        return torch.cat([(cdist(rows, centres) <= radius).any(1) for rows in points.split(chunk)]).double().mean().item()
+
+    return covered(fake, real, radii(real)), covered(real, fake, radii(fake))
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# The feature space of a pixel data set
+# ------------------------------------------------------------------------------------------------------------------------------
+
+class Features:
+    """The classifier of one data set: features(x) -> ([n, 64], probabilities [n, classes]), its hash, and the real images' statistics."""
+
+    def __init__(self, data, cache="runs/cache"):
+        digest = hashlib.sha256(data.x.numpy().tobytes() + data.y.numpy().tobytes()).hexdigest()[:12]
+        self.net, path = self.build(data), Path(cache) / f"features-{digest}.pt"
+        if path.exists():
+            self.net.load_state_dict(torch.load(path, weights_only=True))
+        else:
+            self.train(data)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_atomic(self.net.state_dict(), path)
+        self.net.requires_grad_(False).eval()
+        weights = b"".join(v.numpy().tobytes() for v in self.net.state_dict().values())
+        self.hash = hashlib.sha256(weights).hexdigest()[:8]
+        self.real, self.real_y, self.source, self.shape = self(data.x)[0], data.y, data.source, data.x.shape[1:]
+
+    @staticmethod
+    def build(data):
+        channels, size = data.x.shape[1:3]
+        return nn.Sequential(nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, padding=1), nn.ReLU(),
+                             nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Flatten(),
+                             nn.Linear(64 * ((size + 1) // 2) ** 2, 64), nn.ReLU(), nn.Linear(64, data.num_classes))
+
+    def train(self, data, epochs=20, batch=64):
+        """On one thread and from a fixed seed, so that a machine gives the same weights each time."""
+        threads, rng_state = torch.get_num_threads(), torch.get_rng_state()
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        for layer in self.net:
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+        rounds = epochs * max(1, len(data.x) // batch)
+        optimizer = torch.optim.AdamW(self.net.parameters(), 4e-3, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, rounds)
+        for _ in range(rounds):
+            rows = torch.randint(len(data.x), (batch,))
+            loss = F.cross_entropy(self.net(data.x[rows]), data.y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        torch.set_num_threads(threads)
+        torch.set_rng_state(rng_state)
+
+    @torch.no_grad()
+    def __call__(self, x):
+        features = torch.cat([self.net[:-1](rows) for rows in x.float().cpu().split(500)])
+        return features.double(), self.net[-1](features).double().softmax(1)
+
+    def metrics(self, x, y):
+        """The metrics of the file header for generated x [n, C, H, W] asked to be of classes y [n]."""
+        if not x.isfinite().all():
+            raise BadInput("the samples hold NaN or infinity: the network has diverged; take an earlier checkpoint")
+        features, probs = self(x)
+        precision, recall = precision_recall(self.real, features)
+        return {"fd": frechet_distance(*moments(self.real), *moments(features)), "is": inception_score(probs, splits=1)[0],
+                "precision": precision, "recall": recall, "acc": (probs.argmax(1) == y).double().mean().item()}
+
+    def floor(self):
+        order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(0))
+        a, b = self.real[order[::2]], self.real[order[1::2]]
+        precision, recall = precision_recall(a, b)
+        probs = self.net[-1](self.real.float()).double().softmax(1)
+        return {"fd": frechet_distance(*moments(a), *moments(b)), "is": inception_score(probs, splits=1)[0],
+                "precision": precision, "recall": recall, "acc": (probs.argmax(1) == self.real_y).double().mean().item()}
+
+    def definition(self, n, seed=EVAL_SEED):
+        return (f"fd, is, precision, recall (k=3) and acc in 64 features of a classifier of {self.source} (weights {self.hash}); "
+                f"n={n} generated, classes in turn, noise by sample index (seed {seed}), against {len(self.real)} real; EMA weights")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Samples of a network
+# ------------------------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def generate(net, n, shape, steps, omega=1.0, guide_to=1.0, seed=EVAL_SEED, batch=500):
+    """n samples [n, C, H, W] and their classes [n] = 0, 1, 2, ... in turn.  steps: of the flow map (a plain network: Euler steps).
+
+    omega, guide_to: CFG scale and interval, for a network with guidance inputs.  Noise row i depends on (seed, i) alone.
+    """
+    device, was_training = next(net.parameters()).device, net.training
+    net.eval()
+    y, samples = torch.arange(n) % net.num_classes, []
+    for rows in torch.arange(n).split(batch):
+        eps, labels = noise_by_index(seed, rows, shape).to(device), y[rows].to(device)
+        if net.conditioning == "plain":
+            x = euler_sample(net, eps, labels, steps)
+        elif net.conditioning == "decoupled":
+            x = sample(net, eps, labels, steps)
+        else:
+            guidance = fixed_guidance(omega, 0.0, guide_to, eps)
+            x = sample(lambda x, t, y, s: net(x, t, y, s, guidance), eps, labels, steps)
+        samples.append(x.cpu())
+    net.train(was_training)
+    return torch.cat(samples), y
+
+
+def sampler_steps(net, steps):
+    return [EULER_STEPS] if net.conditioning == "plain" else list(steps)
+
+
+def evaluate(net, features, args, steps=(1, 2, 4), n=2000, seed=EVAL_SEED):
+    """{"fd_1step": ..., "fd_2step": ..., ...}: every metric at every number of sampling steps (a plain network: Euler only).
+
+    args: anything with omega and guide_to, the guidance to sample with.
+    """
+    return {f"{metric}_{N}step": value for N in sampler_steps(net, steps)
+            for metric, value in features.metrics(*generate(net, n, features.shape, N, args.omega, args.guide_to, seed)).items()}
+
+
+def show(path, nets, data, args, steps=(1, 2)):
+    """A picture: real images, then the samples of each (caption, network) from the same noise, three of each class."""
+    real = torch.stack([data.x[data.y == c][k] for k in range(3) for c in range(data.num_classes)])
+    rows = [("real", real)]
+    for caption, net in nets:
+        for N in sampler_steps(net, steps):
+            x, _ = generate(net, 3 * data.num_classes, data.x.shape[1:], N, args.omega, args.guide_to)
+            rows.append((f"{caption}, {N} step{'s' * (N > 1)}", x))
+    preview(path, rows, data.meta)
+
+
+def finish(run, features):
+    """The end of a run: result.json, and the table of its first and last evaluation."""
+    if not run.main:
+        return
+    first, last = run.evaluations[0], run.evaluations[-1]
+    result = run.result(features.definition(2000))
+    strip = [{k: v for k, v in e.items() if k != "step"} for e in (first, last)]
+    print(table([("at step 0", strip[0]), (f"after {last['step']} steps", strip[1])], features.floor()))
+    print(f"{result['definition']}\n{run.folder}: model.pt, result.json, metrics.jsonl, samples_{run.step:06d}.png")
+
+
+def table(rows, floor=None):
+    """Plain-text table of evaluations: rows [(name, metrics of `evaluate`)], one line for each number of steps."""
+    names = ("fd", "is", "precision", "recall", "acc")
+    lines = [f"{'':<30} {'steps':>5} " + " ".join(f"{n:>9}" for n in names)]
+    for name, metrics in rows:
+        for N in sorted({int(k.split("_")[1][:-4]) for k in metrics if k.startswith("fd_")}):
+            lines.append(f"{name:<30} {N:>5} " + " ".join(f"{metrics[f'{n}_{N}step']:>9.3f}" for n in names))
+    if floor:
+        lines.append(f"{'real images, half against half':<30} {'':>5} " + " ".join(f"{floor[n]:>9.3f}" for n in names))
+    return "\n".join(lines)
+
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("checkpoint", help="a model.pt")
+    p.add_argument("--data", help="real images to compare with (default: what the network was trained on)")
+    p.add_argument("--steps", type=number(int, 1), nargs="+", default=[1, 2, 4], help="sampling steps N of the flow map (default: 1 2 4)")
+    p.add_argument("--n", type=number(int, 4), default=2000, help="generated images (default: 2000)")
+    p.add_argument("--omega", type=number(float, 1), help="CFG scale (default: the run's)")
+    p.add_argument("--guide_to", type=number(float, 0, 1), help="guidance acts for t in [0, guide_to] (default: the run's)")
+    p.add_argument("--seed", type=number(int, 0), default=EVAL_SEED, help="of the noise, by sample index (default: 0)")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--out", help="folder for evaluation.json and samples.png (default: beside the checkpoint)")
+    return p.parse_args(argv)
+
+
+def run(args):
+    net, checkpoint = load_network(args.checkpoint)
+    data = load_data(args.data or checkpoint["data"]["source"])
+    if list(data.x.shape[1:]) != checkpoint["data"]["shape"] or data.num_classes != net.num_classes:
+        raise BadInput(f"--data {data.source}: {data.num_classes} classes of {list(data.x.shape[1:])}, the checkpoint was made for "
+                       f"{net.num_classes} of {checkpoint['data']['shape']}")
+    args.omega = args.omega or checkpoint["args"].get("omega") or 1.0
+    args.guide_to = checkpoint["args"].get("guide_to", 1.0) if args.guide_to is None else args.guide_to
+    net, features = net.to(args.device), Features(data)
+    metrics = evaluate(net, features, args, args.steps, args.n, args.seed)
+    print(table([(Path(args.checkpoint).parent.name[:30], metrics)], features.floor()))
+    definition = features.definition(args.n, args.seed) + f"; omega {args.omega} on t in [0, {args.guide_to}], torch {torch.__version__}"
+    print(definition)
+    out = Path(args.out or Path(args.checkpoint).parent)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "evaluation.json").write_text(json.dumps(metrics | dict(definition=definition), indent=1))
+    show(out / "samples.png", [(Path(args.checkpoint).parent.name, net)], data, args, args.steps)
+    print(f"wrote {out / 'evaluation.json'} and {out / 'samples.png'}")
+
+
+if __name__ == "__main__":
+    main(run, parse_args)

@@ -1,0 +1,446 @@
+"""LightningDiT as a velocity field and as a flow map, and the calculus of flow maps.
+
+Convention of every file here (the opposite of LightningDiT's own code):
+
+    t = 0 data, t = 1 noise         x_t = (1 - t) x0 + t eps          v = dx_t/dt = eps - x0
+    x0 = x_t - t v                  eps = x_t + (1 - t) v             score = -(x_t + (1 - t) v) / t
+    flow map                        f(x_t, t, s) = x_t - (t - s) u(x_t, t, s),   0 <= s <= t <= 1
+    u(x, t, s)                      average velocity from t down to s; u(x, t, t) is the instantaneous velocity v(x, t)
+
+The network.  LightningDiT (Yao et al., arXiv 2501.01423; code hustvl/LightningDiT, MIT): a DiT with RMSNorm, QK-norm, 2-D RoPE,
+SwiGLU, adaLN-zero and sin-cos positions.  Its plain state dict has the official key names.  Three conditionings:
+
+    plain        v(x, t | y)                       130,557,728 parameters at B/1
+    decoupled    u(x, t, s | y): the first 2/3 of the blocks see t, the others and the final layer see s (Decoupled MeanFlow, Lee
+                 et al.).  No new parameters; at s = t it is the plain network.  This turns a flow-matching checkpoint into a flow map.
+    in_context   u(x, t, s | y, omega, t_min, t_max): the augmented backbone of FSF-DMD (arXiv 2605.19256, App. B.1), 133,783,328 at
+                 B/1: each of the six inputs becomes n tokens, prepended after block k.  omega is the CFG scale and [t_min, t_max] the
+                 times where it acts (improved MeanFlow), so guidance costs no second forward pass.
+
+Shapes: B batch, C channels, H x W pixels, P patch size, N = (H/P)(W/P) tokens, D width, n tokens per condition.
+Times t and s are [B] tensors or plain floats.  This file needs only torch; paste it alone.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# B/1, L/1 and XL/1 are LightningDiT's; `tiny` is ours, for 8 x 8 digits on a laptop (chosen by the search in README).
+SIZES = {
+    "tiny": dict(depth=4, hidden_size=64, num_heads=4, patch_size=2, n_tokens=1, token_block=2),
+    "B/1": dict(depth=12, hidden_size=768, num_heads=12, patch_size=1),
+    "L/1": dict(depth=24, hidden_size=1024, num_heads=16, patch_size=1),
+    "XL/1": dict(depth=28, hidden_size=1152, num_heads=16, patch_size=1),
+}
+CONDITIONINGS = ("plain", "decoupled", "in_context")
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# The calculus: small pure functions on tensors and callables
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def expand(t, x):
+    """Time t ([B] or float) shaped to broadcast against x [B, ...]."""
+    return t.view(-1, *[1] * (x.ndim - 1)) if torch.is_tensor(t) and t.ndim else t
+
+
+def interpolate(x0, eps, t):
+    """x_t = (1 - t) x0 + t eps.  x0, eps [B, ...], t [B] or float in [0, 1]."""
+    t = expand(t, x0)
+    return (1 - t) * x0 + t * eps
+
+
+def v_to_x0(x, v, t):
+    """Denoised sample x0 = x_t - t v."""
+    return x - expand(t, x) * v
+
+
+def x0_to_v(x, x0, t):
+    """Velocity v = (x_t - x0) / t, the inverse of v_to_x0.  t > 0."""
+    return (x - x0) / expand(t, x)
+
+
+def v_to_score(x, v, t):
+    """Score of p_t from its velocity, Eq. 26-32: s(x, t) = -(x + (1 - t) v(x, t)) / t.  t > 0."""
+    t = expand(t, x)
+    return -(x + (1 - t) * v) / t
+
+
+def cfg(v_cond, v_uncond, w, channels=None):
+    """Classifier-free guidance v_uncond + w (v_cond - v_uncond): w = 1 is conditional, w = 0 unconditional.
+
+    w: float or [B].  channels: guide only the first `channels` channels and leave the others conditional (LightningDiT's
+    3-of-32-channel guidance, inherited from DiT; in FSF-DMD's FM-initialised rows it is worth FID 12.44 -> 3.79).
+    """
+    guided = v_uncond + expand(w, v_cond) * (v_cond - v_uncond)
+    if channels is None:
+        return guided
+    return torch.cat([guided[:, :channels], v_cond[:, channels:]], dim=1)
+
+
+def shift_time(r, k):
+    """tau = k r / (1 + (k - 1) r) maps [0, 1] onto itself; k > 1 moves it toward noise (Table 8)."""
+    return k * r / (1 + (k - 1) * r)
+
+
+def flow_map(u, x, t, s):
+    """f(x_t, t, s) = x_t - (t - s) u(x_t, t, s), Eq. 5: jump along the trajectory from time t to time s.  u: callable (x, t, s)."""
+    return x - expand(t - s, x) * u(x, t, s)
+
+
+@torch.no_grad()
+def total_derivative(u, x, t, s, tangent, h=0.005, exact=False):
+    """d/dt u(x_t, t, s) along dx/dt = tangent, ds/dt = 0: tangent . grad_x u + d_t u.  -> shape of x, without gradient.
+
+    u: callable (x [B, ...], t [B], s [B]).  h: step of the central difference [u(x+ha, t+h, s) - u(x-ha, t-h, s)] / 2h, whose
+    error is O(h^2) in exact arithmetic; rounding adds O(1/h), about half the tangent in bf16 at h = 0.005, hence autocast is off
+    here.  t +- h may leave [0, 1]: the network is smooth in time.  exact: torch.func.jvp instead (flash attention has no forward
+    derivative, so it runs on the math kernel).
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        if exact:
+            with sdpa_kernel(SDPBackend.MATH):
+                return torch.func.jvp(u, (x, t, s), (tangent, torch.ones_like(t), torch.zeros_like(s)))[1]
+        return (u(x + h * tangent, t + h, s) - u(x - h * tangent, t - h, s)) / (2 * h)
+
+
+@torch.no_grad()
+def sample(u, eps, y, steps):
+    """Few-step sampler: x <- f(x, t_i, t_{i+1}) on the uniform grid t_i = 1 - i / steps, deterministic.
+
+    u: callable (x, t, y, s), e.g. a decoupled or in_context LightningDiT.  eps [B, C, H, W] noise, y [B] labels -> samples at t = 0.
+    """
+    x, grid = eps, torch.linspace(1, 0, steps + 1, device=eps.device)
+    for t, s in zip(grid[:-1], grid[1:]):
+        t, s = t.expand(len(x)), s.expand(len(x))
+        x = x - expand(t - s, x) * u(x, t, y, s)
+    return x
+
+
+@torch.no_grad()
+def euler_sample(v, eps, y, steps, shift=1.0):
+    """Euler sampler of an instantaneous velocity, Eq. 2: x_{i+1} = x_i - (t_i - t_{i+1}) v(x_i, t_i, y).
+
+    v: callable (x, t, y).  shift > 1 spends more of the steps near noise (LightningDiT: 1 / 0.3).
+    """
+    x, grid = eps, shift_time(torch.linspace(1, 0, steps + 1, device=eps.device), shift)
+    for t, s in zip(grid[:-1], grid[1:]):
+        t, s = t.expand(len(x)), s.expand(len(x))
+        x = x - expand(t - s, x) * v(x, t, y)
+    return x
+
+
+def gate_guidance(guidance, t):
+    """Guidance (omega, t_min, t_max) [B, 3] at one instant t: omega inside the interval, 1 outside, the interval itself then [0, 1].
+
+    iMF trains its s = t rows on the interval [0, 1] only, so this is how its instantaneous velocity has to be asked.
+    """
+    omega, t_min, t_max = guidance.unbind(1)
+    omega = torch.where((t >= t_min) & (t <= t_max), omega, 1.0)
+    return torch.stack([omega, torch.zeros_like(omega), torch.ones_like(omega)], dim=1)
+
+
+def fixed_guidance(omega, t_min, t_max, like):
+    """The same (omega, t_min, t_max) for every row -> [B, 3] for a batch like `like`."""
+    return torch.tensor([[omega, t_min, t_max]], dtype=torch.float32, device=like.device).expand(len(like), 3)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# The network
+# ------------------------------------------------------------------------------------------------------------------------------
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dim, statistics in at least float32."""
+
+    def __init__(self, dim, eps=1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return x32.to(x.dtype) * self.weight.to(x.dtype)
+
+
+class TimestepEmbedder(nn.Module):
+    """A scalar in [0, 1] -> [B, D].  Raw, not times 1000: the fastest feature is cos(t), so d/dt stays O(1) and differences are safe."""
+
+    def __init__(self, dim, freq_dim=256, max_period=10000):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.freq_dim, self.max_period = freq_dim, max_period
+
+    def features(self, t):                                                                            # [B] -> [B, freq_dim]
+        half = self.freq_dim // 2
+        freqs = torch.exp(-math.log(self.max_period) * torch.arange(half, device=t.device, dtype=t.dtype) / half)
+        angle = t[:, None] * freqs
+        return torch.cat([angle.cos(), angle.sin()], dim=-1)                                          # cos first
+
+    def forward(self, t):
+        return self.mlp(self.features(t))
+
+
+class LabelEmbedder(nn.Module):
+    """Class label -> [B, D]; row num_classes is the null class.  Labels are dropped by the caller, once, never in here."""
+
+    def __init__(self, num_classes, dim):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class PatchEmbed(nn.Module):
+    """[B, C, H, W] -> [B, N, D], tokens in row-major order."""
+
+    def __init__(self, patch_size, in_channels, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class RotaryEmbedding(nn.Module):
+    """2-D RoPE of EVA-02: the first half of a head's dims turns with the row, the second with the column; pairs are neighbours."""
+
+    def __init__(self, head_dim, grid, theta=10000):
+        super().__init__()
+        half = head_dim // 2
+        freqs = theta ** (-torch.arange(0, half, 2).float() / half)                                   # [half / 2]
+        angle = (torch.arange(grid).float()[:, None] * freqs).repeat_interleave(2, dim=-1)            # [grid, half]
+        rows = angle[:, None].expand(grid, grid, half)
+        cols = angle[None, :].expand(grid, grid, half)
+        angle = torch.cat([rows, cols], dim=-1).reshape(grid * grid, head_dim)                        # [N, head_dim]
+        self.register_buffer("freqs_cos", angle.cos())
+        self.register_buffer("freqs_sin", angle.sin())
+
+
+def rotate(q, cos, sin):
+    """Turn each neighbouring pair (a, b) of q [B, heads, N, head_dim] by its angle: (a cos - b sin, b cos + a sin)."""
+    a, b = q.unflatten(-1, (-1, 2)).unbind(-1)
+    swapped = torch.stack([-b, a], dim=-1).flatten(-2)
+    return q * cos.to(q.dtype) + swapped * sin.to(q.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, num_heads, qk_norm):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.q_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
+
+    def forward(self, x, cos, sin):                                                                   # [B, N, D]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)           # 3 x [B, heads, N, head_dim]
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class Block(nn.Module):
+    """adaLN-zero transformer block: shift, scale and gate of both branches come from the condition c [B, D]."""
+
+    def __init__(self, dim, num_heads, mlp_ratio, qk_norm):
+        super().__init__()
+        self.norm1 = RMSNorm(dim)
+        self.attn = Attention(dim, num_heads, qk_norm)
+        self.norm2 = RMSNorm(dim)
+        self.mlp = SwiGLU(dim, int(2 / 3 * int(dim * mlp_ratio)))                                     # 2048 for D = 768
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, x, c, cos, sin):                                                                # [B, N, D], [B, D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
+        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), cos, sin)
+        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, dim, out_dim):
+        super().__init__()
+        self.norm_final = RMSNorm(dim)
+        self.linear = nn.Linear(dim, out_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def sincos_positions(dim, grid):
+    """DiT's fixed 2-D positions [1, N, D].  The first half of the dims encodes the COLUMN (MAE's meshgrid order), the second the row."""
+    omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega                                  # [grid, D / 4]
+    table = torch.cat([angle.sin(), angle.cos()], dim=-1)                                             # [grid, D / 2]
+    rows = table[:, None].expand(grid, grid, -1)
+    cols = table[None, :].expand(grid, grid, -1)
+    return torch.cat([cols, rows], dim=-1).reshape(1, grid * grid, dim).float()
+
+
+class LightningDiT(nn.Module):
+    """LightningDiT(size="B/1", conditioning="plain"), or explicit dims as keywords, which override the preset's.
+
+    forward(x, t, y, s=None, guidance=None) -> velocity [B, C, H, W]
+        x [B, C, H, W]; t, s times in [0, 1], [B] or float; y [B] int64 labels, num_classes = null; s=None means s = t, the
+        instantaneous velocity; guidance [B, 3] = (omega, t_min, t_max), in_context only, None = (1, 0, 1), no guidance.
+    Raises ValueError on an unknown size or conditioning, on s with a plain network, on guidance without in_context.
+    n_tokens, token_block: n and k of the in_context conditioning (the paper's values are lost; 16 and 4 give its parameter count).
+    `net.config` rebuilds it: LightningDiT(**net.config).
+    """
+
+    def __init__(self, size="B/1", conditioning="plain", *, input_size=16, in_channels=32, num_classes=1000, qk_norm=True,
+                 mlp_ratio=4.0, **dims):
+        super().__init__()
+        if size not in SIZES:
+            raise ValueError(f"size {size!r}: expected one of {', '.join(SIZES)}")
+        if conditioning not in CONDITIONINGS:
+            raise ValueError(f"conditioning {conditioning!r}: expected one of {', '.join(CONDITIONINGS)}")
+        dims = {"n_tokens": 16, "token_block": 4} | SIZES[size] | dims
+        unknown = set(dims) - {"depth", "hidden_size", "num_heads", "patch_size", "n_tokens", "token_block"}
+        if unknown:
+            raise TypeError(f"unknown dims {sorted(unknown)}")
+        self.config = dict(size=size, conditioning=conditioning, input_size=input_size, in_channels=in_channels,
+                           num_classes=num_classes, qk_norm=qk_norm, mlp_ratio=mlp_ratio, **dims)
+        depth, D, heads, patch = dims["depth"], dims["hidden_size"], dims["num_heads"], dims["patch_size"]
+        if input_size % patch or D % (4 * heads):
+            raise ValueError(f"input_size {input_size} must be a multiple of patch_size {patch}, and hidden_size {D} of 4 x num_heads {heads}")
+        self.conditioning, self.num_classes, self.patch_size, self.in_channels = conditioning, num_classes, patch, in_channels
+        self.grid = input_size // patch
+        self.switch = 2 * depth // 3            # decoupled: blocks before it see t, the others s (8 of 12, DMF's two thirds)
+
+        self.x_embedder = PatchEmbed(patch, in_channels, D)
+        self.t_embedder = TimestepEmbedder(D)
+        self.y_embedder = LabelEmbedder(num_classes, D)
+        self.pos_embed = nn.Parameter(sincos_positions(D, self.grid), requires_grad=False)
+        self.feat_rope = RotaryEmbedding(D // heads, self.grid)
+        self.blocks = nn.ModuleList(Block(D, heads, mlp_ratio, qk_norm) for _ in range(depth))
+        self.final_layer = FinalLayer(D, patch * patch * in_channels)
+        if conditioning == "in_context":
+            self.n_tokens, self.token_block = dims["n_tokens"], dims["token_block"]
+            if not 0 <= self.token_block < depth or self.n_tokens < 1:
+                raise ValueError(f"token_block {self.token_block} must lie in 0..{depth - 1} and n_tokens be positive")
+            self.s_embedder, self.omega_embedder = TimestepEmbedder(D), TimestepEmbedder(D)
+            self.t_min_embedder, self.t_max_embedder = TimestepEmbedder(D), TimestepEmbedder(D)
+            self.token_embed = nn.Parameter(torch.empty(6 * self.n_tokens, D))
+        self.initialize()
+
+    def initialize(self):
+        """LightningDiT's: Xavier linears, N(0, 0.02) embeddings, adaLN and the output at zero, so the initial velocity is exactly 0."""
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(len(self.x_embedder.proj.weight), -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        for m in self.modules():
+            if isinstance(m, TimestepEmbedder):
+                nn.init.normal_(m.mlp[0].weight, std=0.02)
+                nn.init.normal_(m.mlp[2].weight, std=0.02)
+            if isinstance(m, (Block, FinalLayer)):
+                nn.init.zeros_(m.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+        if self.conditioning == "in_context":
+            nn.init.normal_(self.token_embed, std=0.02)
+
+    def condition_tokens(self, c_t, c_y, s, guidance):
+        """Six conditions, each repeated n times and told apart by a learned vector -> [B, 6n, D]."""
+        omega, t_min, t_max = guidance.unbind(1)
+        conditions = torch.stack([c_t, self.s_embedder(s), c_y, self.omega_embedder(1 - 1 / omega),   # 1 - 1/omega in [0, 1), as iMF
+                                  self.t_min_embedder(t_min), self.t_max_embedder(t_max)], dim=1)     # [B, 6, D]
+        return conditions.repeat_interleave(self.n_tokens, dim=1) + self.token_embed
+
+    def forward(self, x, t, y, s=None, guidance=None):
+        if s is not None and self.conditioning == "plain":
+            raise ValueError("a plain LightningDiT has no target time s; build it decoupled or in_context for a flow map")
+        if guidance is not None and self.conditioning != "in_context":
+            raise ValueError(f"a {self.conditioning} LightningDiT takes no guidance input; guide it with model.cfg")
+        B, dtype = len(x), torch.promote_types(x.dtype, torch.float32)
+        t = torch.as_tensor(t, dtype=dtype, device=x.device).expand(B)
+        s = t if s is None else torch.as_tensor(s, dtype=dtype, device=x.device).expand(B)
+
+        cos, sin = self.feat_rope.freqs_cos, self.feat_rope.freqs_sin                                 # [N, head_dim]
+        with torch.autocast(x.device.type, enabled=False):                                            # times stay in fp32
+            c_t, c_y = self.t_embedder(t), self.y_embedder(y)                                         # [B, D]
+            c_early = c_late = c_t + c_y
+            if self.conditioning == "decoupled":
+                c_late = self.t_embedder(s) + c_y
+            if self.conditioning == "in_context":
+                if guidance is None:
+                    guidance = fixed_guidance(1.0, 0.0, 1.0, x)
+                tokens = self.condition_tokens(c_t, c_y, s, guidance.to(dtype))                       # [B, 6n, D]
+
+        h = self.x_embedder(x) + self.pos_embed                                                       # [B, N, D]
+        for i, block in enumerate(self.blocks):
+            if self.conditioning == "in_context" and i == self.token_block:
+                h = torch.cat([tokens.to(h.dtype), h], dim=1)                                         # [B, 6n + N, D]
+                cos = F.pad(cos, (0, 0, tokens.shape[1], 0), value=1.0)                               # identity rotation on them
+                sin = F.pad(sin, (0, 0, tokens.shape[1], 0), value=0.0)
+            h = block(h, c_early if i < self.switch else c_late, cos, sin)
+        h = self.final_layer(h[:, -self.grid ** 2:], c_late)                                          # [B, N, P P C]
+        return self.unpatchify(h)
+
+    def unpatchify(self, h):                                                                          # [B, N, P P C] -> [B, C, H, W]
+        g, p = self.grid, self.patch_size
+        h = h.unflatten(2, (p, p, self.in_channels)).unflatten(1, (g, g))                             # [B, g, g, p, p, C]
+        return h.permute(0, 5, 1, 3, 2, 4).reshape(len(h), self.in_channels, g * p, g * p)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
+# Official weights
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def load_official(source):
+    """An official LightningDiT checkpoint as our plain network: v(x, t) = -official(x, tau = 1 - t).  -> LightningDiT on the CPU
+
+    source: path of a `.pt` file (weights only; "ema" inside is preferred, then "model") or a state dict.  Any depth, width, patch
+    and class count; QK-norm is seen from the keys.  The reversed time and sign are folded into the weights, so the result is an
+    ordinary network of this file: cos((1 - t) f) = cos f cos tf + sin f sin tf turns the first time layer, the last changes sign.
+    Raises ValueError naming the first differences when keys or shapes are not LightningDiT's.
+    """
+    state = torch.load(source, map_location="cpu", weights_only=True) if not isinstance(source, dict) else source
+    state = next((state[k] for k in ("ema", "model", "state_dict") if isinstance(state.get(k), dict)), state)
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    for key in ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "feat_rope.freqs_cos"):
+        if key not in state:
+            raise ValueError(f"not a LightningDiT state dict: {key} is missing (found {', '.join(list(state)[:3]) or 'nothing'} ...)")
+    D, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    depth = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("blocks.")), default=0)
+    net = LightningDiT(conditioning="plain", depth=depth, hidden_size=D, num_heads=D // state["feat_rope.freqs_cos"].shape[1],
+                       patch_size=patch, in_channels=channels, input_size=patch * math.isqrt(state["pos_embed"].shape[1]),
+                       num_classes=len(state["y_embedder.embedding_table.weight"]) - 1, qk_norm="blocks.0.attn.q_norm.weight" in state)
+    own = net.state_dict()
+    wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
+    wrong += [f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    if wrong:
+        raise ValueError(f"not this LightningDiT, {len(wrong)} differences: " + "; ".join(wrong[:3]))
+
+    state = {k: v.clone().to(own[k].dtype) for k, v in state.items()}
+    w = state["t_embedder.mlp.0.weight"].double()
+    angle = net.t_embedder.features(torch.ones(1, dtype=torch.float64))[0]                            # (cos f, sin f)
+    (cos, sin), (w_cos, w_sin) = angle.chunk(2), w.chunk(2, dim=1)
+    state["t_embedder.mlp.0.weight"] = torch.cat([w_cos * cos + w_sin * sin, w_cos * sin - w_sin * cos], dim=1).float()
+    for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        state[key] = -state[key]
+    net.load_state_dict(state)
+    return net
