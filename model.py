@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # B/1, L/1 and XL/1 are LightningDiT's; `tiny` is ours, for 8 x 8 digits on a laptop (chosen by the search in README).
 SIZES = {
-    "tiny": dict(depth=4, hidden_size=64, num_heads=4, patch_size=2, n_tokens=1, token_block=2),
+    "tiny": dict(depth=4, hidden_size=48, num_heads=3, patch_size=2, n_tokens=1, token_block=2),
     "B/1": dict(depth=12, hidden_size=768, num_heads=12, patch_size=1),
     "L/1": dict(depth=24, hidden_size=1024, num_heads=16, patch_size=1),
     "XL/1": dict(depth=28, hidden_size=1152, num_heads=16, patch_size=1),
