@@ -33,10 +33,10 @@ from vae import load_data
 
 # "pixels": the digits presets, chosen by the search described in README.  "latents": the paper's Table 6.
 TABLE6 = dict(size="B/1", batch_size=128, ema=0.99995, lr=6e-4, omega=6.0, guide_to=0.9)
-DIGITS = dict(size="tiny", lr=6e-3, omega=1.0, guide_to=1.0, omega_max=2.0)
+DIGITS = dict(size="tiny", lr=3e-3, omega=1.0, guide_to=1.0, omega_max=2.0)
 PRESETS = {
-    ("pixels", "scratch"): DIGITS | dict(steps=300),
-    ("pixels", "imf"): DIGITS | dict(steps=240),
+    ("pixels", "scratch"): DIGITS | dict(steps=200, lr=6e-3),
+    ("pixels", "imf"): DIGITS | dict(steps=200),
     ("latents", "scratch"): TABLE6 | dict(steps=400_000),
     ("latents", "imf"): TABLE6 | dict(steps=40_000),
 }
