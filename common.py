@@ -106,20 +106,26 @@ def resolve(p, argv, presets, script):
 
     args.init_kind is the preset's init, also where --init is the path of a checkpoint.  `args.sources` says who set each flag.
     """
-    defaults = vars(p.parse_args(argv))                                   # --help and bad flags end here, with the true defaults
+    everything = vars(p.parse_args(argv))                                 # --help and bad flags end here
+    defaults = {k: p.get_default(k) for k in everything}
     for action in p._actions:
         action.default = argparse.SUPPRESS
     given = vars(p.parse_args(argv))
-    kind, inits = data_kind(defaults["data"]), sorted({init for _, init in presets})
+    kind, inits = data_kind(everything["data"]), sorted({init for _, init in presets})
     init = given.get("init") or (inits[0] if len(inits) == 1 else defaults["init"])
-    init_kind = init
+    init_kind, stored = init, {}
     if init not in inits:
         if not Path(init).is_file():
             raise BadInput(f"--init {init}: expected {' or '.join(inits)}, or the path of a model.pt")
-        init_kind = {"in_context": "imf"}.get(load_checkpoint(init)["config"]["conditioning"], "fm")
+        config = load_checkpoint(init)["config"]
+        init_kind = {"in_context": "imf"}.get(config["conditioning"], "fm")
         if init_kind not in inits:
-            raise BadInput(f"--init {init}: holds a network for --init {init_kind}, expected one for {' or '.join(inits)}")
-    preset = presets[kind, init_kind]
+            raise BadInput(f"--init {init}: holds a {config['conditioning']} network, expected one for --init {' or '.join(inits)}")
+        stored = {k: config[k] for k in ("size", "n_tokens", "token_block") if k in defaults}
+        differ = [f"--{k} {given[k]} (it has {v})" for k, v in stored.items() if given.get(k, v) != v]
+        if differ:
+            raise BadInput(f"--init {init}: the network is as the file has it, not {', '.join(differ)}; leave that out")
+    preset = presets[kind, init_kind] | stored
     values = defaults | preset | given | dict(init=init)
     if values["steps"] is None or values["lr"] is None:
         raise BadInput("--steps and --lr have no default here: give both")
@@ -272,11 +278,15 @@ def frozen_copy(net):
 def save_atomic(obj, path):
     """torch.save that leaves either the old file or the new one: temporary name, flush to disk, rename."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(obj, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load_checkpoint(path):
@@ -339,6 +349,10 @@ class Run:
         self.folder, self.main = Path(args.out), rank() == 0
         self.identity = {k: v for k, v in vars(args).items() if k not in RUNTIME_FLAGS | {"sources", "script", "init_kind"}}
         self.step, self.evaluations, self.pending, self.stop_signal = 0, [], [], None
+        if self.folder.is_file() or self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "args.json").exists():
+            raise BadInput(f"--out {self.folder}: exists and is no run folder, expected a new one; nothing was touched")
+        if world() > 1:
+            dist.barrier()
         if args.resume == "no" and self.main and self.folder.exists():
             shutil.rmtree(self.folder)
         if world() > 1:

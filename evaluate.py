@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import BadInput, Parser, load_network, main, noise_by_index, number, preview, save_atomic
+from common import BadInput, Parser, load_checkpoint, load_network, main, noise_by_index, number, preview, save_atomic
 from model import euler_sample, fixed_guidance, sample
 from vae import load_data
 
@@ -109,6 +109,8 @@ class Features:
     """The classifier of one data set: features(x) -> ([n, 64], probabilities [n, classes]), its hash, and the real images' statistics."""
 
     def __init__(self, data, cache="runs/cache"):
+        if len(data.x) < 8:
+            raise BadInput(f"--data {data.source}: {len(data.x)} images are too few to evaluate against, expected at least 8")
         digest = hashlib.sha256(data.x.numpy().tobytes() + data.y.numpy().tobytes()).hexdigest()[:12]
         self.net, path = self.build(data), Path(cache) / f"features-{digest}.pt"
         if path.exists():
@@ -219,7 +221,8 @@ def evaluate(net, features, args, steps=(1, 2, 4), n=2000, seed=EVAL_SEED):
 
 def show(path, nets, data, args, steps=(1, 2)):
     """A picture: real images, then the samples of each (caption, network) from the same noise, three of each class."""
-    real = torch.stack([data.x[data.y == c][k] for k in range(3) for c in range(data.num_classes)])
+    of_class = [data.x[data.y == c] for c in range(data.num_classes)]
+    real = torch.stack([x[k % len(x)] if len(x) else torch.zeros(data.x.shape[1:]) for k in range(3) for x in of_class])
     rows = [("real", real)]
     for caption, net in nets:
         for N in sampler_steps(net, steps):
@@ -266,11 +269,9 @@ def parse_args(argv=None):
 
 
 def run(args):
-    net, checkpoint = load_network(args.checkpoint)
+    checkpoint = load_checkpoint(args.checkpoint)
     data = load_data(args.data or checkpoint["data"]["source"])
-    if list(data.x.shape[1:]) != checkpoint["data"]["shape"] or data.num_classes != net.num_classes:
-        raise BadInput(f"--data {data.source}: {data.num_classes} classes of {list(data.x.shape[1:])}, the checkpoint was made for "
-                       f"{net.num_classes} of {checkpoint['data']['shape']}")
+    net, _ = load_network(args.checkpoint, data)
     args.omega = args.omega or checkpoint["args"].get("omega") or 1.0
     args.guide_to = checkpoint["args"].get("guide_to", 1.0) if args.guide_to is None else args.guide_to
     net, features = net.to(args.device), Features(data)

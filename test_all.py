@@ -862,6 +862,16 @@ def test_every_flag_changes_what_is_trained(home, monkeypatch, capsys, script):
     capsys.readouterr()
 
 
+def test_the_run_folder_is_named_after_what_differs_from_the_preset():
+    names = [fsf_dmd.parse_args(shlex.split(command)).out for command in ("", "--init imf --M 2", "--M 1", "--seed 3", "--lam 0.1 --M 1 --steps 9 --device cpu")]
+    assert names == [f"runs/fsf_dmd-digits-imf{end}" for end in ("", "", "-M1", "-seed3", "-M1-lam0.1")]
+    assert consistency.parse_args(["--loss", "imf", "--seed", "3"]).out == "runs/consistency_imf-digits-scratch-seed3"
+    assert consistency.parse_args(["--loss", "cd", "--mask_prob", "0"]).out == "runs/consistency_cd-digits-imf-mask_prob0.0"
+    args = fsf_dmd.parse_args(["--data", "shards", "--M", "1"])                             # latents: Table 6
+    assert (args.size, args.lam, args.shift, args.steps, args.batch_size, args.ema, args.omega, args.guide_to, args.M) == ("B/1", 0.05, 10, 4000, 128, 0.99995, 6, 0.9, 1)
+    assert args.sources["lam"] == "preset" and args.sources["M"] == "given" and args.sources["fd_h"] == "default"
+
+
 def test_pretraining_flags_and_the_other_losses(home, monkeypatch, capsys):
     monkeypatch.chdir(home)
     monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0))
@@ -931,6 +941,9 @@ def write_bad_inputs(folder):
     np.savez(folder / "negative.npz", images=images, labels=labels - 1)
     np.savez(folder / "alike.npz", images=np.zeros((9, 4, 4), np.uint8), labels=labels)
     np.savez(folder / "four.npz", images=np.random.default_rng(0).integers(0, 255, (9, 4, 4)).astype(np.uint8), labels=np.arange(9) % 4)
+    np.savez(folder / "three.npz", images=images[:3], labels=labels[:3])
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis.txt").write_text("precious")
     np.savez(folder / "pickled.npz", images=np.array([Evil()], dtype=object), labels=np.zeros(1, int))
     (folder / "truncated.npz").write_bytes((folder / "toy.npz").read_bytes()[:300])
     (folder / "text.pt").write_text("not a checkpoint")
@@ -971,7 +984,11 @@ BAD = [  # command, words of the one line
     ("fsf_dmd.py --data toy.npz --init other.pt", "other.pt: not a model.pt of this project"),
     ("fsf_dmd.py --data toy.npz --init cut.pt", "cut.pt: not a model.pt"),
     ("fsf_dmd.py --data toy.npz --init incomplete.pt", "weights do not fit its configuration"),
-    ("fsf_dmd.py --data toy.npz --init decoupled.pt", "decoupled.pt"),
+    ("fsf_dmd.py --data toy.npz --init decoupled.pt", "holds a decoupled network, expected one for --init imf"),
+    ("fsf_dmd.py --data toy.npz --init imf/model.pt --size B/1 --n_tokens 7", "not --size B/1 (it has tiny), --n_tokens 7 (it has 1)"),
+    ("fsf_dmd.py --data toy.npz --init imf/model.pt --out mine", "exists and is no run folder"),
+    ("fsf_dmd.py --data toy.npz --init imf/model.pt --out mine --resume no", "exists and is no run folder"),
+    ("consistency.py --loss imf --data three.npz", "too few to evaluate against"),
     ("fsf_dmd.py --M 0", "--M: 0 is out of range, expected an integer of at least 1"),
     ("fsf_dmd.py --mask_prob 1.5", "--mask_prob: 1.5 is out of range"),
     ("fsf_dmd.py --lam nan", "--lam: nan is out of range"),
@@ -986,7 +1003,7 @@ BAD = [  # command, words of the one line
     ("consistency.py --loss fm --init imf/model.pt --data toy.npz", "trains from scratch"),
     ("evaluate.py missing.pt", "missing.pt: no such file"),
     ("evaluate.py evil.pt", "evil.pt: not a model.pt"),
-    ("evaluate.py imf/model.pt --data digits", "the checkpoint was made for 3 of [1, 4, 4]"),
+    ("evaluate.py imf/model.pt --data digits", "was made for shape [1, 4, 4], but --data digits has [1, 8, 8]"),
     ("evaluate.py imf/model.pt --n 3", "--n: 3 is out of range"),
 ]
 
@@ -1016,10 +1033,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_state(home):
     assert "is not finite at step" in printed and "tau in [" in printed and "Traceback" not in printed
     path = home / "diverges2" / "state.pt"
     assert not path.exists() or all(v.isfinite().all() for _, v in tensors(state(home, "diverges2")["net"]))
-    damaged = home / "damaged"
-    damaged.mkdir()
-    (damaged / "state.pt").write_text("half a checkpoint")
-    assert "cannot be resumed" in run(home, f"{TOY['fsf_dmd.py']} --steps 2 --out damaged", code=2)
+    run(home, f"{TOY['fsf_dmd.py']} --steps 2 --out damaged")
+    (home / "damaged" / "state.pt").write_bytes((home / "damaged" / "state.pt").read_bytes()[:5000])
+    assert "cannot be resumed" in run(home, f"{TOY['fsf_dmd.py']} --steps 4 --out damaged", code=2)
+
+
+def test_a_full_disk_is_one_line_and_spares_the_last_state(home):
+    run(home, f"{TOY['fsf_dmd.py']} --steps 2 --out full")
+    (home / "full" / "state.tmp").symlink_to("/dev/full")                                   # the device that is always full
+    printed = run(home, f"{TOY['fsf_dmd.py']} --steps 4 --out full", code=2)
+    assert "no space left on the disk" in printed and "Traceback" not in printed and state(home, "full")["step"] == 2
+    run(home, f"{TOY['fsf_dmd.py']} --steps 4 --out full")                                  # with space again, the same command goes on
+    assert state(home, "full")["step"] == 4
 
 
 # ---- the project itself -------------------------------------------------------------------------------------------------------
@@ -1032,10 +1057,11 @@ def test_line_budgets():
 def test_readme_commands_exist_and_parse(monkeypatch, capsys):
     readme = (HERE / "README.md").read_text()
     blocks = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", readme, re.S))
-    commands = [line.split("#")[0].strip() for line in blocks.splitlines() if re.match(r"\s*(\S*/)?python\S* \w+\.py", line)]
+    parts = [part.strip() for line in blocks.splitlines() for part in line.split("#")[0].split("&&")]
+    commands = [part for part in parts if re.match(r"(\S*/)?(python\S*|torchrun \S+) \w+\.py", part)]
     assert len(commands) >= 4
     for command in commands:
-        script, *argv = shlex.split(command)[1:]
+        script, *argv = shlex.split(command.replace('torchrun ', ''))[1:]
         if script == "evaluate.py":
             evaluate.parse_args(argv)
         elif script != "test_all.py":

@@ -79,12 +79,10 @@ def read_npz(path):
             if missing:
                 raise BadInput(f"--data {path}: has no array {' and no '.join(sorted(missing))} (found {', '.join(file.files) or 'none'})")
             images, labels = file["images"], file["labels"]
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise BadInput(f"--data {path}: not a readable .npz without pickled objects ({error})") from None
-    except Exception as error:                                   # zipfile and zlib raise their own kinds on a truncated file
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(f"--data {path}: damaged .npz ({error}); write it again") from None
+    except BadInput:
+        raise
+    except Exception as error:                                   # zipfile, zlib and numpy each raise their own on a damaged file
+        raise BadInput(f"--data {path}: not a readable .npz without pickled objects ({str(error).splitlines()[0]})") from None
     if images.ndim == 3:
         images = images[..., None]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or images.shape[1] != images.shape[2]:
