@@ -10,6 +10,7 @@ A method script reads from top to bottom without opening this file.  Three rules
 """
 import argparse
 import copy
+import errno
 import json
 import math
 import os
@@ -127,8 +128,6 @@ def resolve(p, argv, presets, script):
             raise BadInput(f"--init {init}: the network is as the file has it, not {', '.join(differ)}; leave that out")
     preset = presets[kind, init_kind] | stored
     values = defaults | preset | given | dict(init=init)
-    if values["steps"] is None or values["lr"] is None:
-        raise BadInput("--steps and --lr have no default here: give both")
     sources = {k: "given" if k in given else "preset" if k in preset else "default" for k in values}
     if not values["out"]:
         differs = [f"{k}{given[k]}" for k in sorted(given) if k not in RUNTIME_FLAGS | {"data", "init", "loss"} and given[k] != (defaults | preset).get(k)]
@@ -152,9 +151,8 @@ def main(train, parse_args):
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno != 28:                                             # ENOSPC
-            raise
-        print(f"{Path(sys.argv[0]).name}: error: no space left on the disk; free some and run the same command again", file=sys.stderr)
+        what = "no space left on the disk; free some" if error.errno == errno.ENOSPC else f"{error.filename}: {error.strerror}; mend that"
+        print(f"{Path(sys.argv[0]).name}: error: {what} and run the same command again", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():

@@ -24,16 +24,16 @@ Cost in forward passes of one network (backward = 2): fm 3, ct 5, imf 7, cd 6.
 import torch
 import torch.nn.functional as F
 
-from common import (BadInput, Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_network,
-                    main, micro_batches, new_network, parser, rank, resolve, setup, step_rng, sync_gradients, update_ema)
+from common import (BadInput, Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_checkpoint,
+                    load_network, main, micro_batches, new_network, parser, rank, resolve, setup, step_rng, sync_gradients, update_ema)
 from evaluate import Features, evaluate, finish, show
 from model import expand, gate_guidance, interpolate, total_derivative
 from normuon import NorMuon, param_groups
 from vae import load_data
 
 # "pixels": the digits presets, chosen by the search described in README.  "latents": the paper's Table 6.
-TABLE6 = dict(size="B/1", batch_size=128, ema=0.99995, lr=6e-4, omega=6.0, guide_to=0.9)
-DIGITS = dict(size="tiny", lr=3e-3, omega=1.0, guide_to=1.0, omega_max=2.0)
+TABLE6 = dict(size="B/1", batch_size=128, ema=0.99995, lr=6e-4, omega=6.0, guide_to=0.9, save_every=500)
+DIGITS = dict(size="tiny", lr=3e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50)
 PRESETS = {
     ("pixels", "scratch"): DIGITS | dict(steps=200, lr=6e-3),
     ("pixels", "imf"): DIGITS | dict(steps=200),
@@ -133,6 +133,9 @@ def pretrained(args, loss):
     if rank() == 0:
         print(f"starts from {own.out}/model.pt, which comes from: python consistency.py {' '.join(argv)}")
     train(own)
+    found = load_checkpoint(f"{own.out}/model.pt")["step"]
+    if found != own.steps:
+        raise BadInput(f"{own.out}/model.pt has been trained for {found} steps since, not {own.steps}: expected --init {own.out}/model.pt if that is meant")
     return f"{own.out}/model.pt"
 
 
@@ -149,15 +152,16 @@ def train(args):
     else:
         path = pretrained(args, "imf") if args.init == "imf" else args.init
         net = load_network(path, data, ["in_context"])[0].to(device)
-        teacher = frozen_copy(net)
+        teacher = frozen_copy(net) if args.loss == "cd" else None
     net.train()
     ema = frozen_copy(net)
     opt = NorMuon(param_groups(net), lr=args.lr)
-    compile_blocks(args, net, ema, *[teacher] * (teacher is not None))
+    frozen = dict(teacher=teacher) if teacher is not None else {}
+    compile_blocks(args, net, ema, *frozen.values())
     features = Features(data) if rank() == 0 else None
     rho = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
 
-    with Run(args, dict(net=net, ema=ema, opt=opt), ema, data) as run:
+    with Run(args, dict(net=net, ema=ema, opt=opt) | frozen, ema, data) as run:
         if run.step == 0 and run.main:
             run.evaluated(evaluate(ema, features, args))
         for step in run.steps():
