@@ -16,7 +16,7 @@ All but fm are one regression of the average velocity u(x_t, t, s) onto its own 
     imf      eps - x0 + (1 - 1/omega)(u(x_t,t,t|y,omega) - u(x_t,t,t|null,1))      u(x_t,t,t|y,omega)
     cd       v_teacher(x_t, t)                                     v_teacher(x_t, t)
 
-    python consistency.py --loss imf                       # digits, 2 CPU cores: 1 minute; the initialisation of fsf_dmd.py
+    python consistency.py --loss imf                       # digits, 2 CPU cores: half a minute; the initialisation of fsf_dmd.py
     python consistency.py --loss cd --init imf             # the baseline that FSF-DMD is compared with
 
 Cost in forward passes of one network (backward = 2): fm 3, ct 5, imf 7, cd 6.
@@ -33,7 +33,7 @@ from vae import load_data
 
 # "pixels": the digits presets, chosen by the search described in README.  "latents": the paper's Table 6.
 TABLE6 = dict(size="B/1", batch_size=128, ema=0.99995, lr=6e-4, omega=6.0, guide_to=0.9, save_every=500)
-DIGITS = dict(size="tiny", lr=3e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50)
+DIGITS = dict(size="tiny", lr=3e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=50)
 PRESETS = {
     ("pixels", "scratch"): DIGITS | dict(steps=200, lr=6e-3),
     ("pixels", "imf"): DIGITS | dict(steps=200),

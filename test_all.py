@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.stats
 import torch
 from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -1119,3 +1121,24 @@ def test_every_unsettled_choice_of_the_paper_is_a_flag_in_readme():
         assert any(f'"--{name}"' in (HERE / f).read_text() for f in ("common.py", "evaluate.py", *METHODS)), f"README names --{name}, no script has it"
     for name in re.findall(r"\]\(([\w/.-]+\.(?:png|json|md|py))\)", readme):
         assert (HERE / name).exists(), name
+
+
+def test_readme_numbers_come_from_the_results():
+    readme, results = (HERE / "README.md").read_text(), json.loads((HERE / "results" / "digits.json").read_text())
+    columns = (("fd_1step", ".1f"), ("fd_2step", ".1f"), ("is_2step", ".2f"), ("precision_2step", ".3f"), ("recall_2step", ".3f"), ("acc_1step", ".3f"), ("acc_2step", ".3f"))
+    last = {row["name"]: [e[-1] for e in row["evaluations"].values()] for row in results["rows"]}
+    for runs in last.values():
+        cells = [f"{statistics.mean(v):{f}} ± {statistics.stdev(v):{f}}" for k, f in columns for v in [[e[k] for e in runs]]]
+        assert len(runs) == 5 and " | ".join(cells) in readme, cells
+    cd, fsf = last["+ CD with random masking"], last["+ FSF-DMD, M = 2 (lambda 0.5)"]
+    for metric, words in (("fd_2step", "-0.0 ± 2.7"), ("acc_2step", "+0.024 ± 0.009"), ("is_2step", "+0.15 ± 0.03"), ("precision_2step", "+0.071 ± 0.019"), ("recall_2step", "-0.083 ± 0.012")):
+        gain = np.array([b[metric] - a[metric] for a, b in zip(cd, fsf)])
+        digits = len(words.split(".")[-1])
+        assert f"{gain.mean():+.{digits}f} ± {gain.std(ddof=1):.{digits}f}" == words and words in readme
+        if metric != "fd_2step":
+            assert (np.sign(gain) == np.sign(gain[0])).all() and scipy.stats.ttest_1samp(gain, 0).pvalue < 0.01
+    masked = np.array([b["fd_2step"] - a["fd_2step"] for a, b in zip(last["+ CD"], cd)])
+    assert (masked < 0).all() and f"{masked.mean():.1f} ± {masked.std(ddof=1):.1f}" == "-4.2 ± 0.8"
+    for row in results["rows"]:                                                             # the commands still parse
+        script, *argv = shlex.split(row["command"].replace(" S", " 0"))[1:]
+        sys.modules[script[:-3]].parse_args(argv)
