@@ -443,7 +443,7 @@ class Run:
                 spans = ", ".join(f"{k} in [{v.min():.3g}, {v.max():.3g}], median {v.median():.3g}" for k, v in times.items())
                 raise BadInput(f"{bad[0]} is not finite at step {step} ({spans}); the last state.pt is untouched: lower --lr, or look at the data")
         seconds = (time.perf_counter() - self.clock) / max(1, self.step - self.clock_step)
-        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         line = dict(zip(names, values.mean(0).tolist())) | dict(grad_norm=norms.mean().item(), sec_per_step=seconds, images_per_sec=self.args.batch_size / seconds, memory_gb=memory / 1e9)
         self.write(line)
         shown = {k: f"{v:.3g}" for k, v in line.items() if k in names or k == "sec_per_step"}

@@ -228,10 +228,10 @@ def rotate(q, cos, sin):
 
 
 class Attention(nn.Module):
-    def __init__(self, dim, num_heads, qk_norm):
+    def __init__(self, dim, num_heads, qk_norm, qkv_bias=True):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.q_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
@@ -244,10 +244,10 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    def __init__(self, dim, hidden):
+    def __init__(self, dim, hidden, bias=True):
         super().__init__()
-        self.w12 = nn.Linear(dim, 2 * hidden)
-        self.w3 = nn.Linear(hidden, dim)
+        self.w12 = nn.Linear(dim, 2 * hidden, bias=bias)
+        self.w3 = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x):
         gate, value = self.w12(x).chunk(2, dim=-1)
@@ -370,7 +370,8 @@ class LightningDiT(nn.Module):
                                   self.t_min_embedder(t_min), self.t_max_embedder(t_max)], dim=1)     # [B, 6, D]
         return conditions.repeat_interleave(self.n_tokens, dim=1) + self.token_embed
 
-    def forward(self, x, t, y, s=None, guidance=None):
+    def forward(self, x, t, y, s=None, guidance=None, until=None):
+        """-> velocity [B, C, H, W]; with until=k the image tokens [B, N, D] after the first k blocks instead."""
         if s is not None and self.conditioning == "plain":
             raise ValueError("a plain LightningDiT has no target time s; build it decoupled or in_context for a flow map")
         if guidance is not None and self.conditioning != "in_context":
@@ -397,6 +398,8 @@ class LightningDiT(nn.Module):
                 cos = F.pad(cos, (0, 0, tokens.shape[1], 0), value=1.0)                               # identity rotation on them
                 sin = F.pad(sin, (0, 0, tokens.shape[1], 0), value=0.0)
             h = block(h, c_early if i < self.switch else c_late, cos, sin)
+            if i + 1 == until:
+                return h[:, -self.grid ** 2:]
         h = self.final_layer(h[:, -self.grid ** 2:], c_late)                                          # [B, N, P P C]
         return self.unpatchify(h)
 
@@ -404,6 +407,51 @@ class LightningDiT(nn.Module):
         g, p = self.grid, self.patch_size
         h = h.unflatten(2, (p, p, self.in_channels)).unflatten(1, (g, g))                             # [B, g, g, p, p, C]
         return h.permute(0, 5, 1, 3, 2, 4).reshape(len(h), self.in_channels, g * p, g * p)
+
+
+class DDTBlock(nn.Module):
+    """Block of DDT (Wang et al., arXiv 2504.05741): adaLN from a condition per token [B, N, D], no biases in qkv and MLP."""
+
+    def __init__(self, dim, num_heads, mlp_ratio=4.0):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(dim), RMSNorm(dim)
+        self.attn = Attention(dim, num_heads, qk_norm=True, qkv_bias=False)
+        self.mlp = SwiGLU(dim, int(2 / 3 * int(dim * mlp_ratio)), bias=False)
+        self.adaLN_modulation = nn.Linear(dim, 6 * dim)
+
+    def forward(self, x, c, cos, sin):                                                                # both [B, N, D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class DiscriminatorHead(nn.Module):
+    """FSF-DMD's discriminator for DMD2 (App. B.1): two DDT blocks and a class token over a trunk's features.  21.28M parameters at B/1.
+
+    forward(trunk, x, t, y) -> logits [B, 1].  trunk: a LightningDiT, read after its first `until` blocks (5 of 12 at B/1).  As in DDT
+    the decoder starts from its own embedding of x; the trunk's tokens are only its condition.  Nothing is zero-initialised: with
+    zero gates the class token could not see x, and the generator would get no gradient at step 0.
+    """
+
+    def __init__(self, trunk):
+        super().__init__()
+        config, D = trunk.config, trunk.config["hidden_size"]
+        self.until = max(1, round(5 / 12 * config["depth"]))
+        self.x_embedder = PatchEmbed(config["patch_size"], config["in_channels"], D)
+        self.class_token = nn.Parameter(torch.randn(1, 1, D) * 0.02)
+        self.blocks = nn.ModuleList(DDTBlock(D, config["num_heads"]) for _ in range(2))
+        self.norm, self.linear = RMSNorm(D), nn.Linear(D, 1)
+
+    def forward(self, trunk, x, t, y):
+        features = trunk(x, t, y, until=self.until)                                                   # [B, N, D]
+        c_t, c_y = trunk.t_embedder(t), trunk.y_embedder(y)                                           # [B, D]
+        condition = torch.cat([F.silu(c_t + c_y)[:, None], F.silu(c_t[:, None] + features)], dim=1)   # [B, 1 + N, D]
+        h = torch.cat([self.class_token + c_y[:, None], self.x_embedder(x)], dim=1)
+        cos = F.pad(trunk.feat_rope.freqs_cos, (0, 0, 1, 0), value=1.0)                               # identity rotation on the class token
+        sin = F.pad(trunk.feat_rope.freqs_sin, (0, 0, 1, 0), value=0.0)
+        for block in self.blocks:
+            h = block(h, condition, cos, sin)
+        return self.linear(self.norm(h[:, 0]))
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
