@@ -109,6 +109,7 @@ def resolve(p, argv, presets, script):
     """
     everything = vars(p.parse_args(argv))                                 # --help and bad flags end here
     defaults = {k: p.get_default(k) for k in everything}
+    p._defaults.clear()                                                   # of set_defaults
     for action in p._actions:
         action.default = argparse.SUPPRESS
     given = vars(p.parse_args(argv))
@@ -137,8 +138,8 @@ def resolve(p, argv, presets, script):
     args.script, args.init_kind, args.sources = script, init_kind, sources
     if args.dry_run:
         print(f"{script}: preset ({kind}, {init_kind})")
-        for k in sorted(values):
-            print(f"  --{k:<14} {str(values[k]):<12} {sources[k]}")
+        for k in sorted(set(values) - {"dry_run"}):
+            print(f"  --{k:<14} {'-' if values[k] is None else values[k]!s:<12} {sources[k]}")
         sys.exit(0)
     return args
 
@@ -374,7 +375,8 @@ class Run:
                 raise BadInput(f"{path}: cannot be resumed ({' '.join(str(error).split())[:120]}); --resume no starts over") from None
             self.step, self.evaluations = saved["step"], saved["evaluations"]
             if self.main:
-                print(f"{self.folder}: " + (f"resuming at step {self.step}" if self.step < self.args.steps else f"is done ({self.step} steps); --steps trains longer, --resume no starts over"))
+                done = f"is done ({self.step} steps); --steps trains longer, --resume no starts over"
+                print(f"{self.folder}: " + (f"resuming at step {self.step}" if self.step < self.args.steps else done))
         elif self.main:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "args.json").write_text(json.dumps(self.identity, indent=1))
@@ -443,8 +445,11 @@ class Run:
                 spans = ", ".join(f"{k} in [{v.min():.3g}, {v.max():.3g}], median {v.median():.3g}" for k, v in times.items())
                 raise BadInput(f"{bad[0]} is not finite at step {step} ({spans}); the last state.pt is untouched: lower --lr, or look at the data")
         seconds = (time.perf_counter() - self.clock) / max(1, self.step - self.clock_step)
-        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        line = dict(zip(names, values.mean(0).tolist())) | dict(grad_norm=norms.mean().item(), sec_per_step=seconds, images_per_sec=self.args.batch_size / seconds, memory_gb=memory / 1e9)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)       # the process
+        if torch.cuda.is_initialized():
+            memory = torch.cuda.max_memory_allocated()                                                               # the device
+        line = dict(zip(names, values.mean(0).tolist())) | dict(grad_norm=norms.mean().item(), sec_per_step=seconds)
+        line |= dict(images_per_sec=self.args.batch_size / seconds, memory_gb=memory / 1e9)
         self.write(line)
         shown = {k: f"{v:.3g}" for k, v in line.items() if k in names or k == "sec_per_step"}
         last = {k: f"{v:.1f}" for k, v in (self.evaluations[-1] if self.evaluations else {}).items() if k.startswith("fd_")}

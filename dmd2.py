@@ -32,7 +32,7 @@ from normuon import NorMuon, param_groups
 from vae import load_data
 
 # "pixels": the digits presets, chosen by the search described in README.  "latents": the column of the paper's Table 6.
-TABLE6 = dict(size="B/1", batch_size=128, ema=0.99995, lr=6e-4, omega=6.0, guide_to=0.9, save_every=500)
+TABLE6 = dict(size="B/1", batch_size=128, precision="bf16", ema=0.99995, lr=6e-4, omega=6.0, guide_to=0.9, save_every=500)
 DIGITS = dict(size="tiny", lr=1e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=50)
 PRESETS = {
     ("pixels", "imf"): DIGITS | dict(steps=100, M=2),

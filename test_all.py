@@ -1043,6 +1043,7 @@ def test_the_run_folder_is_named_after_what_differs_from_the_preset():
     assert consistency.parse_args(["--loss", "cd", "--mask_prob", "0"]).out == "runs/consistency_cd-digits-imf-mask_prob0.0"
     args = fsf_dmd.parse_args(["--data", "shards", "--M", "1"])                             # latents: Table 6
     assert (args.size, args.lam, args.shift, args.steps, args.batch_size, args.ema, args.omega, args.guide_to, args.M) == ("B/1", 0.05, 10, 4000, 128, 0.99995, 6, 0.9, 1)
+    assert args.precision == "bf16" and args.sources["init"] == "default"
     assert args.sources["lam"] == "preset" and args.sources["M"] == "given" and args.sources["fd_h"] == "default"
 
 
