@@ -19,8 +19,8 @@ L_FSF alone does not have the data as its fixed point: it compares a sample, f(x
 
 --init imf   a guidance-conditioned flow map (consistency.py --loss imf, trained first if it is not there); it is its own teacher.
 
-Cost in forward passes of one network (backward = 2): L_CD 6, rollout 3 M, teacher 1, fake side 1: 14 for M = 2, against 50 for DMD2
-with 5 fake updates and a GAN.  The paper: 0.38 s/step (M = 2) and 0.31 (M = 1), against 1.32-1.46, on a B200.
+Cost in forward passes of one network (backward = 2): L_CD 6, rollout 3 M, teacher 1, fake side 1: 14 for M = 2, against 46 for dmd2.py
+with 5 fake updates and the GAN.  The paper: 0.38 s/step (M = 2) and 0.31 (M = 1), against 1.32-1.46, on a B200.
 """
 import math
 

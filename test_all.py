@@ -1255,7 +1255,7 @@ def test_every_unsettled_choice_of_the_paper_is_a_flag_in_readme():
     readme = (HERE / "README.md").read_text()
     silent = readme[readme.index("Where the paper is silent"):]
     for flag in ("jvp", "fd_h", "huber_c", "cosine", "time_law", "mask_prob", "rollout_grad", "weight", "clip", "cosine_factor", "ema_warmup",
-                 "omega_law", "omega_max", "n_tokens", "token_block", "lr", "cd_guidance"):
+                 "omega_law", "omega_max", "n_tokens", "token_block", "lr", "cd_guidance", "disc_trunk", "ttur", "lam"):
         assert f"--{flag}" in silent, flag
     for name in re.findall(r"`--(\w+)", readme):
         assert any(f'"--{name}"' in (HERE / f).read_text() for f in ("common.py", "evaluate.py", *METHODS)), f"README names --{name}, no script has it"
@@ -1277,6 +1277,8 @@ def test_readme_numbers_come_from_the_results():
         assert f"{gain.mean():+.{digits}f} ± {gain.std(ddof=1):.{digits}f}" == words and words in readme
         if metric != "fd_2step":
             assert (np.sign(gain) == np.sign(gain[0])).all() and scipy.stats.ttest_1samp(gain, 0).pvalue < 0.01
+    ahead = [b["acc_2step"] - a["acc_2step"] for a, b in zip(last["+ DMD2, TTUR 1:5, GAN (100 steps)"], fsf)]
+    assert min(ahead) > 0
     masked = np.array([b["fd_2step"] - a["fd_2step"] for a, b in zip(last["+ CD"], cd)])
     assert (masked < 0).all() and f"{masked.mean():.1f} ± {masked.std(ddof=1):.1f}" == "-4.2 ± 0.8"
     for row in results["rows"]:                                                             # the commands still parse
