@@ -31,6 +31,7 @@ from tqdm import tqdm
 from model import SIZES, LightningDiT
 from vae import BadInput, data_kind, to_uint8
 
+CONSISTENCY_FLAGS = {"mask_prob", "time_law", "jvp", "fd_h", "huber_c", "cosine", "label_drop", "omega_max", "omega_law"}
 # Flags that change how a run is carried out, not what it computes: a run folder may be continued with other values of these.
 RUNTIME_FLAGS = {"steps", "micro_batch", "device", "compile", "out", "resume", "log_every", "preview_every", "eval_every", "save_every", "dry_run"}
 
@@ -142,6 +143,13 @@ def resolve(p, argv, presets, script):
             print(f"  --{k:<14} {'-' if values[k] is None else values[k]!s:<12} {sources[k]}")
         sys.exit(0)
     return args
+
+
+def refuse(args, flags, why):
+    """BadInput if one of these flags was given although it would do nothing."""
+    idle = [f"--{flag}" for flag in flags if args.sources.get(flag) == "given"]
+    if idle:
+        raise BadInput(f"{', '.join(idle)}: {why}; leave that out")
 
 
 def main(train, parse_args):

@@ -24,8 +24,8 @@ Cost in forward passes of one network (backward = 2): fm 3, ct 5, imf 7, cd 6.
 import torch
 import torch.nn.functional as F
 
-from common import (BadInput, Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_checkpoint,
-                    load_network, main, micro_batches, new_network, parser, rank, resolve, setup, step_rng, sync_gradients, update_ema)
+from common import (CONSISTENCY_FLAGS, BadInput, Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_checkpoint,
+                    load_network, main, micro_batches, new_network, parser, rank, refuse, resolve, setup, step_rng, sync_gradients, update_ema)
 from evaluate import Features, evaluate, finish, show
 from model import expand, gate_guidance, interpolate, total_derivative
 from normuon import NorMuon, param_groups
@@ -120,6 +120,16 @@ def parse_args(argv=None):
         raise BadInput("--loss cd --init scratch: distillation needs a teacher, expected --init imf or a model.pt")
     if args.loss in ("fm", "imf") and args.init != "scratch":
         raise BadInput(f"--loss {args.loss} --init {args.init}: trains from scratch; leave --init out")
+    if args.loss != "cd":
+        refuse(args, ["cd_guidance"], "belongs to --loss cd")
+    if args.loss == "fm":
+        refuse(args, sorted(CONSISTENCY_FLAGS - {"time_law", "label_drop"}), "flow matching has no such term")
+    if args.loss in ("fm", "ct") and args.init == "scratch":
+        refuse(args, ["omega", "guide_to", "n_tokens", "token_block"], f"the network of --loss {args.loss} has no guidance input")
+    if args.loss == "ct" or args.loss == "cd" and args.cd_guidance == "fixed":
+        refuse(args, ["omega_max", "omega_law"], "omega is drawn by --loss imf and --cd_guidance drawn only")
+    if args.jvp == "exact":
+        refuse(args, ["fd_h"], "--jvp exact takes no difference")
     return args
 
 
@@ -168,7 +178,9 @@ def train(args):
             # -- the global batch and its random numbers
             g, rows = step_rng(args.seed, step), batch_rows(len(data.x), B, args.seed, step)
             batch = dict(x0=data.x[rows], y=data.y[rows], eps=torch.randn(B, *shape, generator=g))
-            batch["t"], batch["s"] = draw_times(torch.rand(B, 2, generator=g), torch.rand(B, generator=g), args.time_law, args.mask_prob)
+            r = torch.rand(B, 2, generator=g)
+            r = r[:, :1].expand(B, 2) if args.loss == "fm" else r                                     # Eq. 1: one draw of the law
+            batch["t"], batch["s"] = draw_times(r, torch.rand(B, generator=g), args.time_law, args.mask_prob)
             batch["y"] = torch.where(torch.rand(B, generator=g) < args.label_drop, null, batch["y"])
             batch["guidance"] = draw_guidance(torch.rand(B, 3, generator=g), args.omega_law, args.omega_max)
             if args.loss == "cd" and args.cd_guidance == "fixed":

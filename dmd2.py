@@ -14,7 +14,7 @@ One step is ONE generator update and R = --ttur fake updates (TTUR 1:R counted a
 of the generator turn, the others their own rollouts.  Discriminator: two DDT blocks and a class token on the features of the fake
 network's first blocks (model.DiscriminatorHead), which lambda_D L_D also trains.
 
-    python dmd2.py --init imf --ttur 5                  # digits, 2 CPU cores: about 5 minutes
+    python dmd2.py --init imf --ttur 5                  # digits, 2 CPU cores: about 2 minutes
     python dmd2.py --init imf --ttur 5 --lambda_g 0     # without the GAN: it is not built at all
 
 Cost in forward passes of one network (backward = 2), M = 2, averaged over i: generator turn 5.5, first fake turn 3, the others 4.5
@@ -23,8 +23,8 @@ each; the GAN adds 1.75 and 3.5 R.  At R = 5 that is 26.5 without and 45.8 with 
 import torch
 import torch.nn.functional as F
 
-from common import (BadInput, Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_network,
-                    main, micro_batches, number, parser, rank, resolve, setup, step_rng, sync_gradients, update_ema)
+from common import (CONSISTENCY_FLAGS, Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_network,
+                    main, micro_batches, number, parser, rank, refuse, resolve, setup, step_rng, sync_gradients, update_ema)
 from consistency import consistency_loss, draw_guidance, draw_times, pretrained
 from evaluate import Features, evaluate, finish, show
 from model import DiscriminatorHead, gate_guidance, interpolate
@@ -110,10 +110,14 @@ def parse_args(argv=None):
     p.add_argument("--lam", type=number(float, 0, open_low=True), default=0.01, help="lambda of Eq. 59, with --cd 1")
     p.set_defaults(init="imf")
     args = resolve(p, argv, PRESETS, "dmd2")
-    if args.lambda_g == 0 and any(args.sources[k] == "given" for k in ("lambda_d", "disc_trunk")):
-        raise BadInput("--lambda_g 0 builds no discriminator: leave --lambda_d and --disc_trunk out")
-    if not args.cd and any(args.sources[k] == "given" for k in ("lam", "mask_prob", "cd_guidance")):
-        raise BadInput("--lam, --mask_prob and --cd_guidance belong to L_CD: expected --cd 1 with them")
+    if args.lambda_g == 0:
+        refuse(args, ["lambda_d", "disc_trunk"], "--lambda_g 0 builds no discriminator")
+    if not args.cd:
+        refuse(args, ["lam", "cd_guidance", *CONSISTENCY_FLAGS], "belongs to L_CD, which needs --cd 1")
+    if args.cd_guidance == "fixed":
+        refuse(args, ["omega_max", "omega_law"], "omega is drawn with --cd_guidance drawn only")
+    if args.jvp == "exact":
+        refuse(args, ["fd_h"], "--jvp exact takes no difference")
     return args
 
 

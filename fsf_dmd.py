@@ -26,8 +26,8 @@ import math
 
 import torch
 
-from common import (BadInput, Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_network,
-                    main, micro_batches, number, parser, rank, resolve, setup, step_rng, sync_gradients, update_ema)
+from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_network,
+                    main, micro_batches, number, parser, rank, refuse, resolve, setup, step_rng, sync_gradients, update_ema)
 from consistency import consistency_loss, draw_guidance, draw_times, pretrained
 from evaluate import Features, evaluate, finish, show
 from model import expand, gate_guidance, interpolate, shift_time
@@ -114,8 +114,12 @@ def parse_args(argv=None):
     p.add_argument("--rollout_grad", choices=["all", "last"], default="all", help="steps of Eq. 20 that carry gradient")
     p.set_defaults(init="imf")
     args = resolve(p, argv, PRESETS, "fsf_dmd")
-    if args.rollout == "dmd2" and args.rollout_grad == "all" and args.sources["rollout_grad"] == "given":
-        raise BadInput("--rollout dmd2 --rollout_grad all: Eq. 17 has gradient in its last call only; leave --rollout_grad out")
+    if args.rollout == "dmd2":
+        refuse(args, ["rollout_grad"], "Eq. 17 has gradient in its last call only")
+    if args.cd_guidance == "fixed":
+        refuse(args, ["omega_max", "omega_law"], "omega is drawn with --cd_guidance drawn only")
+    if args.jvp == "exact":
+        refuse(args, ["fd_h"], "--jvp exact takes no difference")
     return args
 
 
