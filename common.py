@@ -106,7 +106,7 @@ def flow_map_flags(p):
 def resolve(p, argv, presets, script):
     """argv -> the namespace: flags given, over the preset of (kind of data, init), over the parser's defaults.
 
-    args.init_kind is the preset's init, also where --init is the path of a checkpoint.  `args.sources` says who set each flag.
+    Where --init is the path of a checkpoint, the network in it says which preset.  `args.sources` says who set each flag.
     """
     everything = vars(p.parse_args(argv))                                 # --help and bad flags end here
     defaults = {k: p.get_default(k) for k in everything}
@@ -136,7 +136,7 @@ def resolve(p, argv, presets, script):
         name = [script, Path(values["data"]).stem, Path(init).parent.name if init_kind != init else init, *differs]
         values["out"] = str(Path("runs") / "-".join(name).replace("/", ""))
     args = argparse.Namespace(**values)
-    args.script, args.init_kind, args.sources = script, init_kind, sources
+    args.sources = sources
     if args.dry_run:
         print(f"{script}: preset ({kind}, {init_kind})")
         for k in sorted(set(values) - {"dry_run"}):
@@ -354,7 +354,7 @@ class Run:
     def __init__(self, args, state, model, data):
         self.args, self.state, self.model, self.data = args, state, model, data
         self.folder, self.main = Path(args.out), rank() == 0
-        self.identity = {k: v for k, v in vars(args).items() if k not in RUNTIME_FLAGS | {"sources", "script", "init_kind"}}
+        self.identity = {k: v for k, v in vars(args).items() if k not in RUNTIME_FLAGS | {"sources"}}
         self.step, self.evaluations, self.pending, self.stop_signal = 0, [], [], None
         if self.folder.is_file() or self.folder.is_dir() and any(self.folder.iterdir()) and not (self.folder / "args.json").exists():
             raise BadInput(f"--out {self.folder}: exists and is no run folder, expected a new one; nothing was touched")

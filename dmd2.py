@@ -27,7 +27,7 @@ from common import (CONSISTENCY_FLAGS, Run, autocast, batch_rows, compile_blocks
                     main, micro_batches, number, parser, rank, refuse, resolve, setup, step_rng, sync_gradients, update_ema)
 from consistency import consistency_loss, draw_guidance, draw_times, pretrained
 from evaluate import Features, evaluate, finish, show
-from model import DiscriminatorHead, gate_guidance, interpolate
+from model import DiscriminatorHead, expand, gate_guidance, interpolate
 from normuon import NorMuon, param_groups
 from vae import load_data
 
@@ -66,7 +66,7 @@ def dmd_loss(x_hat, fake, teacher, t, eps):
         x_t = interpolate(x_hat, eps, t)
         v_fake, v_teacher = fake(x_t, t), teacher(x_t, t)
         scale = (v_teacher - (eps - x_hat)).flatten(1).abs().mean(1) + 1e-6                           # 1e-6: as FastGen, against 0/0
-        target = x_hat - (v_teacher - v_fake) / scale.view(-1, *[1] * (x_hat.ndim - 1))
+        target = x_hat - (v_teacher - v_fake) / expand(scale, x_hat)
         gap = (v_fake - v_teacher).flatten(1).abs().mean(1)
     return 0.5 * (x_hat - target).flatten(1).pow(2).mean(1), gap
 
@@ -135,9 +135,9 @@ def train(args):
     head = DiscriminatorHead(fake).to(device).requires_grad_(False) if args.lambda_g else None
     trunk = fake if args.disc_trunk == "fake" else teacher
     fake_side = [m for m in (fake, head) if m is not None]
-    for m in fake_side:
-        m.requires_grad_(True)
-    fake.pos_embed.requires_grad_(False)                                                              # a fixed table
+    fake_params = [p for m in fake_side for name, p in m.named_parameters() if name != "pos_embed"]   # pos_embed: a fixed table
+    for p in fake_params:
+        p.requires_grad_(True)
     opt = NorMuon(param_groups(net), lr=args.lr)
     opt_fake = NorMuon(param_groups(*fake_side), lr=args.fake_lr or args.lr)
     compile_blocks(args, net, ema, teacher, *fake_side)
@@ -169,8 +169,8 @@ def train(args):
 
                 # -- generator turn: fake side and head are fixed, gradient passes through them to x_hat
                 if turn == 0:
-                    for m in fake_side:
-                        m.requires_grad_(False)
+                    for p in fake_params:
+                        p.requires_grad_(False)
                     opt.zero_grad()
                     for b in parts:
                         with autocast(args, device):
@@ -201,9 +201,8 @@ def train(args):
                     update_ema(ema, net, ema_decay(args, step))
                     if args.ida < 1:
                         ida_(fake, net, args.ida)                                                     # Eq. 60
-                    for m in fake_side:
-                        m.requires_grad_(True)
-                    fake.pos_embed.requires_grad_(False)
+                    for p in fake_params:
+                        p.requires_grad_(True)
 
                 # -- fake turn: the generator is fixed
                 opt_fake.zero_grad()

@@ -15,7 +15,6 @@ fixed seed (3 s for the digits; 97% right on the odd images when trained on the 
 import argparse
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np

@@ -30,7 +30,7 @@ from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, flow_m
                     main, micro_batches, number, parser, rank, refuse, resolve, setup, step_rng, sync_gradients, update_ema)
 from consistency import consistency_loss, draw_guidance, draw_times, pretrained
 from evaluate import Features, evaluate, finish, show
-from model import expand, gate_guidance, interpolate, shift_time
+from model import gate_guidance, interpolate, shift_time
 from normuon import NorMuon, param_groups
 from vae import load_data
 

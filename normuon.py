@@ -153,6 +153,7 @@ class NorMuon(torch.optim.Optimizer):
         torch._foreach_div_(denom, (1 - b2 ** k) ** 0.5)
         torch._foreach_add_(denom, eps)                                                               # eps outside the corrected root
         updates = torch._foreach_div(mean, denom)
-        if group["weight_decay"]:
-            torch._foreach_mul_([p for p in ps if p.grad is not None] or [torch.zeros(1)], 1 - lr * group["weight_decay"])
+        decayed = [p for p in ps if p.grad is not None]
+        if group["weight_decay"] and decayed:
+            torch._foreach_mul_(decayed, 1 - lr * group["weight_decay"])
         torch._foreach_add_(ps, [u.to(p.dtype) for p, u in zip(ps, updates)], alpha=-lr / (1 - b1 ** k))
