@@ -33,7 +33,8 @@ from vae import BadInput, data_kind, to_uint8
 
 CONSISTENCY_FLAGS = {"mask_prob", "time_law", "jvp", "fd_h", "huber_c", "cosine", "label_drop", "omega_max", "omega_law"}
 # Flags that change how a run is carried out, not what it computes: a run folder may be continued with other values of these.
-RUNTIME_FLAGS = {"steps", "micro_batch", "device", "compile", "out", "resume", "log_every", "preview_every", "eval_every", "save_every", "dry_run"}
+RUNTIME_FLAGS = {"steps", "micro_batch", "device", "compile", "out", "resume", "log_every", "preview_every", "eval_every", "save_every",
+                 "health_every", "dry_run"}
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
@@ -97,6 +98,7 @@ def flow_map_flags(p):
     p.add_argument("--label_drop", type=number(float, 0, 1), default=0.1, help="probability of the null label in the consistency loss (Table 6)")
     p.add_argument("--omega", type=number(float, 1), default=6.0, help="CFG scale omega of teacher, fake side and samples (Table 6)")
     p.add_argument("--guide_to", type=number(float, 0, 1), default=0.9, help="guidance acts for t in [0, guide_to] (Table 6: 0.9)")
+    p.add_argument("--cfg_channels", type=number(int, 0), default=0, help="CFG of a plain teacher on this many first channels; 0: all (Table 4: 3 of 32)")
     p.add_argument("--omega_max", type=number(float, 1), default=8.0, help="iMF draws omega on [1, omega_max]")
     p.add_argument("--omega_law", choices=["loguniform", "truncexp"], default="loguniform", help="law of that draw: iMF's, or the truncated exponential the paper names")
     p.add_argument("--n_tokens", type=number(int, 1), help="n, tokens per condition of the augmented backbone (default: 16; tiny 1)")
@@ -121,7 +123,7 @@ def resolve(p, argv, presets, script):
         if not Path(init).is_file():
             raise BadInput(f"--init {init}: expected {' or '.join(inits)}, or the path of a model.pt")
         config = load_checkpoint(init)["config"]
-        init_kind = {"in_context": "imf"}.get(config["conditioning"], "fm")
+        init_kind = "imf" if config["conditioning"] == "in_context" else "fm"
         if init_kind not in inits:
             raise BadInput(f"--init {init}: holds a {config['conditioning']} network, expected one for --init {' or '.join(inits)}")
         stored = {k: config[k] for k in ("size", "n_tokens", "token_block") if k in defaults}
@@ -142,6 +144,7 @@ def resolve(p, argv, presets, script):
         for k in sorted(set(values) - {"dry_run"}):
             print(f"  --{k:<14} {'-' if values[k] is None else values[k]!s:<12} {sources[k]}")
         sys.exit(0)
+    args.start = init_kind
     return args
 
 
@@ -150,6 +153,20 @@ def refuse(args, flags, why):
     idle = [f"--{flag}" for flag in flags if args.sources.get(flag) == "given"]
     if idle:
         raise BadInput(f"{', '.join(idle)}: {why}; leave that out")
+
+
+def refuse_idle(args):
+    """`refuse` for the flags of `flow_map_flags` that do nothing beside the others, in the scripts that distil."""
+    if args.start == "fm":
+        refuse(args, ["n_tokens", "token_block", "cd_guidance", "omega_max", "omega_law"], "the network of --init fm has no guidance input")
+    else:
+        refuse(args, ["cfg_channels"], "belongs to --init fm; the augmented network takes omega as an input")
+    if args.start == "scratch":
+        refuse(args, ["cd_guidance"], "L_CT of --init scratch draws omega as iMF does")
+    elif args.cd_guidance == "fixed":
+        refuse(args, ["omega_max", "omega_law"], "omega is drawn with --cd_guidance drawn only")
+    if args.jvp == "exact":
+        refuse(args, ["fd_h"], "--jvp exact takes no difference")
 
 
 def main(train, parse_args):
@@ -325,6 +342,16 @@ def load_network(path, data=None, conditioning=None):
     except (RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"{path}: its weights do not fit its configuration ({' '.join(str(error).split())[:160]})") from None
     return net, checkpoint
+
+
+def load_start(path, data):
+    """(student, frozen teacher) that start from a model.pt.  A plain velocity network becomes a flow map by decoupled conditioning."""
+    teacher, _ = load_network(path, data)
+    net = teacher
+    if teacher.conditioning == "plain":
+        net = LightningDiT(**teacher.config | dict(conditioning="decoupled"))
+        net.load_state_dict(teacher.state_dict())                         # the same parameters (DMF)
+    return copy.deepcopy(net).train(), frozen_copy(teacher)
 
 
 def new_network(args, data, conditioning):

@@ -1,13 +1,16 @@
-"""Flow matching, improved MeanFlow, consistency training and consistency distillation: everything FSF-DMD starts from, and its L_CD.
+"""Flow matching, improved MeanFlow, RCGM, consistency training and distillation: what FSF-DMD starts from, its L_CD, its baselines.
 
 Paper: Kim, Lee, Park, "Distribution Matching Distillation without Fake Score Network", arXiv 2605.19256 (bracketed numbers).
+Table 2 row 3, Table 3 rows 1 and 9, Table 4 row 3, Table 5 "iMF" and "RCGM".
 
     --loss fm    flow matching [1]                 E || u(x_t,t,t) - (eps - x0) ||^2, the velocity network others start from
     --loss imf   improved MeanFlow [6]             Geng et al.: guidance omega and its interval [t_min, t_max] are inputs
     --loss ct    consistency training [6]          the same without guidance, tangent eps - x0 (MeanFlow)
-    --loss cd    consistency distillation [16]     target and tangent from a frozen guided teacher (Table 2 row 3, Table 3 rows 1, 9)
+    --loss cd    consistency distillation [16]     target and tangent from a frozen guided teacher
+    --loss rcgm  recursive consistency [66-67]     TwinFlow's base: du/dt by a step of delta and N jumps of the EMA network
+    --loss isg   intra-segment guidance [61-62]    SenseFlow's: a teacher step inside the segment, then the student's own jump
 
-All but fm are one regression of the average velocity u(x_t, t, s) onto its own identity,
+imf, ct and cd are one regression of the average velocity u(x_t, t, s) onto its own identity,
 
     rho( u(x_t,t,s),  sg( v - (t-s) du/dt ) ),        du/dt along dx/dt = a, ds/dt = 0                        [6, 16, 37-38]
 
@@ -16,20 +19,25 @@ All but fm are one regression of the average velocity u(x_t, t, s) onto its own 
     imf      eps - x0 + (1 - 1/omega)(u(x_t,t,t|y,omega) - u(x_t,t,t|null,1))      u(x_t,t,t|y,omega)
     cd       v_teacher(x_t, t)                                     v_teacher(x_t, t)
 
+and rcgm is the same with imf's v as tangent, d/dt [(t-s) u] taken as a backward difference over delta.
+
     python consistency.py --loss imf                       # digits, 2 CPU cores: half a minute; the initialisation of fsf_dmd.py
     python consistency.py --loss cd --init imf             # the baseline that FSF-DMD is compared with
+    python consistency.py --loss cd --init fm              # the same from a plain velocity network (Table 4)
 
-Cost in forward passes of one network (backward = 2): fm 3, ct 5, imf 7, cd 6.
+Cost in forward passes of one network (backward = 2): fm 3, ct 5, imf 7, cd 6 (from fm 7: CFG takes two), rcgm 7, isg 5.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 
-from common import (CONSISTENCY_FLAGS, BadInput, Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_checkpoint,
-                    load_network, main, micro_batches, new_network, parser, rank, refuse, resolve, setup, step_rng, sync_gradients, update_ema)
+from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_checkpoint, load_start, main,
+                    micro_batches, new_network, number, parser, rank, refuse, refuse_idle, resolve, setup, step_rng, sync_gradients, update_ema)
 from evaluate import Features, evaluate, finish, show
-from model import expand, gate_guidance, interpolate, total_derivative
+from model import expand, flow_map, gate_guidance, guided_map, guided_velocity, interpolate, total_derivative
 from normuon import NorMuon, param_groups
-from vae import load_data
+from vae import BadInput, load_data
 
 # "pixels": the digits presets, chosen by the search described in README.  "latents": the paper's Table 6.
 TABLE6 = dict(size="B/1", batch_size=128, precision="bf16", ema=0.99995, lr=6e-4, omega=6.0, guide_to=0.9, save_every=500)
@@ -37,9 +45,17 @@ DIGITS = dict(size="tiny", lr=3e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save
 PRESETS = {
     ("pixels", "scratch"): DIGITS | dict(steps=200, lr=6e-3),
     ("pixels", "imf"): DIGITS | dict(steps=200),
+    ("pixels", "fm"): DIGITS | dict(steps=200),
     ("latents", "scratch"): TABLE6 | dict(steps=400_000),
     ("latents", "imf"): TABLE6 | dict(steps=40_000),
+    ("latents", "fm"): TABLE6 | dict(steps=20_000, cfg_channels=3),
 }
+CONDITIONING = dict(fm="plain", ct="decoupled", imf="in_context", rcgm="in_context")                  # of a network from scratch
+ONLY = dict(                                                                                          # flags that only these losses read
+    cd_guidance=("cd", "isg"), tangent_norm=("ct", "imf", "cd"), delta=("rcgm",), order=("rcgm",), clamp=("rcgm",), M=("isg",), mask_prob=("ct", "imf", "cd", "rcgm"),
+    time_law=("fm", "ct", "imf", "cd", "rcgm"), jvp=("ct", "imf", "cd"), fd_h=("ct", "imf", "cd"), huber_c=("ct", "imf", "cd", "rcgm", "isg"), cosine=("ct", "imf", "cd", "rcgm"),
+    omega=("fm", "imf", "cd", "rcgm", "isg"), guide_to=("fm", "imf", "cd", "rcgm", "isg"), cfg_channels=("fm", "cd", "isg"), omega_max=("imf", "rcgm", "cd", "isg"),
+    omega_law=("imf", "rcgm", "cd", "isg"), n_tokens=("imf", "rcgm", "cd", "isg"), token_block=("imf", "rcgm", "cd", "isg"))
 
 
 # ---- method ------------------------------------------------------------------------------------------------------------------
@@ -78,58 +94,125 @@ def flow_matching_loss(u, x0, eps, t):
     return (u(x_t, t, t) - (eps - x0)).flatten(1).pow(2).mean(1)
 
 
-def consistency_loss(u, x_t, t, s, v, tangent, h=0.005, exact=False, c=1e-3, cosine=True):
+def consistency_loss(u, x_t, t, s, v, tangent, h=0.005, exact=False, c=1e-3, cosine=True, tangent_norm=0.0):
     """Consistency training (Eq. 6) and distillation (Eq. 16) of each sample -> [B]:  rho( u(x_t,t,s), sg( v - (t-s) du/dt ) ).
 
     u: callable (x [B, C, H, W], t [B], s [B]) -> average velocity.  v: target velocity and tangent: dx/dt, both [B, C, H, W];
     for Eq. 16 both are the teacher's v(x_t, t).  s <= t; rows with s = t are flow matching onto v.
     Half its gradient is AYF's EMD with weight 1/(t-s) (Eq. 35-38), and for the squared distance MeanFlow's.
+    tangent_norm > 0: AYF's and rCM's original, || u - sg( u + g / (||g|| + tangent_norm) ) ||^2, g = v - (t-s) du/dt - u (Eq. 57-58).
     """
     du_dt = total_derivative(u, x_t, t, s, tangent, h, exact)                                         # no gradient
     target = v - expand(t - s, v) * du_dt                                                             # Eq. 37 at df/dt = 0
-    return distance(u(x_t, t, s), target.detach(), c, cosine)
+    pred = u(x_t, t, s)
+    if tangent_norm:
+        g = (target - pred).detach()                                                                  # Eq. 58
+        g = g / expand(g.flatten(1).norm(dim=1) + tangent_norm, g)
+        return (pred - (pred + g).detach()).flatten(1).pow(2).sum(1)                                  # Eq. 57, summed as there
+    return distance(pred, target.detach(), c, cosine)
 
 
-def imf_loss(net, x0, eps, t, s, y, guidance, h=0.005, exact=False, c=1e-3, cosine=True):
+@torch.no_grad()
+def guided_target(net, x_t, v, t, y, guidance):
+    """iMF's guided velocity v + (1 - 1/omega)(v_cond - v_uncond) and v_cond -> two [B, C, H, W].  Its fixed point is CFG of scale omega.
+
+    net: callable (x, t, y, s, guidance) with attribute num_classes, the null label.  v = eps - x0.  Rows with a dropped label are not
+    guided.  TwinFlow's "enhancement" of RCGM is the same formula with a constant in the place of 1 - 1/omega.
+    """
+    at_t, null = gate_guidance(guidance, t), torch.full_like(y, net.num_classes)
+    v_cond, v_uncond = net(x_t, t, y, None, at_t), net(x_t, t, null, None, None)                      # None: omega = 1 on [0, 1]
+    w = torch.where(y == null, 0.0, 1 - 1 / at_t[:, 0])
+    return v + expand(w, v) * (v_cond - v_uncond), v_cond
+
+
+def whole_interval(guidance, t, s):
+    """iMF's rule for guidance [B, 3]: rows with s = t, which learn the velocity, ignore the interval."""
+    return torch.where((s == t)[:, None], guidance * guidance.new_tensor([1, 0, 0]) + guidance.new_tensor([0, 0, 1]), guidance)
+
+
+def imf_loss(net, x0, eps, t, s, y, guidance, **rho):
     """Improved MeanFlow of each sample -> [B]: Eq. 6 with the predicted tangent, guidance as a condition.
 
-    net: callable (x, t, y, s, guidance) with attribute num_classes, the null label.  y [B], null where dropped; guidance [B, 3].
-    The V form of iMF, || u + (t-s) sg(du/dt) - sg(v_g) ||^2, has this gradient exactly.  Its fixed point is CFG of scale omega.
+    net: see guided_target.  y [B], null where dropped; guidance [B, 3]; rho: options of consistency_loss.
+    The V form of iMF, || u + (t-s) sg(du/dt) - sg(v_g) ||^2, has this gradient exactly.
     """
-    guidance = torch.where((s == t)[:, None], guidance * guidance.new_tensor([1, 0, 0]) + guidance.new_tensor([0, 0, 1]), guidance)
-    at_t, null = gate_guidance(guidance, t), torch.full_like(y, net.num_classes)
+    guidance = whole_interval(guidance, t, s)
+    x_t = interpolate(x0, eps, t)                                                                     # [B, C, H, W]
+    v_g, v_cond = guided_target(net, x_t, eps - x0, t, y, guidance)
+    return consistency_loss(lambda x, t, s: net(x, t, y, s, guidance), x_t, t, s, v_g, v_cond, **rho)
+
+
+def distillation_loss(net, teacher, x0, eps, t, s, y, guidance, channels=None, **rho):
+    """Consistency distillation of each sample -> [B]: Eq. 16 from a frozen guided teacher (model.guided_velocity).
+
+    net: a LightningDiT flow map; y [B], null where dropped; guidance [B, 3]; rho: options of consistency_loss.
+    """
     x_t = interpolate(x0, eps, t)                                                                     # [B, C, H, W]
     with torch.no_grad():
-        v_cond, v_uncond = net(x_t, t, y, None, at_t), net(x_t, t, null, None, None)                  # None: omega = 1 on [0, 1]
-        w = torch.where(y == null, 0.0, 1 - 1 / at_t[:, 0])                                           # dropped labels: not guided
-        v_g = (eps - x0) + expand(w, x0) * (v_cond - v_uncond)
-    return consistency_loss(lambda x, t, s: net(x, t, y, s, guidance), x_t, t, s, v_g, v_cond, h, exact, c, cosine)
+        v = guided_velocity(teacher, x_t, t, y, guidance, channels)
+    guidance = torch.where((s == t)[:, None], gate_guidance(guidance, t), guidance)                   # as iMF trained those rows
+    return consistency_loss(lambda x, t, s: guided_map(net, x, t, s, y, guidance), x_t, t, s, v, v, **rho)
+
+
+def rcgm_loss(u, u_ema, x_t, t, s, v, delta=0.01, N=2, clamp=1.0, c=1e-3, cosine=True):
+    """Recursive consistency (RCGM) of each sample, Eq. 66-67 -> [B]:  (t-s) u(x_t,t,s) = delta v + I,  I = N jumps of u_ema from t - delta to s.
+
+    u, u_ema: callables (x, t, s), the second never differentiated; v [B, C, H, W] the (guided) velocity at (x_t, t).  As TwinFlow's
+    code, u is regressed onto u - clamp(e) with e = ((t-s) u - I) / delta - v, which for N = 1, u_ema = u and no clamp is MeanFlow's
+    residual up to O(delta).  Where t - s < delta, e = u - v: flow matching.  No division by t - s.  clamp: on e, inf = off.
+    """
+    with torch.no_grad():
+        t_next = torch.maximum(t - delta, s)
+        x, I = x_t - delta * v, torch.zeros_like(x_t)                                                 # Eq. 66: a step along v
+        for i in range(N):
+            a, b = t_next + (s - t_next) * (i / N), t_next + (s - t_next) * ((i + 1) / N)
+            move = expand(a - b, x) * u_ema(x, a, b)
+            x, I = x - move, I + move
+    pred = u(x_t, t, s)                                                                               # [B, C, H, W]
+    with torch.no_grad():
+        e = (expand(t - s, x_t) * pred - I) / delta - v
+        e = torch.where(expand(t - s < delta, x_t), pred - v, e)
+    return distance(pred, pred.detach() - e.clamp(-clamp, clamp), c, cosine)                          # Eq. 67
+
+
+def isg_loss(u, teacher, x_t, t, s, r, c=1e-3):
+    """Intra-segment guidance (SenseFlow) of each sample, Eq. 61-62 -> [B]: the jump t -> s must equal a teacher step t -> r and a jump r -> s.
+
+    u: callable (x, t, s); teacher: callable (x, t) -> velocity; s < r < t [B].  Pseudo-Huber of each element, as its code.
+    """
+    with torch.no_grad():
+        x_r = x_t - expand(t - r, x_t) * teacher(x_t, t)                                              # Eq. 61
+        target = flow_map(u, x_r, r, s)
+    error = flow_map(u, x_t, t, s) - target                                                           # Eq. 62
+    return ((error ** 2 + c ** 2).sqrt() - c).flatten(1).mean(1)
 
 
 # ---- flags -------------------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = parser(__doc__, "scratch (fm, imf, ct), imf (cd: the network of --loss imf, trained first if need be), or a model.pt")
-    p.add_argument("--loss", choices=["fm", "imf", "ct", "cd"], required=True, help="see above")
+    p = parser(__doc__, "scratch (fm, imf, ct, rcgm), imf or fm (cd, isg: the network of that --loss, trained first if need be), or a model.pt")
+    p.add_argument("--loss", choices=["fm", "imf", "ct", "cd", "rcgm", "isg"], required=True, help="see above")
     flow_map_flags(p)
-    p.add_argument("--cd_guidance", choices=["fixed", "drawn"], default="fixed", help="cd: omega and its interval fixed, or drawn as in iMF")
+    p.add_argument("--cd_guidance", choices=["fixed", "drawn"], default="fixed", help="cd, isg: omega and its interval fixed, or drawn as in iMF")
+    p.add_argument("--tangent_norm", type=number(float, 0), default=0.0, help="constant of AYF's and rCM's tangent normalisation (theirs: 0.1); 0: off, the paper found it hurts")
+    p.add_argument("--delta", type=number(float, 0, 0.5, open_low=True), default=0.01, help="rcgm: delta of Eq. 66 (0.01, TwinFlow)")
+    p.add_argument("--order", type=number(int, 1), default=2, help="rcgm: N, jumps of the EMA network in Eq. 66 (2, the paper)")
+    p.add_argument("--clamp", type=number(float, 0), default=1.0, help="rcgm: clamp of the residual to [-clamp, clamp] (1, TwinFlow); 0: off")
+    p.add_argument("--M", type=number(int, 1), default=2, help="isg: segments of [0, 1]")
     loss = p.parse_known_args(argv)[0].loss
-    p.set_defaults(init="imf" if loss == "cd" else "scratch")
+    p.set_defaults(init="imf" if loss in ("cd", "isg") else "scratch")
     args = resolve(p, argv, PRESETS, f"consistency_{loss}")
-    if args.loss == "cd" and args.init == "scratch":
-        raise BadInput("--loss cd --init scratch: distillation needs a teacher, expected --init imf or a model.pt")
-    if args.loss in ("fm", "imf") and args.init != "scratch":
+    if args.loss in ("cd", "isg") and args.init == "scratch":
+        raise BadInput(f"--loss {args.loss} --init scratch: distillation needs a teacher, expected --init imf, fm or a model.pt")
+    if args.loss not in ("cd", "isg") and args.init != "scratch":
         raise BadInput(f"--loss {args.loss} --init {args.init}: trains from scratch; leave --init out")
-    if args.loss != "cd":
-        refuse(args, ["cd_guidance"], "belongs to --loss cd")
-    if args.loss == "fm":
-        refuse(args, sorted(CONSISTENCY_FLAGS - {"time_law", "label_drop"}), "flow matching has no such term")
-    if args.loss in ("fm", "ct") and args.init == "scratch":
-        refuse(args, ["omega", "guide_to", "n_tokens", "token_block"], f"the network of --loss {args.loss} has no guidance input")
-    if args.loss == "ct" or args.loss == "cd" and args.cd_guidance == "fixed":
-        refuse(args, ["omega_max", "omega_law"], "omega is drawn by --loss imf and --cd_guidance drawn only")
-    if args.jvp == "exact":
-        refuse(args, ["fd_h"], "--jvp exact takes no difference")
+    for flag, losses in ONLY.items():
+        if args.loss not in losses:
+            refuse(args, [flag], f"belongs to --loss {' or '.join(losses)}")
+    if args.loss != "fm":
+        refuse_idle(args)
+    if args.tangent_norm:
+        refuse(args, ["huber_c", "cosine"], "--tangent_norm takes the squared distance")
     return args
 
 
@@ -137,7 +220,7 @@ def pretrained(args, loss):
     """Path of the model.pt that `consistency.py --loss LOSS` trains with the same data, size and seed; trains it now if it is not there."""
     argv = ["--loss", loss]
     for flag in ("data", "size", "seed", "n_tokens", "token_block", "device", "micro_batch", "compile"):
-        if args.sources[flag] == "given":
+        if args.sources.get(flag) == "given":
             argv += [f"--{flag}", str(getattr(args, flag))]
     own = parse_args(argv)
     if rank() == 0:
@@ -156,20 +239,18 @@ def train(args):
     data = load_data(args.data)
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 
-    teacher = None
     if args.init == "scratch":
-        net = new_network(args, data, {"fm": "plain", "imf": "in_context", "ct": "decoupled", "cd": None}[args.loss]).to(device)
+        net, teacher = new_network(args, data, CONDITIONING[args.loss]).to(device).train(), None
     else:
-        path = pretrained(args, "imf") if args.init == "imf" else args.init
-        net = load_network(path, data, ["in_context"])[0].to(device)
-        teacher = frozen_copy(net) if args.loss == "cd" else None
-    net.train()
+        path = pretrained(args, args.init) if args.init in ("imf", "fm") else args.init
+        net, teacher = (n.to(device) for n in load_start(path, data))
     ema = frozen_copy(net)
     opt = NorMuon(param_groups(net), lr=args.lr)
     frozen = dict(teacher=teacher) if teacher is not None else {}
     compile_blocks(args, net, ema, *frozen.values())
     features = Features(data) if rank() == 0 else None
-    rho = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
+    rho = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine, tangent_norm=args.tangent_norm)
+    channels = args.cfg_channels or None                                                              # of a plain teacher's CFG
 
     with Run(args, dict(net=net, ema=ema, opt=opt) | frozen, ema, data) as run:
         if run.step == 0 and run.main:
@@ -183,8 +264,12 @@ def train(args):
             batch["t"], batch["s"] = draw_times(r, torch.rand(B, generator=g), args.time_law, args.mask_prob)
             batch["y"] = torch.where(torch.rand(B, generator=g) < args.label_drop, null, batch["y"])
             batch["guidance"] = draw_guidance(torch.rand(B, 3, generator=g), args.omega_law, args.omega_max)
-            if args.loss == "cd" and args.cd_guidance == "fixed":
+            if args.loss in ("cd", "isg") and args.cd_guidance == "fixed":
                 batch["guidance"] = torch.tensor([[args.omega, 0.0, args.guide_to]]).expand(B, 3)
+            if args.loss == "isg":                                                                    # segment [s, t], r inside it
+                batch["t"] = 1 - torch.randint(args.M, (B,), generator=g) / args.M
+                batch["s"] = batch["t"] - 1 / args.M
+                batch["r"] = batch["s"] + (0.1 + 0.8 * torch.rand(B, generator=g)) / args.M           # SenseFlow: 0.05 off both ends of 0.5
 
             # -- one step
             opt.zero_grad()
@@ -198,12 +283,16 @@ def train(args):
                     elif args.loss == "ct":
                         v = b.eps - b.x0
                         loss = consistency_loss(lambda x, t, s: net(x, t, b.y, s), interpolate(b.x0, b.eps, b.t), b.t, b.s, v, v, **rho)
-                    else:                                                                             # Eq. 16
-                        x_t, at_t = interpolate(b.x0, b.eps, b.t), gate_guidance(b.guidance, b.t)
-                        guidance = torch.where((b.s == b.t)[:, None], at_t, b.guidance)
-                        with torch.no_grad():
-                            v = teacher(x_t, b.t, b.y, None, at_t)
-                        loss = consistency_loss(lambda x, t, s: net(x, t, b.y, s, guidance), x_t, b.t, b.s, v, v, **rho)
+                    elif args.loss == "cd":
+                        loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y, b.guidance, channels, **rho)
+                    elif args.loss == "rcgm":
+                        x_t, guidance = interpolate(b.x0, b.eps, b.t), whole_interval(b.guidance, b.t, b.s)
+                        v, _ = guided_target(ema, x_t, b.eps - b.x0, b.t, b.y, guidance)
+                        loss = rcgm_loss(lambda x, t, s: net(x, t, b.y, s, guidance), lambda x, t, s: ema(x, t, b.y, s, guidance),
+                                         x_t, b.t, b.s, v, args.delta, args.order, args.clamp or math.inf, args.huber_c, args.cosine)
+                    else:
+                        loss = isg_loss(lambda x, t, s: guided_map(net, x, t, s, b.y, b.guidance),
+                                        lambda x, t: guided_velocity(teacher, x, t, b.y, b.guidance, channels), interpolate(b.x0, b.eps, b.t), b.t, b.s, b.r, args.huber_c)
                 loss = loss.sum() / B
                 loss.backward()
                 total += loss.detach()

@@ -23,8 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import BadInput, Parser, load_checkpoint, load_network, main, noise_by_index, number, preview, save_atomic
-from model import euler_sample, fixed_guidance, sample
-from vae import load_data
+from model import euler_sample, fixed_guidance, guided_map, guided_velocity, interpolate, sample, v_to_x0
+from vae import load_data, to_uint8
 
 EULER_STEPS = 25                # for a network that is no flow map (a plain velocity); the paper's teacher rows use many small steps too
 EVAL_SEED = 0                   # noise of the samples; independent of the training seed, so that runs are compared on the same noise
@@ -183,23 +183,22 @@ class Features:
 # ------------------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def generate(net, n, shape, steps, omega=1.0, guide_to=1.0, seed=EVAL_SEED, batch=500):
+def generate(net, n, shape, steps, omega=1.0, guide_to=1.0, channels=None, seed=EVAL_SEED, batch=500):
     """n samples [n, C, H, W] and their classes [n] = 0, 1, 2, ... in turn.  steps: of the flow map (a plain network: Euler steps).
 
-    omega, guide_to: CFG scale and interval, for a network with guidance inputs.  Noise row i depends on (seed, i) alone.
+    omega, guide_to: CFG scale and interval, an input of the network or (plain, on `channels`) real CFG.  Noise row i depends on
+    (seed, i) alone.
     """
     device, was_training = next(net.parameters()).device, net.training
     net.eval()
     y, samples = torch.arange(n) % net.num_classes, []
     for rows in torch.arange(n).split(batch):
         eps, labels = noise_by_index(seed, rows, shape).to(device), y[rows].to(device)
+        guidance = fixed_guidance(omega, 0.0, guide_to, eps)
         if net.conditioning == "plain":
-            x = euler_sample(net, eps, labels, steps)
-        elif net.conditioning == "decoupled":
-            x = sample(net, eps, labels, steps)
+            x = euler_sample(lambda x, t, y: guided_velocity(net, x, t, y, guidance, channels), eps, labels, steps)
         else:
-            guidance = fixed_guidance(omega, 0.0, guide_to, eps)
-            x = sample(lambda x, t, y, s: net(x, t, y, s, guidance), eps, labels, steps)
+            x = sample(lambda x, t, y, s: guided_map(net, x, t, s, y, guidance), eps, labels, steps)
         samples.append(x.cpu())
     net.train(was_training)
     return torch.cat(samples), y
@@ -212,10 +211,11 @@ def sampler_steps(net, steps):
 def evaluate(net, features, args, steps=(1, 2, 4), n=2000, seed=EVAL_SEED):
     """{"fd_1step": ..., "fd_2step": ..., ...}: every metric at every number of sampling steps (a plain network: Euler only).
 
-    args: anything with omega and guide_to, the guidance to sample with.
+    args: anything with omega, guide_to and cfg_channels, the guidance to sample with.
     """
+    guidance = args.omega, args.guide_to, args.cfg_channels or None
     return {f"{metric}_{N}step": value for N in sampler_steps(net, steps)
-            for metric, value in features.metrics(*generate(net, n, features.shape, N, args.omega, args.guide_to, seed)).items()}
+            for metric, value in features.metrics(*generate(net, n, features.shape, N, *guidance, seed)).items()}
 
 
 def show(path, nets, data, args, steps=(1, 2)):
@@ -225,9 +225,67 @@ def show(path, nets, data, args, steps=(1, 2)):
     rows = [("real", real)]
     for caption, net in nets:
         for N in sampler_steps(net, steps):
-            x, _ = generate(net, 3 * data.num_classes, data.x.shape[1:], N, args.omega, args.guide_to)
+            x, _ = generate(net, 3 * data.num_classes, data.x.shape[1:], N, args.omega, args.guide_to, args.cfg_channels or None)
             rows.append((f"{caption}, {N} step{'s' * (N > 1)}", x))
     preview(path, rows, data.meta)
+
+
+HEALTH_BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+def health(run, generator, v_fake, v_teacher, dm=None, gan=None, n=100):
+    """The health panel of a distribution matching run: numbers into metrics.jsonl, a picture beside the samples.
+
+    generator: callable (z [n, C, H, W], y [n]) -> x_hat; v_fake, v_teacher: callables (x_t, t [n], y) -> velocity; the same noise each time.
+    dm, gan: callables (x_hat, y) -> the generator's two weighted losses [n], for the ratio of their gradients at the image.
+
+    x_hat_mean, x_hat_std    of all elements of x_hat; those of the data are 0 and 1
+    gap_0.2 ... gap_1.0      mean |v_fake - v_teacher| at x_hat noised to t in (0, 0.2], ..., (0.8, 1]
+    gan_dm_ratio             median over samples of |d gan / d x_hat| / |d dm / d x_hat|
+    """
+    device, shape = next(run.model.parameters()).device, run.data.x.shape[1:]
+    noise, y = noise_by_index(EVAL_SEED, range(2 * n), shape).to(device), torch.arange(n, device=device) % run.data.num_classes
+    z, eps = noise.split(n)
+    numbers, columns = {}, []
+    with torch.no_grad():
+        x_hat = generator(z, y)
+        numbers["x_hat_mean"], numbers["x_hat_std"] = x_hat.mean().item(), x_hat.std().item()
+        for low, high in zip(HEALTH_BINS, HEALTH_BINS[1:]):
+            t = high - (high - low) * torch.arange(n, device=device) / n                              # the whole bin
+            x_t = interpolate(x_hat, eps, t)
+            numbers[f"gap_{high}"] = (v_fake(x_t, t, y) - v_teacher(x_t, t, y)).abs().mean().item()
+        for t in HEALTH_BINS[2:]:
+            x_t, t = interpolate(x_hat, eps, t)[:10], torch.full((min(n, 10),), t, device=device)
+            columns += [(f"t = {t[0]:.1f}: {name}", v_to_x0(x_t, v(x_t, t, y[:10]), t)) for name, v in (("teacher's x0", v_teacher), ("fake's x0", v_fake))]
+    if gan:
+        x_hat.requires_grad_()
+        dm_norm, gan_norm = (torch.autograd.grad(loss(x_hat, y).sum(), x_hat)[0].flatten(1).norm(dim=1) for loss in (dm, gan))
+        numbers["gan_dm_ratio"] = (gan_norm / dm_norm).median().item()
+        x_hat = x_hat.detach()
+    run.write(numbers)
+
+    import matplotlib.figure                                                                          # half a second: only where it is used
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "x_hat_std" in line]
+    figure = matplotlib.figure.Figure(figsize=(11, 6.4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.2, 1))
+    for axis, (caption, x) in zip(left.subplots(len(columns) + 1, 1), [("x_hat", x_hat[:10]), *columns]):
+        axis.imshow(np.hstack(list(to_uint8(x, run.data.meta["mean"], run.data.meta["std"]))), cmap="gray", vmin=0, vmax=255)
+        axis.set_title(caption, fontsize=8, loc="left", pad=2)
+        axis.set_axis_off()
+    curves = right.subplots(2 + bool(gan), 1, sharex=True, squeeze=False)[:, 0]
+    for k in [k for k in numbers if k.startswith("gap_")]:
+        curves[0].plot([line["step"] for line in lines], [line[k] for line in lines], ".-", label=f"t to {k[4:]}")
+    for k, wanted in (("x_hat_mean", 0), ("x_hat_std", 1)):
+        curves[1].plot([line["step"] for line in lines], [line[k] for line in lines], ".-", label=k)
+        curves[1].axhline(wanted, color="gray", linewidth=0.7)
+    if gan:
+        curves[2].semilogy([line["step"] for line in lines], [line["gan_dm_ratio"] for line in lines], ".-", label="GAN / DM gradient at x_hat")
+    for axis, title in zip(curves, ("mean |v_fake - v_teacher|", "x_hat (grey: the data)", "gradient ratio")):
+        axis.set_title(title, fontsize=9)
+        axis.legend(fontsize=7)
+    curves[-1].set_xlabel("step")
+    figure.savefig(run.folder / f"health_{run.step:06d}.png", dpi=90)
 
 
 def finish(run, features):
@@ -261,6 +319,7 @@ def parse_args(argv=None):
     p.add_argument("--n", type=number(int, 4), default=2000, help="generated images (default: 2000)")
     p.add_argument("--omega", type=number(float, 1), help="CFG scale (default: the run's)")
     p.add_argument("--guide_to", type=number(float, 0, 1), help="guidance acts for t in [0, guide_to] (default: the run's)")
+    p.add_argument("--cfg_channels", type=number(int, 0), help="CFG of a plain network on this many first channels, 0: all (default: the run's)")
     p.add_argument("--seed", type=number(int, 0), default=EVAL_SEED, help="of the noise, by sample index (default: 0)")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", help="folder for evaluation.json and samples.png (default: beside the checkpoint)")
@@ -273,6 +332,7 @@ def run(args):
     net, _ = load_network(args.checkpoint, data)
     args.omega = args.omega or checkpoint["args"].get("omega") or 1.0
     args.guide_to = checkpoint["args"].get("guide_to", 1.0) if args.guide_to is None else args.guide_to
+    args.cfg_channels = checkpoint["args"].get("cfg_channels", 0) if args.cfg_channels is None else args.cfg_channels
     net, features = net.to(args.device), Features(data)
     metrics = evaluate(net, features, args, args.steps, args.n, args.seed)
     print(table([(Path(args.checkpoint).parent.name[:30], metrics)], features.floor()))

@@ -1,7 +1,7 @@
 """FSF-DMD: distribution matching distillation in which the generator is its own fake score.
 
 Paper: Kim, Lee, Park, "Distribution Matching Distillation without Fake Score Network", arXiv 2605.19256 (bracketed numbers).
-Table 2 rows 7-8, Table 3, Tables 7-10 "FSF-DMD".
+Table 2 rows 7-8, Table 3, Table 4 row 6, Table 5 row 6, Tables 8-10 "FSF-DMD".
 
 DMD moves generated samples along v_fake - v_teacher at perturbed points, and trains a second network to know v_fake.  A flow map
 needs none: its own average velocity from tau to 0 is the velocity of its own samples, v_fake(x_tau, tau) ~ u(x_tau, tau, 0) [10-13].
@@ -17,29 +17,38 @@ L_FSF alone does not have the data as its fixed point: it compares a sample, f(x
 
     python fsf_dmd.py --init imf --M 2                 # digits, 2 CPU cores: about 2 minutes, the iMF it starts from included
 
---init imf   a guidance-conditioned flow map (consistency.py --loss imf, trained first if it is not there); it is its own teacher.
+--init imf      a guidance-conditioned flow map (consistency.py --loss imf, trained first if it is not there); it is its own teacher
+--init fm       a velocity network (consistency.py --loss fm), made a flow map by decoupled conditioning; the teacher is the velocity
+                network with real CFG.  --warmup steps of L_CD alone come first (Table 4; B.1)
+--init scratch  no teacher: v_teacher = sg u(x_tau, tau, tau) of the network in training, and L_CD becomes L_CT, the iMF loss on the
+                data [23-25] (Table 5)
 
 Cost in forward passes of one network (backward = 2): L_CD 6, rollout 3 M, teacher 1, fake side 1: 14 for M = 2, against 46 for dmd2.py
-with 5 fake updates and the GAN.  The paper: 0.38 s/step (M = 2) and 0.31 (M = 1), against 1.32-1.46, on a B200.
+with 5 fake updates and the GAN; fm 16 (CFG takes two), scratch (M = 1) 12.  The paper: 0.38 s/step (M = 2) and 0.31 (M = 1), against
+1.32-1.46, on a B200.
 """
 import math
 
 import torch
 
-from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_network,
-                    main, micro_batches, number, parser, rank, refuse, resolve, setup, step_rng, sync_gradients, update_ema)
-from consistency import consistency_loss, draw_guidance, draw_times, pretrained
-from evaluate import Features, evaluate, finish, show
-from model import gate_guidance, interpolate, shift_time
+from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_start, main, micro_batches,
+                    new_network, number, parser, rank, refuse, refuse_idle, resolve, setup, step_rng, sync_gradients, update_ema)
+from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, pretrained
+from evaluate import Features, evaluate, finish, health, show
+from model import guided_map, guided_velocity, interpolate, shift_time
 from normuon import NorMuon, param_groups
 from vae import load_data
 
 # "pixels": the digits presets, chosen by the search described in README.  "latents": the column of the paper's Table 6.
-TABLE6 = dict(size="B/1", batch_size=128, precision="bf16", ema=0.99995, lr=6e-4, omega=6.0, guide_to=0.9, save_every=500)
-DIGITS = dict(size="tiny", lr=3e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=50)
+TABLE6 = dict(size="B/1", batch_size=128, precision="bf16", ema=0.99995, lr=6e-4, omega=6.0, guide_to=0.9, save_every=500, health_every=500)
+DIGITS = dict(size="tiny", lr=3e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=50, health_every=50)
 PRESETS = {
     ("pixels", "imf"): DIGITS | dict(steps=200, M=2, lam=0.5, shift=1.0),
+    ("pixels", "fm"): DIGITS | dict(steps=300, warmup=200, M=2, lam=0.05, shift=1.0),
+    ("pixels", "scratch"): DIGITS | dict(steps=400, M=1, lam=0.05, shift=1.0, lr=6e-3),
     ("latents", "imf"): TABLE6 | dict(steps=4_000, M=2, lam=0.05, shift=10.0),
+    ("latents", "fm"): TABLE6 | dict(steps=26_000, warmup=20_000, M=2, lam=0.001, shift=10.0, cfg_channels=3),
+    ("latents", "scratch"): TABLE6 | dict(steps=400_000, M=1, lam=0.01, shift=1.0),
 }
 
 
@@ -101,25 +110,24 @@ def fsf_dmd_loss(x, U, fake, teacher, tau, eps, weight="adaptive", clip=0.0, cos
 # ---- flags -------------------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = parser(__doc__, "imf (a flow map trained by consistency.py --loss imf, first if need be), or its model.pt")
+    p = parser(__doc__, "imf or fm (the network of consistency.py --loss imf or fm, trained first if need be), scratch, or a model.pt")
     flow_map_flags(p)
     p.add_argument("--cd_guidance", choices=["fixed", "drawn"], default="fixed", help="L_CD: omega and its interval fixed, or drawn as in iMF")
     p.add_argument("--M", type=number(int, 1), help="M of Eq. 18, steps of the rollout")
     p.add_argument("--lam", type=number(float, 0), help="lambda of Eq. 15")
+    p.add_argument("--warmup", type=number(int, 0), default=0, help="first steps with L_CD (scratch: L_CT) alone; 20,000 with --init fm in the paper")
     p.add_argument("--shift", type=number(float, 0, open_low=True), help="k of tau = k r / (1 + (k-1) r); above 1: toward noise (Table 8)")
     p.add_argument("--weight", choices=["adaptive", "one"], default="adaptive", help="q of Eq. 14 (Table 9)")
     p.add_argument("--clip", type=number(float, 0), default=0.0, help="clamp v_fake - v_teacher to [-clip, clip]; 0: off (Table 9: 1, with --weight one)")
     p.add_argument("--cosine_factor", type=int, choices=[0, 1], default=0, help="1: q times cos(pi tau / 2) (App. B.1)")
     p.add_argument("--rollout", choices=["flow_map", "dmd2"], default="flow_map", help="Eq. 18-20, or DMD2's renoised Eq. 17 (Table 3 row 3)")
     p.add_argument("--rollout_grad", choices=["all", "last"], default="all", help="steps of Eq. 20 that carry gradient")
+    p.add_argument("--health_every", type=number(int, 0), default=0, help="steps between health panels (0: none)")
     p.set_defaults(init="imf")
     args = resolve(p, argv, PRESETS, "fsf_dmd")
+    refuse_idle(args)
     if args.rollout == "dmd2":
         refuse(args, ["rollout_grad"], "Eq. 17 has gradient in its last call only")
-    if args.cd_guidance == "fixed":
-        refuse(args, ["omega_max", "omega_law"], "omega is drawn with --cd_guidance drawn only")
-    if args.jvp == "exact":
-        refuse(args, ["fd_h"], "--jvp exact takes no difference")
     return args
 
 
@@ -130,15 +138,30 @@ def train(args):
     data = load_data(args.data)
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 
-    path = pretrained(args, "imf") if args.init == "imf" else args.init
-    net = load_network(path, data, ["in_context"])[0].to(device).train()
-    teacher, ema = frozen_copy(net), frozen_copy(net)
+    if args.init == "scratch":
+        net, teacher = new_network(args, data, "in_context").to(device).train(), None
+    else:
+        path = pretrained(args, args.init) if args.init in ("imf", "fm") else args.init
+        net, teacher = (n.to(device) for n in load_start(path, data))
+    ema = frozen_copy(net)
     opt = NorMuon(param_groups(net), lr=args.lr)
-    compile_blocks(args, net, ema, teacher)
+    frozen = dict(teacher=teacher) if teacher else {}
+    compile_blocks(args, net, ema, *frozen.values())
     features = Features(data) if rank() == 0 else None
     rho = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
 
-    with Run(args, dict(net=net, ema=ema, teacher=teacher, opt=opt), ema, data) as run:
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)                           # guidance of every term but L_CT
+
+    def u(x, t, s, y):
+        return guided_map(net, x, t, s, y, fixed.expand(len(x), 3))
+
+    def v_fake(x, tau, y):
+        return guided_map(ema, x, tau, torch.zeros_like(tau), y, fixed.expand(len(x), 3))             # Eq. 12
+
+    def v_teacher(x, tau, y):                                                                         # scratch: the network itself, Eq. 23
+        return guided_velocity(teacher or net, x, tau, y, fixed.expand(len(x), 3), args.cfg_channels or None)
+
+    with Run(args, dict(net=net, ema=ema, opt=opt) | frozen, ema, data) as run:
         if run.step == 0 and run.main:
             run.evaluated(evaluate(ema, features, args))
         for step in run.steps():
@@ -147,8 +170,9 @@ def train(args):
             batch = dict(x0=data.x[rows], y=data.y[rows], eps=torch.randn(B, *shape, generator=g))
             batch["t"], batch["s"] = draw_times(torch.rand(B, 2, generator=g), torch.rand(B, generator=g), args.time_law, args.mask_prob)
             batch["y_drop"] = torch.where(torch.rand(B, generator=g) < args.label_drop, null, batch["y"])
-            batch["fixed"] = torch.tensor([[args.omega, 0.0, args.guide_to]]).expand(B, 3)
-            batch["guidance"] = draw_guidance(torch.rand(B, 3, generator=g), args.omega_law, args.omega_max) if args.cd_guidance == "drawn" else batch["fixed"]
+            batch["guidance"] = fixed.cpu().expand(B, 3)
+            if args.cd_guidance == "drawn" or not teacher:
+                batch["guidance"] = draw_guidance(torch.rand(B, 3, generator=g), args.omega_law, args.omega_max)
             batch["z"] = torch.randn(B, args.M, *shape, generator=g)                                  # rollout noise; Eq. 17 needs M of them
             batch["tau"] = shift_time(torch.rand(B, generator=g), args.shift)
             batch["eps_tau"] = torch.randn(B, *shape, generator=g)
@@ -159,26 +183,26 @@ def train(args):
             total = dict.fromkeys(("cd", "fsf", "gap"), torch.zeros((), device=device))
             for b in micro_batches(batch, args, device):
                 with autocast(args, device):
-                    x_t, at_t = interpolate(b.x0, b.eps, b.t), gate_guidance(b.guidance, b.t)
-                    guidance = torch.where((b.s == b.t)[:, None], at_t, b.guidance)
-                    with torch.no_grad():
-                        v = teacher(x_t, b.t, b.y_drop, None, at_t)
-                    loss_cd = consistency_loss(lambda x, t, s: net(x, t, b.y_drop, s, guidance), x_t, b.t, b.s, v, v, **rho)    # Eq. 16
+                    if teacher:
+                        loss_cd = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, args.cfg_channels or None, **rho)  # Eq. 16
+                    else:
+                        loss_cd = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, **rho)                             # Eq. 6, 24
                 loss_cd = loss_cd.sum() / B
                 loss_cd.backward()                                                                    # frees its graph before the next
+                total["cd"] = total["cd"] + loss_cd.detach()
+                if step < args.warmup:
+                    continue
 
                 with autocast(args, device):
                     if args.rollout == "flow_map":
-                        x, U = rollout(lambda x, t, s: net(x, t, b.y, s, b.fixed), b.z[:, 0], args.M, args.rollout_grad)
+                        x, U = rollout(lambda x, t, s: u(x, t, s, b.y), b.z[:, 0], args.M, args.rollout_grad)
                     else:
-                        x, U = rollout_renoised(lambda x, t, s: net(x, t, b.y, s, b.fixed), b.z, k, args.M)
-                    loss_fsf, gap = fsf_dmd_loss(x, U, lambda x, tau: ema(x, tau, b.y, torch.zeros_like(tau), b.fixed),         # Eq. 12
-                                                 lambda x, tau: teacher(x, tau, b.y, None, gate_guidance(b.fixed, tau)),
+                        x, U = rollout_renoised(lambda x, t, s: u(x, t, s, b.y), b.z, k, args.M)
+                    loss_fsf, gap = fsf_dmd_loss(x, U, lambda x, tau: v_fake(x, tau, b.y), lambda x, tau: v_teacher(x, tau, b.y),
                                                  b.tau, b.eps_tau, args.weight, args.clip, args.cosine_factor)
                 loss_fsf = loss_fsf.sum() / B
                 (args.lam * loss_fsf).backward()                                                      # Eq. 15
-                for name, value in (("cd", loss_cd), ("fsf", loss_fsf), ("gap", gap.sum() / B)):
-                    total[name] = total[name] + value.detach()
+                total["fsf"], total["gap"] = total["fsf"] + loss_fsf.detach(), total["gap"] + gap.sum() / B
             sync_gradients(net)
             grad_norm = gradient_norm(net)
             opt.step()
@@ -189,7 +213,9 @@ def train(args):
             if run.due(args.eval_every) and run.main:
                 run.evaluated(evaluate(ema, features, args))
             if run.due(args.preview_every) and run.main:
-                show(run.folder / f"samples_{run.step:06d}.png", [("start", teacher), (f"step {run.step}", ema)], data, args)
+                show(run.folder / f"samples_{run.step:06d}.png", [("start", teacher)] * bool(teacher) + [(f"step {run.step}", ema)], data, args)
+            if args.health_every and run.due(args.health_every) and run.main:
+                health(run, lambda z, y: z - rollout(lambda x, t, s: u(x, t, s, y), z, args.M)[1], v_fake, v_teacher)
             if run.due(args.save_every):
                 run.save()
         finish(run, features)

@@ -142,6 +142,25 @@ def gate_guidance(guidance, t):
     return torch.stack([omega, torch.zeros_like(omega), torch.ones_like(omega)], dim=1)
 
 
+def guided_velocity(net, x, t, y, guidance, channels=None):
+    """Guided instantaneous velocity v(x_t, t | y) of a LightningDiT -> [B, C, H, W].  t [B], guidance [B, 3], channels: see `cfg`.
+
+    in_context: omega is an input, one forward pass.  plain: classifier-free guidance, two passes.  decoupled: one pass, because
+    guidance was distilled into its weights.
+    """
+    if net.conditioning == "in_context":
+        return net(x, t, y, None, gate_guidance(guidance, t))
+    v = net(x, t, y)
+    if net.conditioning == "decoupled":
+        return v
+    return cfg(v, net(x, t, torch.full_like(y, net.num_classes)), gate_guidance(guidance, t)[:, 0], channels)
+
+
+def guided_map(net, x, t, s, y, guidance):
+    """Average velocity u(x_t, t, s | y) of a flow map: guidance [B, 3] is an input in_context, and in the weights of a decoupled network."""
+    return net(x, t, y, s, guidance if net.conditioning == "in_context" else None)
+
+
 def fixed_guidance(omega, t_min, t_max, like):
     """The same (omega, t_min, t_max) for every row -> [B, 3] for a batch like `like`."""
     return torch.tensor([[omega, t_min, t_max]], dtype=torch.float32, device=like.device).expand(len(like), 3)
