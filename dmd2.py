@@ -1,7 +1,7 @@
 """DMD2: distribution matching with a fake-score network and a GAN, the baseline that FSF-DMD does away with.
 
 Papers: Yin et al., "Improved Distribution Matching Distillation", arXiv 2405.14867; in the flow-map setting of Kim, Lee, Park, arXiv
-2605.19256 (bracketed numbers): Table 2 rows 4-6, Table 3 row 8, Table 7.
+2605.19256 (bracketed numbers): Table 2 rows 4-6, Table 3 row 8, Table 4 rows 4-5, Table 5 "iMF + DMD2", Table 7.
 
     rollout      i ~ U{0..M-1}, shared by the batch: i jumps to 0, each renoised afresh, then x_hat = x - t_i u(x, t_i, 0)   [17]
     generator    || x_hat - sg( x_hat - (v_teacher - v_fake) / mean |v_teacher - (eps - x_hat)| ) ||^2 / 2               [50-51]
@@ -17,26 +17,32 @@ network's first blocks (model.DiscriminatorHead), which lambda_D L_D also trains
     python dmd2.py --init imf --ttur 5                  # digits, 2 CPU cores: about 2 minutes
     python dmd2.py --init imf --ttur 5 --lambda_g 0     # without the GAN: it is not built at all
 
+--init imf | fm | scratch: as in fsf_dmd.py.  From scratch the teacher is the network in training, and L_CT (iMF) takes the place of L_CD.
+
 Cost in forward passes of one network (backward = 2), M = 2, averaged over i: generator turn 5.5, first fake turn 3, the others 4.5
 each; the GAN adds 1.75 and 3.5 R.  At R = 5 that is 26.5 without and 45.8 with it; FSF-DMD takes 14.
 """
 import torch
 import torch.nn.functional as F
 
-from common import (CONSISTENCY_FLAGS, Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_network,
-                    main, micro_batches, number, parser, rank, refuse, resolve, setup, step_rng, sync_gradients, update_ema)
-from consistency import consistency_loss, draw_guidance, draw_times, pretrained
-from evaluate import Features, evaluate, finish, show
-from model import DiscriminatorHead, expand, gate_guidance, interpolate
+from common import (CONSISTENCY_FLAGS, Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_start, main,
+                    micro_batches, new_network, number, parser, rank, refuse, refuse_idle, resolve, setup, step_rng, sync_gradients, update_ema)
+from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, pretrained
+from evaluate import Features, evaluate, finish, health, show
+from model import DiscriminatorHead, expand, guided_map, guided_velocity, interpolate
 from normuon import NorMuon, param_groups
-from vae import load_data
+from vae import BadInput, load_data
 
 # "pixels": the digits presets, chosen by the search described in README.  "latents": the column of the paper's Table 6.
-TABLE6 = dict(size="B/1", batch_size=128, precision="bf16", ema=0.99995, lr=6e-4, omega=6.0, guide_to=0.9, save_every=500)
-DIGITS = dict(size="tiny", lr=1e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=50)
+TABLE6 = dict(size="B/1", batch_size=128, precision="bf16", ema=0.99995, lr=6e-4, omega=6.0, guide_to=0.9, save_every=500, health_every=500)
+DIGITS = dict(size="tiny", lr=1e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=50, health_every=50)
 PRESETS = {
     ("pixels", "imf"): DIGITS | dict(steps=100, M=2),
+    ("pixels", "fm"): DIGITS | dict(steps=100, M=2),
+    ("pixels", "scratch"): DIGITS | dict(steps=400, M=1, cd=1, ttur=1, lam=0.1, lr=6e-3),
     ("latents", "imf"): TABLE6 | dict(steps=15_000, M=2),
+    ("latents", "fm"): TABLE6 | dict(steps=6_000, M=2, cfg_channels=3),
+    ("latents", "scratch"): TABLE6 | dict(steps=400_000, M=1, cd=1, ttur=1),
 }
 
 
@@ -96,7 +102,7 @@ def ida_(fake, generator, a):
 # ---- flags -------------------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = parser(__doc__, "imf (a flow map trained by consistency.py --loss imf, first if need be), or its model.pt")
+    p = parser(__doc__, "imf or fm (the network of consistency.py --loss imf or fm, trained first if need be), scratch, or a model.pt")
     flow_map_flags(p)
     p.add_argument("--cd_guidance", choices=["fixed", "drawn"], default="fixed", help="L_CD: omega and its interval fixed, or drawn as in iMF")
     p.add_argument("--M", type=number(int, 1), help="M of Eq. 17, steps of the backward simulation; 1: single-step simulation (Table 3)")
@@ -106,18 +112,20 @@ def parse_args(argv=None):
     p.add_argument("--lambda_d", type=number(float, 0, open_low=True), default=1e-2, help="lambda_D of Eq. 54, the GAN term of the fake side")
     p.add_argument("--disc_trunk", choices=["fake", "teacher"], default="fake", help="whose first blocks the discriminator reads; the teacher's stay frozen")
     p.add_argument("--ida", type=number(float, 0, 1), default=1.0, help="a of Eq. 60 (SenseFlow: 0.97); 1: off")
-    p.add_argument("--cd", type=int, choices=[0, 1], default=0, help="1: generator loss L_CD + lambda L_DMD (Eq. 59)")
+    p.add_argument("--cd", type=int, choices=[0, 1], default=0, help="1: generator loss L_CD + lambda L_DMD (Eq. 59); scratch: L_CT + lambda L_DMD")
     p.add_argument("--lam", type=number(float, 0, open_low=True), default=0.01, help="lambda of Eq. 59, with --cd 1")
+    p.add_argument("--health_every", type=number(int, 0), default=0, help="steps between health panels (0: none)")
     p.set_defaults(init="imf")
     args = resolve(p, argv, PRESETS, "dmd2")
     if args.lambda_g == 0:
         refuse(args, ["lambda_d", "disc_trunk"], "--lambda_g 0 builds no discriminator")
+    if args.start == "scratch" and not args.cd:
+        raise BadInput("--init scratch --cd 0: without a teacher nothing would tell the network of the data, expected --cd 1")
+    if args.start == "scratch" and args.disc_trunk == "teacher":
+        raise BadInput("--init scratch --disc_trunk teacher: there is no teacher, expected --disc_trunk fake")
     if not args.cd:
         refuse(args, ["lam", "cd_guidance", *CONSISTENCY_FLAGS], "belongs to L_CD, which needs --cd 1")
-    if args.cd_guidance == "fixed":
-        refuse(args, ["omega_max", "omega_law"], "omega is drawn with --cd_guidance drawn only")
-    if args.jvp == "exact":
-        refuse(args, ["fd_h"], "--jvp exact takes no difference")
+    refuse_idle(args)
     return args
 
 
@@ -128,10 +136,12 @@ def train(args):
     data = load_data(args.data)
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 
-    path = pretrained(args, "imf") if args.init == "imf" else args.init
-    net = load_network(path, data, ["in_context"])[0].to(device).train()
-    teacher, ema = frozen_copy(net), frozen_copy(net)
-    fake = frozen_copy(net)                                                                           # v_fake(x, t) = fake(x, t, y), omega = 1
+    if args.init == "scratch":
+        net, teacher = new_network(args, data, "in_context").to(device).train(), None
+    else:
+        path = pretrained(args, args.init) if args.init in ("imf", "fm") else args.init
+        net, teacher = (n.to(device) for n in load_start(path, data))
+    ema, fake = frozen_copy(net), frozen_copy(net)
     head = DiscriminatorHead(fake).to(device).requires_grad_(False) if args.lambda_g else None
     trunk = fake if args.disc_trunk == "fake" else teacher
     fake_side = [m for m in (fake, head) if m is not None]
@@ -140,10 +150,21 @@ def train(args):
         p.requires_grad_(True)
     opt = NorMuon(param_groups(net), lr=args.lr)
     opt_fake = NorMuon(param_groups(*fake_side), lr=args.fake_lr or args.lr)
-    compile_blocks(args, net, ema, teacher, *fake_side)
+    frozen = dict(teacher=teacher) if teacher else {}
+    compile_blocks(args, net, ema, *frozen.values(), *fake_side)
     features = Features(data) if rank() == 0 else None
     rho = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
-    networks = dict(net=net, ema=ema, teacher=teacher, fake=fake) | (dict(head=head) if head else {})
+    networks = dict(net=net, ema=ema, fake=fake) | frozen | (dict(head=head) if head else {})
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)                           # guidance of all but the fake side
+
+    def u(x, t, s, y):
+        return guided_map(net, x, t, s, y, fixed.expand(len(x), 3))
+
+    def v_fake(x, t, y):                                                                              # never guided
+        return fake(x, t, y)
+
+    def v_teacher(x, t, y):                                                                           # scratch: the network itself
+        return guided_velocity(teacher or net, x, t, y, fixed.expand(len(x), 3), args.cfg_channels or None)
 
     with Run(args, networks | dict(opt=opt, opt_fake=opt_fake), ema, data) as run:
         if run.step == 0 and run.main:
@@ -156,8 +177,9 @@ def train(args):
                 batch = dict(x0=data.x[rows], y=data.y[rows], eps=torch.randn(B, *shape, generator=g))
                 batch["t"], batch["s"] = draw_times(torch.rand(B, 2, generator=g), torch.rand(B, generator=g), args.time_law, args.mask_prob)
                 batch["y_drop"] = torch.where(torch.rand(B, generator=g) < args.label_drop, null, batch["y"])
-                batch["fixed"] = torch.tensor([[args.omega, 0.0, args.guide_to]]).expand(B, 3)
-                batch["guidance"] = draw_guidance(torch.rand(B, 3, generator=g), args.omega_law, args.omega_max) if args.cd_guidance == "drawn" else batch["fixed"]
+                batch["guidance"] = fixed.cpu().expand(B, 3)
+                if args.cd_guidance == "drawn" or not teacher:
+                    batch["guidance"] = draw_guidance(torch.rand(B, 3, generator=g), args.omega_law, args.omega_max)
                 batch["z"] = torch.randn(B, args.M, *shape, generator=g)                              # rollout noise, fresh at every step
                 batch["t_dm"] = 0.02 + 0.96 * torch.rand(B, generator=g)                              # U(0.02, 0.98), as DMD2
                 for name in ("t_fake", "t_gen", "t_real"):
@@ -174,9 +196,8 @@ def train(args):
                     opt.zero_grad()
                     for b in parts:
                         with autocast(args, device):
-                            x_hat = backward_simulation(lambda x, t, s: net(x, t, b.y, s, b.fixed), b.z, k, args.M)
-                            loss, gap = dmd_loss(x_hat, lambda x, t: fake(x, t, b.y), lambda x, t: teacher(x, t, b.y, None, gate_guidance(b.fixed, t)),
-                                                 b.t_dm, b.eps_dm)                                    # Eq. 51
+                            x_hat = backward_simulation(lambda x, t, s: u(x, t, s, b.y), b.z, k, args.M)
+                            loss, gap = dmd_loss(x_hat, lambda x, t: v_fake(x, t, b.y), lambda x, t: v_teacher(x, t, b.y), b.t_dm, b.eps_dm)  # Eq. 51
                             losses = dict(dm=loss, gap=gap)
                             objective = loss * (args.lam if args.cd else 1.0)                         # Eq. 59
                             if head:
@@ -186,11 +207,10 @@ def train(args):
                         samples.append(x_hat.detach())
                         if args.cd:
                             with autocast(args, device):
-                                x_t, at_t = interpolate(b.x0, b.eps, b.t), gate_guidance(b.guidance, b.t)
-                                guidance = torch.where((b.s == b.t)[:, None], at_t, b.guidance)
-                                with torch.no_grad():
-                                    v = teacher(x_t, b.t, b.y_drop, None, at_t)
-                                losses["cd"] = consistency_loss(lambda x, t, s: net(x, t, b.y_drop, s, guidance), x_t, b.t, b.s, v, v, **rho)  # Eq. 16
+                                if teacher:
+                                    losses["cd"] = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, args.cfg_channels or None, **rho)
+                                else:
+                                    losses["cd"] = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, **rho)
                             (losses["cd"].sum() / B).backward()
                         for name, value in losses.items():
                             total[name] = total.get(name, 0) + value.detach().sum() / B
@@ -212,8 +232,8 @@ def train(args):
                             x_hat = samples[i]
                         else:
                             with torch.no_grad():
-                                x_hat = backward_simulation(lambda x, t, s: net(x, t, b.y, s, b.fixed), b.z, k, args.M)
-                        losses = dict(fake=fake_loss(lambda x, t: fake(x, t, b.y), x_hat, b.t_fake, b.eps_fake))      # Eq. 52
+                                x_hat = backward_simulation(lambda x, t, s: u(x, t, s, b.y), b.z, k, args.M)
+                        losses = dict(fake=fake_loss(lambda x, t: v_fake(x, t, b.y), x_hat, b.t_fake, b.eps_fake))      # Eq. 52
                         objective = losses["fake"]
                         if head:
                             logits_fake = head(trunk, interpolate(x_hat, b.eps_gen, b.t_gen), b.t_gen, b.y)
@@ -233,7 +253,11 @@ def train(args):
             if run.due(args.eval_every) and run.main:
                 run.evaluated(evaluate(ema, features, args))
             if run.due(args.preview_every) and run.main:
-                show(run.folder / f"samples_{run.step:06d}.png", [("start", teacher), (f"step {run.step}", ema)], data, args)
+                show(run.folder / f"samples_{run.step:06d}.png", [("start", teacher)] * bool(teacher) + [(f"step {run.step}", ema)], data, args)
+            if args.health_every and run.due(args.health_every) and run.main:
+                health(run, lambda z, y: backward_simulation(lambda x, t, s: u(x, t, s, y), z, args.M - 1, args.M), v_fake, v_teacher,
+                       lambda x, t, eps, y: (args.lam if args.cd else 1.0) * dmd_loss(x, lambda x, t: v_fake(x, t, y), lambda x, t: v_teacher(x, t, y), t, eps)[0],
+                       head and (lambda x, t, eps, y: args.lambda_g * gan_generator_loss(head(trunk, interpolate(x, eps, t), t, y))), args.M)
             if run.due(args.save_every):
                 run.save()
         finish(run, features)

@@ -233,19 +233,19 @@ def show(path, nets, data, args, steps=(1, 2)):
 HEALTH_BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
-def health(run, generator, v_fake, v_teacher, dm=None, gan=None, n=100):
+def health(run, generator, v_fake, v_teacher, dm=None, gan=None, M=1, n=100):
     """The health panel of a distribution matching run: numbers into metrics.jsonl, a picture beside the samples.
 
-    generator: callable (z [n, C, H, W], y [n]) -> x_hat; v_fake, v_teacher: callables (x_t, t [n], y) -> velocity; the same noise each time.
-    dm, gan: callables (x_hat, y) -> the generator's two weighted losses [n], for the ratio of their gradients at the image.
+    generator: callable (z [n, M, C, H, W], y [n]) -> x_hat; v_fake, v_teacher: callables (x_t, t [n], y) -> velocity; the same noise each time.
+    dm, gan: callables (x_hat, t, eps, y) -> the generator's two weighted losses [n], for the ratio of their gradients at the image.
 
     x_hat_mean, x_hat_std    of all elements of x_hat; those of the data are 0 and 1
     gap_0.2 ... gap_1.0      mean |v_fake - v_teacher| at x_hat noised to t in (0, 0.2], ..., (0.8, 1]
     gan_dm_ratio             median over samples of |d gan / d x_hat| / |d dm / d x_hat|
     """
     device, shape = next(run.model.parameters()).device, run.data.x.shape[1:]
-    noise, y = noise_by_index(EVAL_SEED, range(2 * n), shape).to(device), torch.arange(n, device=device) % run.data.num_classes
-    z, eps = noise.split(n)
+    noise, y = noise_by_index(EVAL_SEED, range(n), (M + 1, *shape)).to(device), torch.arange(n, device=device) % run.data.num_classes
+    z, eps = noise[:, :M], noise[:, M]
     numbers, columns = {}, []
     with torch.no_grad():
         x_hat = generator(z, y)
@@ -259,7 +259,8 @@ def health(run, generator, v_fake, v_teacher, dm=None, gan=None, n=100):
             columns += [(f"t = {t[0]:.1f}: {name}", v_to_x0(x_t, v(x_t, t, y[:10]), t)) for name, v in (("teacher's x0", v_teacher), ("fake's x0", v_fake))]
     if gan:
         x_hat.requires_grad_()
-        dm_norm, gan_norm = (torch.autograd.grad(loss(x_hat, y).sum(), x_hat)[0].flatten(1).norm(dim=1) for loss in (dm, gan))
+        t = torch.linspace(0.02, 0.98, n, device=device)                                              # DMD2's range
+        dm_norm, gan_norm = (torch.autograd.grad(loss(x_hat, t, eps, y).sum(), x_hat)[0].flatten(1).norm(dim=1) for loss in (dm, gan))
         numbers["gan_dm_ratio"] = (gan_norm / dm_norm).median().item()
         x_hat = x_hat.detach()
     run.write(numbers)

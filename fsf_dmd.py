@@ -215,7 +215,7 @@ def train(args):
             if run.due(args.preview_every) and run.main:
                 show(run.folder / f"samples_{run.step:06d}.png", [("start", teacher)] * bool(teacher) + [(f"step {run.step}", ema)], data, args)
             if args.health_every and run.due(args.health_every) and run.main:
-                health(run, lambda z, y: z - rollout(lambda x, t, s: u(x, t, s, y), z, args.M)[1], v_fake, v_teacher)
+                health(run, lambda z, y: z[:, 0] - rollout(lambda x, t, s: u(x, t, s, y), z[:, 0], args.M)[1], v_fake, v_teacher)
             if run.due(args.save_every):
                 run.save()
         finish(run, features)
