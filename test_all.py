@@ -31,13 +31,15 @@ import evaluate
 import fsf_dmd
 import model
 import normuon
+import sid
+import twinflow
 import vae
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "golden"))
 from golden_weights import fingerprint, golden_features, golden_input, golden_ints, golden_state, golden_tensor  # noqa: E402
 
-METHODS = ("consistency.py", "dmd2.py", "fsf_dmd.py")
+METHODS = ("consistency.py", "dmd2.py", "fsf_dmd.py", "sid.py", "twinflow.py")
 
 
 def golden(name):
@@ -711,7 +713,8 @@ def test_discriminator_has_the_papers_size_and_feeds_the_generator_at_step_0():
     assert features.shape[1] == h.grid ** 2                                                 # the in-context tokens are left out
 
 
-def test_every_turn_of_dmd2_leaves_the_other_networks_alone(home, monkeypatch, capsys):
+@pytest.mark.parametrize("script, order", [("dmd2.py --ttur 3", [0, 1, 1, 1, 0, 1, 1, 1]), ("sid.py --lambda_g 0.1", [1, 0, 1, 0])])   # TTUR 1:3 as DMD2 counts; 1:1, fake first
+def test_every_turn_leaves_the_other_networks_alone(home, monkeypatch, capsys, script, order):
     """Around each optimizer step all parameters and states of the other side are bit-identical, and have no gradient."""
     monkeypatch.chdir(home)
     monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0))
@@ -736,28 +739,242 @@ def test_every_turn_of_dmd2_leaves_the_other_networks_alone(home, monkeypatch, c
             assert all(torch.equal(a, b) for a, b in zip(now, photo(other))) and not all(torch.equal(a, b) for a, b in zip(own, photo(self)))
             turns.append((self, photo(self)))
 
-    monkeypatch.setattr(dmd2, "NorMuon", Spy)
-    dmd2.train(dmd2.parse_args("--init imf/model.pt --data toy.npz --steps 2 --ttur 3 --out isolated".split()))
-    assert [sides.index(o) for o, _ in turns] == [0, 1, 1, 1, 0, 1, 1, 1]                   # TTUR 1:3, as DMD2 counts
+    module, out = sys.modules[script.split(".")[0]], f"isolated-{script[:3]}"
+    monkeypatch.setattr(module, "NorMuon", Spy)
+    module.train(module.parse_args([*script.split()[1:], *f"--init imf/model.pt --data toy.npz --steps 2 --health_every 1 --out {out}".split()]))
+    assert [sides.index(o) for o, _ in turns] == order
+    start, end = common.load_checkpoint("imf/model.pt")["weights"], state(home, out)
+    assert all(torch.equal(v, end["teacher"][k]) for k, v in start.items())                 # nothing trains the teacher
+    assert any(not torch.equal(v, end["net"][k]) for k, v in start.items()) and any(not torch.equal(v, end["fake"][k]) for k, v in start.items())
+    health = [json.loads(line) for line in (home / out / "metrics.jsonl").read_text().splitlines() if "gap_0.2" in line]
+    assert [line["step"] for line in health] == [1, 2] and all(line["gan_dm_ratio"] > 0 for line in health) and (home / out / "health_000002.png").exists()
     capsys.readouterr()
 
 
-def test_dmd2_without_gan_never_sees_the_real_images(home, monkeypatch, capsys):
-    """Backward simulation and the fake loss need noise and labels only: other images, the same weights."""
+@pytest.mark.parametrize("script", ["dmd2", "sid"])
+def test_without_gan_the_real_images_are_never_seen(home, monkeypatch, capsys, script):
+    """The rollout and the fake loss need noise and labels only: other images, the same weights."""
     monkeypatch.chdir(home)
     monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0))
     with np.load("toy.npz") as toy:
         np.savez("negative_toy.npz", images=255 - toy["images"], labels=toy["labels"])
-    weights = {}
+    weights, module = {}, sys.modules[script]
     for data in ("toy.npz", "negative_toy.npz"):
         for gan in ("0", "1"):
-            dmd2.train(dmd2.parse_args(f"--init imf/model.pt --data {data} --steps 2 --ttur 2 --lambda_g {gan} --out unseen-{data[:3]}-{gan}".split()))
-            weights[data, gan] = state(home, f"unseen-{data[:3]}-{gan}")
+            module.train(module.parse_args(f"--init imf/model.pt --data {data} --steps 2 --health_every 0 --lambda_g {gan} --out unseen-{script}-{data[:3]}-{gan}".split()))
+            weights[data, gan] = state(home, f"unseen-{script}-{data[:3]}-{gan}")
     assert_same(weights["toy.npz", "0"]["net"], weights["negative_toy.npz", "0"]["net"])
     assert_same(weights["toy.npz", "0"]["fake"], weights["negative_toy.npz", "0"]["fake"])
     assert not torch.equal(weights["toy.npz", "1"]["fake"]["blocks.0.mlp.w3.weight"], weights["negative_toy.npz", "1"]["fake"]["blocks.0.mlp.w3.weight"])
     assert "head" in weights["toy.npz", "1"] and "head" not in weights["toy.npz", "0"]      # switched off: not built
     capsys.readouterr()
+
+
+# ---- guidance by network, RCGM, ISG, tangent normalisation ---------------------------------------------------------------------
+
+def test_guided_velocity_is_cfg_where_the_network_has_no_guidance_input():
+    x, t, y = rand(4, 2, 4, 4), torch.tensor([0.1, 0.5, 0.9, 0.95]).double(), torch.tensor([0, 1, 2, 0])
+    null = torch.full_like(y, 3)
+    guidance = torch.tensor([[3.0, 0.0, 0.9]]).double().expand(4, 3)
+    plain, decoupled, in_context = (small_net(c) for c in ("plain", "decoupled", "in_context"))
+    cond, uncond = plain(x, t, y), plain(x, t, null)
+    v = model.guided_velocity(plain, x, t, y, guidance)
+    torch.testing.assert_close(v[:3], (uncond + 3 * (cond - uncond))[:3])
+    torch.testing.assert_close(v[3], cond[3])                                               # t = 0.95 lies outside [0, 0.9]
+    torch.testing.assert_close(model.guided_velocity(plain, x, t, y, guidance, 1)[:, 1:], cond[:, 1:], rtol=0, atol=0)
+    torch.testing.assert_close(model.guided_velocity(plain, x, t, y, guidance, 1)[:, :1], v[:, :1])
+    for omega, expected in ((1.0, cond), (0.0, uncond)):
+        torch.testing.assert_close(model.guided_velocity(plain, x, t, y, torch.tensor([[omega, 0, 1]]).double().expand(4, 3)), expected)
+    torch.testing.assert_close(model.guided_velocity(decoupled, x, t, y, guidance), decoupled(x, t, y))
+    torch.testing.assert_close(model.guided_velocity(in_context, x, t, y, guidance), in_context(x, t, y, t, model.gate_guidance(guidance, t)))
+    torch.testing.assert_close(model.guided_map(in_context, x, t, t / 2, y, guidance), in_context(x, t, y, t / 2, guidance))
+    torch.testing.assert_close(model.guided_map(decoupled, x, t, t / 2, y, guidance), decoupled(x, t, y, t / 2))
+
+
+def residual(loss, *args, **options):
+    """The residual e whose pseudo-Huber distance (no cosine) `loss` returns: its gradient in u is e / (n sqrt(mean e^2 + c^2))."""
+    x, c = args[0], 1e-9
+    bias = torch.zeros_like(x, requires_grad=True)
+    value = loss(bias, *args, c=c, cosine=False, **options)
+    return torch.autograd.grad(value.sum(), bias)[0] * x[0].numel() * (value.detach() + c)[:, None]
+
+
+def curved(x, t, s):
+    """A u(x, t, s) with every derivative alive."""
+    t, s = t[:, None], s[:, None]
+    return torch.sin(2 * x + t) * (1 + s) + 0.5 * x * t ** 2
+
+
+def test_rcgm_with_one_jump_and_no_ema_is_meanflow_up_to_delta():
+    x, v, t, s = rand(6, 3), rand(6, 3, seed=1), torch.tensor([0.3, 0.5, 0.9, 0.7, 1.0, 0.4]).double(), torch.tensor([0.1, 0.0, 0.5, 0.2, 0.0, 0.2]).double()
+    meanflow = residual(lambda bias, x, **rho: consistency.consistency_loss(lambda x, t, s: curved(x, t, s) + bias, x, t, s, v, v, exact=True, **rho), x)
+
+    def rcgm(delta, N, clamp=math.inf):
+        return residual(lambda bias, x, **rho: consistency.rcgm_loss(lambda x, t, s: curved(x, t, s) + bias, curved, x, t, s, v, delta, N, clamp, **rho), x)
+    errors = [(rcgm(delta, 1) - meanflow).abs().max().item() for delta in (1e-2, 1e-3, 1e-4)]
+    assert errors[0] < 0.2 and all(8 < a / b < 12 for a, b in zip(errors, errors[1:])), errors           # O(delta)
+    two = rcgm(0.01, 2)
+    assert (two - rcgm(0.01, 1)).abs().max() > 0.1                                          # two jumps ask more than one of a map that is not exact
+    torch.testing.assert_close(rcgm(0.01, 2, 0.25), two.clamp(-0.25, 0.25), rtol=1e-6, atol=1e-7)
+
+
+def test_rcgm_is_zero_at_the_exact_flow_map_and_flow_matching_on_short_intervals():
+    x, t = rand(6, 3), torch.tensor([0.3, 0.5, 0.9, 0.7, 1.0, 0.4]).double()
+    s = torch.tensor([0.1, 0.0, 0.5, 0.2, 0.0, 0.2]).double()
+    exact = lambda x, t, s: gaussian_u(x, t, s, 0.5)                                        # noqa: E731
+    for N in (1, 2, 3):                                                                     # only the Euler step along v errs: O(delta^2), over delta
+        coarse, fine = (consistency.rcgm_loss(exact, exact, x, t, s, gaussian_v(x, t, 0.5), delta, N, math.inf, cosine=False, c=1e-12) for delta in (1e-3, 1e-4))
+        torch.testing.assert_close(coarse / fine, torch.full((6,), 10.0).double(), rtol=0.05, atol=0)
+        assert fine.max() < 2e-3
+    point = lambda x, t, s: x / t[:, None]                                                  # noqa: E731    all data at 0: straight paths
+    assert consistency.rcgm_loss(point, point, x, t, s, point(x, t, s), 0.05, 2, cosine=False).abs().max() < 1e-9
+    v = rand(6, 3, seed=2)
+    for short in (t, t - 0.005):                                                            # s = t, and t - s below delta
+        bias = torch.zeros(6, 3, dtype=torch.float64, requires_grad=True)
+        loss = consistency.rcgm_loss(lambda x, t, s: curved(x, t, s) + bias, curved, x, t, short, v, 0.01, 2, math.inf, cosine=False)
+        torch.testing.assert_close(loss.detach(), consistency.distance(curved(x, t, short), v, cosine=False))
+        assert torch.autograd.grad(loss.sum(), bias)[0].isfinite().all()
+
+
+def test_tangent_normalisation_keeps_the_direction_and_bounds_the_length():
+    x, v, t, s = rand(6, 3), 5 * rand(6, 3, seed=1), uniform(6) * 0.5 + 0.5, uniform(6, seed=1) * 0.5
+    e = residual(lambda bias, x, **rho: consistency.consistency_loss(lambda x, t, s: curved(x, t, s) + bias, x, t, s, v, v, exact=True, **rho), x)
+    bias = torch.zeros(6, 3, dtype=torch.float64, requires_grad=True)
+    loss = consistency.consistency_loss(lambda x, t, s: curved(x, t, s) + bias, x, t, s, v, v, exact=True, tangent_norm=0.1)
+    norm = e.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), bias)[0] / 2, e / (norm + 0.1), rtol=1e-6, atol=1e-7)   # Eq. 57-58
+    torch.testing.assert_close(loss.detach(), ((norm / (norm + 0.1)) ** 2)[:, 0], rtol=1e-6, atol=1e-7)
+
+
+def test_isg_is_a_teacher_step_and_a_jump():
+    x, t, s = rand(6, 3), torch.tensor([1.0, 0.5] * 3).double(), torch.tensor([0.5, 0.0] * 3).double()
+    r = s + 0.2
+    teacher = lambda x, t: torch.cos(x) * t[:, None]                                        # noqa: E731
+    bias = torch.zeros(6, 3, dtype=torch.float64, requires_grad=True)
+    loss = consistency.isg_loss(lambda x, t, s: curved(x, t, s) + bias, teacher, x, t, s, r, c=1e-9)
+    x_r = x + (r - t)[:, None] * teacher(x, t)                                              # Eq. 61
+    e = x - 0.5 * curved(x, t, s) - (x_r - 0.2 * curved(x_r, r, s))                         # Eq. 62
+    torch.testing.assert_close(loss.detach(), e.abs().mean(1), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(loss.sum(), bias)[0], -0.5 * e.sign() / 3, rtol=1e-5, atol=1e-6)   # none through the target
+    point = lambda x, t, s: x / t[:, None]                                                  # noqa: E731
+    assert consistency.isg_loss(point, lambda x, t: x / t[:, None], x, t, s, r).abs().max() < 1e-12
+
+
+# ---- TwinFlow -----------------------------------------------------------------------------------------------------------------
+
+def test_twinflow_rectifies_along_dmd_and_trains_its_fake_side_as_dmd2_does():
+    """With exact velocities of two Gaussians, generator 1.5 z, data N(0, 1)."""
+    z, eps_t, eps_tau, t, tau = rand(8, 2), rand(8, 2, seed=1), rand(8, 2, seed=2), uniform(8) * 0.9 + 0.05, uniform(8, seed=1) * 0.9 + 0.05
+    fake, teacher = (lambda x, t: gaussian_v(x, t, 1.5)), (lambda x, t: gaussian_v(x, t, 1.0))
+    U = (-0.5 * z).requires_grad_()
+    adv, rectify, gap = twinflow.twinflow_losses(lambda x, t, s: U, fake, teacher, z, t, eps_t, tau, eps_tau, clamp=math.inf)
+    x_hat = (z - U).detach().requires_grad_()
+    loss, dmd_gap = dmd2.dmd_loss(x_hat, fake, teacher, tau, eps_tau)
+    x_tau = model.interpolate(x_hat.detach(), eps_tau, tau)
+    scale = (teacher(x_tau, tau) - (eps_tau - x_hat.detach())).abs().mean(1, keepdim=True) + 1e-6
+    on_x_hat = -torch.autograd.grad(rectify.sum(), U)[0]                                    # x_hat = z - U
+    torch.testing.assert_close(on_x_hat, 2 * scale * torch.autograd.grad(loss.sum(), x_hat)[0], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(gap, dmd_gap)
+    torch.testing.assert_close(adv, dmd2.fake_loss(fake, x_hat, t, eps_t))                  # Eq. 63 = Eq. 52 at negative times
+    assert not adv.requires_grad                                                            # never reaches the generator
+    _, clipped, _ = twinflow.twinflow_losses(lambda x, t, s: U, fake, teacher, z, t, eps_t, tau, eps_tau, clamp=0.1)
+    torch.testing.assert_close(torch.autograd.grad(clipped.sum(), U)[0], (fake(x_tau, tau) - teacher(x_tau, tau)).clamp(-0.1, 0.1))
+    _, still, _ = twinflow.twinflow_losses(lambda x, t, s: U, teacher, teacher, z, t, eps_t, tau, eps_tau)
+    assert still.max() == 0                                                                 # no gap, no move
+
+
+def test_negative_times_are_another_side_of_the_same_network():
+    net = small_net("in_context")
+    x, t, y = rand(3, 2, 4, 4), torch.tensor([0.2, 0.5, 0.9]).double(), torch.tensor([0, 1, 2])
+    torch.testing.assert_close(net(x, -t, y), net(x, -t, y, -t))                            # both times, Eq. 63
+    assert (net(x, -t, y) - net(x, t, y)).abs().amax((1, 2, 3)).min() > 1e-4
+
+
+# ---- SiD ----------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("theta, t, expected", [(1.5, 0.5, {0: 0.288462, 0.5: 0.232988, 1: 0.177515, 1.2: 0.155325}), (0.6, 0.3, {0: -0.034014, 0.5: -0.054034, 1: -0.074054, 1.2: -0.082062})])
+def test_sid_gradient_is_the_closed_form_of_two_gaussians(theta, t, expected):
+    """x_g = theta z against N(0, 1), exact networks: d/dtheta = 2 a theta D (a k - 1 - alpha a D); alpha = 0.5 is half the Fisher gradient."""
+    z, w = (torch.tensor(v) for v in np.polynomial.hermite_e.hermegauss(5))
+    zz, ee = (v.reshape(-1, 1) for v in torch.meshgrid(z, z, indexing="ij"))
+    weights, times, a = (w[:, None] * w[None, :]).reshape(-1) / w.sum() ** 2, torch.full((25,), t, dtype=torch.float64), 1 - t
+    k, k_fake = a / spread(t, 1.0), a * theta ** 2 / spread(t, theta)
+    D = k - k_fake
+    for alpha, reference in expected.items():
+        parameter = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
+        loss, gap = sid.sid_loss(parameter * zz, lambda x, t: gaussian_v(x, t, theta), lambda x, t: gaussian_v(x, t, 1.0), times, ee, alpha)
+        found = torch.autograd.grad((loss / (1 - times)) @ weights, parameter)[0].item()    # w(t) = 1 - t divided out
+        assert found == pytest.approx(2 * a * theta * D * (a * k - 1 - alpha * a * D), rel=1e-6)
+        assert found == pytest.approx(reference, abs=1e-6)
+        if alpha == 0.5:
+            assert found == pytest.approx(a * theta * D * (a * D - 2 * t ** 2 / spread(t, theta)), rel=1e-6)
+    assert gap.mean() > 0
+
+
+def test_sid_with_both_networks_cut_off_is_dmd_for_every_alpha():
+    x_g, eps, t = rand(4, 3, 2, 2).requires_grad_(), rand(4, 3, 2, 2, seed=1), uniform(4) * 0.9 + 0.05
+    fake, teacher = (lambda x, t: torch.tanh(2 * x + t.view(-1, 1, 1, 1))), (lambda x, t: torch.sin(x) - t.view(-1, 1, 1, 1))
+    loss, gap = dmd2.dmd_loss(x_g, fake, teacher, t, eps)
+    x_t = model.interpolate(x_g.detach(), eps, t)
+    scale = 12 * ((teacher(x_t, t) - (eps - x_g.detach())).abs().mean((1, 2, 3), keepdim=True) + 1e-6)
+    dmd = torch.autograd.grad(loss.sum(), x_g)[0] * scale                                   # v_teacher - v_fake
+    sids = {}
+    for alpha in (0.0, 0.5, 1.0, 1.2):
+        cut, _ = sid.sid_loss(x_g, lambda x, t: fake(x, t).detach(), lambda x, t: teacher(x, t).detach(), t, eps, alpha)
+        torch.testing.assert_close(torch.autograd.grad(cut.sum(), x_g)[0], ((1 - t) * t ** 2).view(-1, 1, 1, 1) * dmd, rtol=1e-6, atol=1e-9)
+        whole, found = sid.sid_loss(x_g, fake, teacher, t, eps, alpha)
+        sids[alpha] = torch.autograd.grad(whole.sum(), x_g)[0]
+        torch.testing.assert_close(found, gap)
+        f_fake, f_teacher = x_t - t.view(-1, 1, 1, 1) * fake(x_t, t), x_t - t.view(-1, 1, 1, 1) * teacher(x_t, t)
+        delta = f_teacher - f_fake                                                          # the x0-space form, for every weight
+        x0_space = (delta * (f_teacher - x_g - alpha * delta)).sum((1, 2, 3)).detach()
+        for name, w in (*sid.WEIGHTS.items(), ("sid", lambda t: 1 / (x_g - f_teacher).abs().mean((1, 2, 3)))):
+            torch.testing.assert_close(sid.sid_loss(x_g, fake, teacher, t, eps, alpha, name)[0].detach(), (w(t) * x0_space).detach(), rtol=1e-9, atol=1e-12)
+    assert all((sids[a] - sids[b]).abs().max() > 1e-3 for a in sids for b in sids if a < b)   # with gradient through the inputs alpha matters
+
+
+def test_sid_rollout_and_times():
+    sigma, M, eps = 0.5, 3, rand(5, 3, 2)
+    u = lambda x, t, s: gaussian_u(x, torch.full((len(x),), t).double(), torch.full((len(x),), s).double(), sigma)   # noqa: E731
+    for k in range(M):
+        torch.testing.assert_close(sid.rollout(u, eps, k, M, "fresh"), dmd2.backward_simulation(u, eps, k, M))
+    x0 = sigma * eps[:, 0]                                                                  # the first jump
+    x = {"fixed": 2 / 3 * eps[:, 0] + 1 / 3 * x0, "ddim": 2 / 3 * eps[:, 0] + 1 / 3 * x0}   # at t = 1 the implied noise is the first noise
+    for noise, at in x.items():
+        torch.testing.assert_close(sid.rollout(u, eps, 1, M, noise), at * sigma / spread(2 / 3, sigma) ** 0.5)
+    x0 = x["ddim"] * sigma / spread(2 / 3, sigma) ** 0.5
+    implied = (x["ddim"] - x0 / 3) / (2 / 3)
+    torch.testing.assert_close(sid.rollout(u, eps, 2, M, "ddim"), (2 / 3 * x0 + implied / 3) * sigma / spread(1 / 3, sigma) ** 0.5)
+    assert (sid.rollout(u, eps, 2, M, "ddim") - sid.rollout(u, eps, 2, M, "fixed")).abs().max() > 1e-3
+    theta = torch.zeros(M, dtype=torch.float64, requires_grad=True)
+    for noise in ("fresh", "ddim", "fixed"):
+        x_g = sid.rollout(lambda x, t, s: x * 0.3 + theta[round((1 - t) * M)], eps, 2, M, noise)
+        torch.testing.assert_close(torch.autograd.grad(x_g.sum(), theta)[0], torch.tensor([0, 0, -10 / 3]).double())   # the last call only
+    quantiles = sid.draw_times(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]))
+    torch.testing.assert_close(quantiles, torch.tensor([0.126, 0.405, 0.667, 0.855, 0.965]), rtol=0, atol=1e-3)
+
+
+# ---- the health panel ---------------------------------------------------------------------------------------------------------
+
+def test_health_measures_what_it_says(tmp_path):
+    data = vae.load_data("digits")
+
+    class Folder:                                                                           # what health needs of a Run
+        folder, step, model = tmp_path, 7, torch.nn.Linear(1, 1)
+        lines = []
+
+        def write(self, line):
+            self.lines.append(line)
+            (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(dict(step=7) | line) + "\n" for line in self.lines))
+    run_ = Folder()
+    run_.data = data
+    evaluate.health(run_, lambda z, y: 0.5 * z[:, 0] + 2, lambda x, t, y: x + 0.3 * t.view(-1, 1, 1, 1), lambda x, t, y: x,
+                    lambda x, t, eps, y: x.pow(2).sum((1, 2, 3)), lambda x, t, eps, y: 3 * x.pow(2).sum((1, 2, 3)), M=2)
+    found = run_.lines[0]
+    assert found["x_hat_mean"] == pytest.approx(2, abs=0.02) and found["x_hat_std"] == pytest.approx(0.5, abs=0.02) and found["gan_dm_ratio"] == pytest.approx(3, rel=1e-5)
+    assert [found[f"gap_{high}"] for high in (0.2, 0.4, 0.6, 0.8, 1.0)] == pytest.approx([0.3 * m for m in (0.101, 0.301, 0.501, 0.701, 0.901)], rel=1e-3)
+    with Image.open(tmp_path / "health_000007.png") as picture:
+        assert picture.size[0] > 800 and len(picture.convert("L").getcolors()) > 50
 
 
 class ToyFlowMap(torch.nn.Module):
@@ -882,13 +1099,14 @@ def test_samples_do_not_depend_on_the_batch_size():
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
-    """A working folder with a small image set of 3 classes, and an iMF trained on it for 8 steps."""
+    """A working folder with a small image set of 3 classes, with an iMF and a velocity network trained on it for 8 steps."""
     folder = tmp_path_factory.mktemp("home")
     y = np.arange(90) % 3
     g = np.random.default_rng(0)
     images = np.clip(np.array([40, 120, 200])[y][:, None, None] + g.normal(0, 40, (90, 4, 4)), 0, 255).astype(np.uint8)
     np.savez(folder / "toy.npz", images=images, labels=y)
     run(folder, "consistency.py --loss imf --data toy.npz --steps 8 --out imf")
+    run(folder, "consistency.py --loss fm --data toy.npz --steps 8 --out fm")
     return folder
 
 
@@ -923,8 +1141,9 @@ def assert_same(a, b, atol=0.0):
         assert torch.equal(a[k], b[k]) if atol == 0 else (a[k] - b[k]).abs().max() <= atol, f"{k}: {(a[k].float() - b[k].float()).abs().max()}"
 
 
-TOY = {"consistency.py": "consistency.py --loss cd --init imf/model.pt --data toy.npz", "dmd2.py": "dmd2.py --init imf/model.pt --data toy.npz --M 2 --ttur 2 --ida 0.97 --cd 1",
-       "fsf_dmd.py": "fsf_dmd.py --init imf/model.pt --data toy.npz --M 2"}
+TOY = {"consistency.py": "consistency.py --loss cd --init imf/model.pt --data toy.npz", "fsf_dmd.py": "fsf_dmd.py --init imf/model.pt --data toy.npz --M 2 --health_every 0",
+       "dmd2.py": "dmd2.py --init imf/model.pt --data toy.npz --M 2 --ttur 2 --ida 0.97 --cd 1 --health_every 0",
+       "sid.py": "sid.py --init imf/model.pt --data toy.npz --lambda_g 0.1 --health_every 0", "twinflow.py": "twinflow.py --base rcgm --init imf/model.pt --data toy.npz --health_every 0"}
 
 
 @pytest.mark.parametrize("script", TOY)
@@ -1006,29 +1225,43 @@ def test_the_main_command_leaves_a_picture_a_table_and_a_checkpoint(tmp_path):
     assert "weights" in printed and json.loads((tmp_path / "there" / "evaluation.json").read_text())["fd_2step"] > 0 and (tmp_path / "there" / "samples.png").exists()
 
 
-FLAGS = {  # each flips one flag of a run; the loss (or, for the last ones, the trained weights) must answer
-    "consistency.py": ["--mask_prob 0", "--time_law logitnormal", "--jvp exact", "--fd_h 0.1", "--huber_c 1", "--label_drop 0.9", "--cd_guidance drawn --omega_max 3",
-                       "--cd_guidance drawn --omega_max 3 --omega_law truncexp", "--lr 1e-2", "--ema 0.05", "--ema_warmup 0", "--seed 1", "--precision bf16", "--batch_size 64"],
-    "dmd2.py": ["--M 1", "--ttur 3", "--fake_lr 1e-2", "--lambda_g 0", "--lambda_g 1", "--lambda_d 1", "--disc_trunk teacher", "--ida 1", "--ida 0.5", "--cd 0", "--lam 1",
-                "--cd 1 --mask_prob 0"],
-    "fsf_dmd.py": ["--M 1", "--M 3", "--lam 3", "--shift 9", "--weight one", "--weight one --clip 0.01", "--cosine_factor 1", "--rollout dmd2", "--rollout_grad last",
-                   "--omega 3", "--omega 3 --guide_to 0.5", "--cd_guidance drawn --omega_max 3"],
+FM, SCRATCH = "--init fm/model.pt --data toy.npz --health_every 0", "--init scratch --data toy.npz --health_every 0"
+FLAGS = {  # base command: each of these flips one flag of it, and the trained weights must answer
+    TOY["consistency.py"]: ["--mask_prob 0", "--time_law logitnormal", "--jvp exact", "--fd_h 0.1", "--huber_c 1", "--label_drop 0.9", "--cd_guidance drawn --omega_max 3",
+                            "--cd_guidance drawn --omega_max 3 --omega_law truncexp", "--lr 1e-2", "--ema 0.05", "--ema_warmup 0", "--seed 1", "--precision bf16",
+                            "--batch_size 64", "--tangent_norm 0.1", "--tangent_norm 1", "--init fm/model.pt", "--init fm/model.pt --omega 3", "--init fm/model.pt --omega 3 --guide_to 0.5"],
+    "consistency.py --loss rcgm --data toy.npz": ["--delta 0.1", "--order 1", "--clamp 0.2", "--clamp 0", "--omega_max 5", "--mask_prob 0", "--huber_c 1"],
+    "consistency.py --loss isg --init imf/model.pt --data toy.npz": ["--M 1", "--huber_c 1", "--omega 3", "--cd_guidance drawn --omega_max 3", "--init fm/model.pt"],
+    TOY["dmd2.py"]: ["--M 1", "--ttur 3", "--fake_lr 1e-2", "--lambda_g 0", "--lambda_g 1", "--lambda_d 1", "--disc_trunk teacher", "--ida 1", "--ida 0.5", "--cd 0", "--lam 1",
+                     "--cd 1 --mask_prob 0"],
+    f"dmd2.py {FM} --ttur 1": ["--cd 1", "--omega 3"],
+    f"dmd2.py {SCRATCH}": ["--lam 1", "--ttur 2", "--omega_max 3"],
+    TOY["fsf_dmd.py"]: ["--M 1", "--M 3", "--lam 3", "--shift 9", "--weight one", "--weight one --clip 0.01", "--cosine_factor 1", "--rollout dmd2", "--rollout_grad last",
+                        "--omega 3", "--omega 3 --guide_to 0.5", "--cd_guidance drawn --omega_max 3", "--warmup 1"],
+    f"fsf_dmd.py {FM} --warmup 0": ["--lam 3", "--omega 3", "--warmup 2"],
+    f"fsf_dmd.py {SCRATCH}": ["--lam 3", "--omega 3", "--omega_max 3", "--n_tokens 2"],
+    TOY["sid.py"]: ["--M 3", "--M 1", "--noise ddim", "--M 3 --noise ddim", "--M 3 --noise fixed", "--alpha 0.5", "--weight sid", *(f"--weight '{w}'" for w in sid.WEIGHTS if w != "1-t"), "--fake_lr 1e-2",
+                    "--lambda_g 0", "--lambda_d 1", "--omega 3", "--omega 3 --guide_to 0.5"],
+    f"sid.py {FM}": ["--omega 3"],
+    TOY["twinflow.py"]: ["--base imf", "--base imf --jvp exact", "--lam 3", "--clip 1e-4", "--clip 2e-4", "--delta 0.1", "--order 1", "--clamp 0.2", "--omega 3", "--init scratch"],
 }
 
 
-@pytest.mark.parametrize("script", FLAGS)
-def test_every_flag_changes_what_is_trained(home, monkeypatch, capsys, script):
+@pytest.mark.parametrize("command", FLAGS, ids=range(len(FLAGS)))
+def test_every_flag_changes_what_is_trained(home, monkeypatch, capsys, command):
     """In one process for speed, through the scripts' own parse_args and train."""
     monkeypatch.chdir(home)
-    module, base = sys.modules[script[:-3]], f"{TOY[script]} --steps 3".split()[1:]
+    script, *base = f"{command} --steps 3".split()
+    module, flags = sys.modules[script[:-3]], FLAGS[command]
     monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0))                   # few samples: the metrics are not asked here
     def weights(extra, out):
         module.train(module.parse_args([*base, *shlex.split(extra), "--out", out]))
         return torch.cat([p.flatten() for p in torch.load(home / out / "model.pt", weights_only=True)["weights"].values()])
-    found = {"": weights("", f"flag-{script}")}
-    assert torch.equal(weights("", f"flag-{script}-again"), found[""])                      # and the same command gives the same weights
-    for i, extra in enumerate(FLAGS[script]):
-        found[extra] = weights(extra, f"flag-{script}-{i}")
+    name = f"flag-{list(FLAGS).index(command)}"
+    found = {"": weights("", name)}
+    assert torch.equal(weights("", f"{name}-again"), found[""])                             # and the same command gives the same weights
+    for i, extra in enumerate(flags):
+        found[extra] = weights(extra, f"{name}-{i}")
     names = list(found)
     for i, a in enumerate(names):
         for b in names[:i]:
@@ -1044,6 +1277,9 @@ def test_the_run_folder_is_named_after_what_differs_from_the_preset():
     args = fsf_dmd.parse_args(["--data", "shards", "--M", "1"])                             # latents: Table 6
     assert (args.size, args.lam, args.shift, args.steps, args.batch_size, args.ema, args.omega, args.guide_to, args.M) == ("B/1", 0.05, 10, 4000, 128, 0.99995, 6, 0.9, 1)
     assert args.precision == "bf16" and args.sources["init"] == "default"
+    for init, column in (("imf", (0.05, 10, 2, 4_000, 0, 0)), ("fm", (0.001, 10, 2, 26_000, 20_000, 3)), ("scratch", (0.01, 1, 1, 400_000, 0, 0))):
+        a = fsf_dmd.parse_args(["--data", "shards", "--init", init])
+        assert (a.lam, a.shift, a.M, a.steps, a.warmup, a.cfg_channels) == column and (a.batch_size, a.ema, a.omega, a.guide_to, a.label_drop) == (128, 0.99995, 6, 0.9, 0.1)
     assert args.sources["lam"] == "preset" and args.sources["M"] == "given" and args.sources["fd_h"] == "default"
 
 
@@ -1070,6 +1306,35 @@ def test_pretraining_flags_and_the_other_losses(home, monkeypatch, capsys):
     capsys.readouterr()
 
 
+def test_without_its_own_term_fsf_dmd_is_its_baseline(home, monkeypatch, capsys):
+    """During --warmup FSF-DMD is consistency distillation (from a flow map and from flow matching); from scratch, with lambda 0, it is iMF."""
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0))
+    pairs = [("--init imf/model.pt --warmup 3", "--loss cd --init imf/model.pt"), ("--init fm/model.pt --warmup 3 --omega 2", "--loss cd --init fm/model.pt --omega 2"),
+             ("--init scratch --lam 0", "--loss imf")]
+    for i, (ours, baseline) in enumerate(pairs):
+        common_flags = ["--data", "toy.npz", "--steps", "3", "--lr", "3e-3"]
+        fsf_dmd.train(fsf_dmd.parse_args([*ours.split(), *common_flags, "--health_every", "0", "--out", f"term-{i}"]))
+        consistency.train(consistency.parse_args([*baseline.split(), *common_flags, "--out", f"base-{i}"]))
+        assert_same(state(home, f"term-{i}")["net"], state(home, f"base-{i}")["net"])
+    assert state(home, "term-1")["teacher"].keys() == state(home, "term-1")["net"].keys()   # decoupled conditioning: no new parameters
+    assert common.load_checkpoint("term-1/model.pt")["config"]["conditioning"] == "decoupled" and "teacher" not in state(home, "term-2")
+    capsys.readouterr()
+
+
+def test_a_velocity_network_becomes_a_flow_map_and_stays_the_teacher(home, monkeypatch):
+    monkeypatch.chdir(home)
+    net, teacher = common.load_start("fm/model.pt", vae.load_data("toy.npz"))
+    x, t, y = torch.randn(3, 1, 4, 4), torch.rand(3), torch.tensor([0, 1, 2])
+    assert net.conditioning == "decoupled" and teacher.conditioning == "plain" and not any(p.requires_grad for p in teacher.parameters())
+    torch.testing.assert_close(net(x, t, y, t), teacher(x, t, y))
+    assert (net(x, t, y, t / 2) - teacher(x, t, y)).abs().max() > 1e-5
+    assert sum(p.requires_grad for p in net.parameters()) == sum(p.requires_grad for p in model.LightningDiT(**net.config).parameters())
+    net, teacher = common.load_start("imf/model.pt", vae.load_data("toy.npz"))
+    torch.testing.assert_close(net(x, t, y, t / 2), teacher(x, t, y, t / 2))
+    assert next(net.blocks.parameters()).requires_grad
+
+
 def test_cosine_reaches_multi_channel_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0))
@@ -1079,6 +1344,11 @@ def test_cosine_reaches_multi_channel_data(tmp_path, monkeypatch, capsys):
     for cosine in ("1", "0"):
         consistency.train(consistency.parse_args(["--loss", "imf", "--data", "rgb.npz", "--steps", "3", "--cosine", cosine, "--out", cosine]))
         weights.append(common.load_checkpoint(Path(cosine) / "model.pt")["weights"]["final_layer.linear.bias"])
+    assert not torch.equal(*weights)
+    consistency.train(consistency.parse_args("--loss fm --data rgb.npz --steps 3 --out fm".split()))
+    for channels in ("0", "1"):                                                             # CFG on the first channel only: another teacher
+        consistency.train(consistency.parse_args(f"--loss cd --init fm/model.pt --data rgb.npz --steps 3 --omega 3 --cfg_channels {channels} --out cfg{channels}".split()))
+    weights = [common.load_checkpoint(Path(f"cfg{c}") / "model.pt")["weights"]["final_layer.linear.bias"] for c in "01"]
     assert not torch.equal(*weights)
     capsys.readouterr()
 
@@ -1153,13 +1423,13 @@ BAD = [  # command, words of the one line
     ("fsf_dmd.py --data truncated.npz --init imf/model.pt", "truncated.npz"),
     ("fsf_dmd.py --data four.npz --init imf/model.pt", "was made for num_classes 3, but --data four.npz has 4"),
     ("fsf_dmd.py --init imf/model.pt", "was made for shape [1, 4, 4], but --data digits has [1, 8, 8]"),
-    ("fsf_dmd.py --data toy.npz --init missing.pt", "--init missing.pt: expected imf, or the path of a model.pt"),
+    ("fsf_dmd.py --data toy.npz --init missing.pt", "--init missing.pt: expected fm or imf or scratch, or the path of a model.pt"),
     ("fsf_dmd.py --data toy.npz --init text.pt", "text.pt: not a model.pt"),
     ("fsf_dmd.py --data toy.npz --init evil.pt", "evil.pt: not a model.pt"),
     ("fsf_dmd.py --data toy.npz --init other.pt", "other.pt: not a model.pt of this project"),
     ("fsf_dmd.py --data toy.npz --init cut.pt", "cut.pt: not a model.pt"),
     ("fsf_dmd.py --data toy.npz --init incomplete.pt", "weights do not fit its configuration"),
-    ("fsf_dmd.py --data toy.npz --init decoupled.pt", "holds a decoupled network, expected one for --init imf"),
+    ("twinflow.py --data toy.npz --init decoupled.pt", "holds a decoupled network, expected one for --init imf or scratch"),
     ("fsf_dmd.py --data toy.npz --init imf/model.pt --size B/1 --n_tokens 7", "not --size B/1 (it has tiny), --n_tokens 7 (it has 1)"),
     ("fsf_dmd.py --data toy.npz --init imf/model.pt --out mine", "exists and is no run folder"),
     ("fsf_dmd.py --data toy.npz --init imf/model.pt --out mine --resume no", "exists and is no run folder"),
@@ -1180,10 +1450,31 @@ BAD = [  # command, words of the one line
     ("dmd2.py --cd 1 --omega_max 3", "--omega_max: omega is drawn with --cd_guidance drawn only"),
     ("fsf_dmd.py --omega_law truncexp", "--omega_law: omega is drawn with --cd_guidance drawn only"),
     ("fsf_dmd.py --jvp exact --fd_h 0.1", "--fd_h: --jvp exact takes no difference"),
-    ("consistency.py --loss fm --jvp exact", "--jvp: flow matching has no such term"),
-    ("consistency.py --loss ct --omega 2", "the network of --loss ct has no guidance input"),
+    ("consistency.py --loss fm --jvp exact", "--jvp: belongs to --loss ct or imf or cd"),
+    ("consistency.py --loss ct --omega 2", "--omega: belongs to --loss fm or imf"),
     ("consistency.py --loss imf --cd_guidance drawn", "belongs to --loss cd"),
-    ("consistency.py --loss cd --omega_max 4", "drawn by --loss imf and --cd_guidance drawn only"),
+    ("consistency.py --loss cd --omega_max 4", "drawn with --cd_guidance drawn only"),
+    ("fsf_dmd.py --init fm --n_tokens 3", "--n_tokens: the network of --init fm has no guidance input"),
+    ("fsf_dmd.py --init fm/model.pt --data toy.npz --cd_guidance drawn", "--cd_guidance: the network of --init fm has no guidance input"),
+    ("fsf_dmd.py --cfg_channels 3", "--cfg_channels: belongs to --init fm"),
+    ("fsf_dmd.py --init scratch --cd_guidance drawn", "L_CT of --init scratch draws omega"),
+    ("dmd2.py --init scratch --cd 0", "without a teacher nothing would tell the network of the data"),
+    ("dmd2.py --init scratch --disc_trunk teacher", "there is no teacher, expected --disc_trunk fake"),
+    ("sid.py --init scratch", "--init scratch: expected fm or imf, or the path of a model.pt"),
+    ("sid.py --lambda_d 1", "--lambda_g 0 builds no discriminator"),
+    ("sid.py --M 1 --noise ddim", "--noise: --M 1 never renoises"),
+    ("sid.py --weight t", "--weight: invalid choice: 't'"),
+    ("sid.py --cfg_channels 3", "--cfg_channels: belongs to --init fm"),
+    ("sid.py --mask_prob 0", "unrecognized arguments: --mask_prob 0"),
+    ("twinflow.py --base imf --delta 0.1", "--delta: belongs to --base rcgm"),
+    ("twinflow.py --base rcgm --jvp exact", "--jvp: belongs to --base imf"),
+    ("twinflow.py --base rcgm --delta 0.7", "--delta: 0.7 is out of range"),
+    ("twinflow.py --init fm/model.pt --data toy.npz", "holds a plain network, expected one for --init imf or scratch"),
+    ("consistency.py --loss rcgm --jvp exact", "--jvp: belongs to --loss ct or imf or cd"),
+    ("consistency.py --loss cd --order 3", "--order: belongs to --loss rcgm"),
+    ("consistency.py --loss isg --mask_prob 0", "--mask_prob: belongs to --loss ct or imf or cd or rcgm"),
+    ("consistency.py --loss isg --init scratch", "distillation needs a teacher"),
+    ("consistency.py --loss cd --tangent_norm 0.1 --huber_c 1", "--huber_c: --tangent_norm takes the squared distance"),
     ("dmd2.py --ida 1.2", "--ida: 1.2 is out of range"),
     ("consistency.py", "the following arguments are required: --loss"),
     ("consistency.py --loss cd --init scratch", "distillation needs a teacher"),
