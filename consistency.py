@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_checkpoint, load_start, main,
                     micro_batches, new_network, number, parser, rank, refuse, refuse_idle, resolve, setup, step_rng, sync_gradients, update_ema)
-from evaluate import Features, evaluate, finish, show
+from evaluate import Features, evaluate, finish, watch
 from model import expand, flow_map, gate_guidance, guided_map, guided_velocity, interpolate, total_derivative
 from normuon import NorMuon, param_groups
 from vae import BadInput, load_data
@@ -236,6 +236,14 @@ def pretrained(args, loss):
     return f"{own.out}/model.pt"
 
 
+def starting_networks(args, data, device, conditioning="in_context"):
+    """--init -> (student, frozen teacher; None from scratch) on the device: fresh, of consistency.py --loss imf or fm, or of a model.pt."""
+    if args.init == "scratch":
+        return new_network(args, data, conditioning).to(device).train(), None
+    net, teacher = load_start(pretrained(args, args.init) if args.init in ("imf", "fm") else args.init, data)
+    return net.to(device), teacher.to(device)
+
+
 # ---- training ----------------------------------------------------------------------------------------------------------------
 
 def train(args):
@@ -243,14 +251,10 @@ def train(args):
     data = load_data(args.data)
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 
-    if args.init == "scratch":
-        net, teacher = new_network(args, data, CONDITIONING[args.loss]).to(device).train(), None
-    else:
-        path = pretrained(args, args.init) if args.init in ("imf", "fm") else args.init
-        net, teacher = (n.to(device) for n in load_start(path, data))
+    net, teacher = starting_networks(args, data, device, CONDITIONING.get(args.loss))
     ema = frozen_copy(net)
     opt = NorMuon(param_groups(net), lr=args.lr)
-    frozen = dict(teacher=teacher) if teacher is not None else {}
+    frozen = dict(teacher=teacher) if teacher else {}
     compile_blocks(args, net, ema, *frozen.values())
     features = Features(data) if rank() == 0 else None
     rho = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine, tangent_norm=args.tangent_norm)
@@ -307,12 +311,7 @@ def train(args):
 
             # -- log, measure, look, save
             run.log({args.loss: total}, dict(t=batch["t"], s=batch["s"]), grad_norm)
-            if run.due(args.eval_every) and run.main:
-                run.evaluated(evaluate(ema, features, args))
-            if run.due(args.preview_every) and run.main:
-                show(run.folder / f"samples_{run.step:06d}.png", [(f"step {run.step}", ema)], data, args)
-            if run.due(args.save_every):
-                run.save()
+            watch(run, features, teacher)
         finish(run, features)
 
 

@@ -25,10 +25,10 @@ each; the GAN adds 1.75 and 3.5 R.  At R = 5 that is 26.5 without and 45.8 with 
 import torch
 import torch.nn.functional as F
 
-from common import (CONSISTENCY_FLAGS, Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_start, main,
-                    micro_batches, new_network, number, parser, rank, refuse, refuse_idle, resolve, setup, step_rng, sync_gradients, update_ema)
-from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, pretrained
-from evaluate import Features, evaluate, finish, health, show
+from common import (CONSISTENCY_FLAGS, Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, main,
+                    micro_batches, number, parser, rank, refuse, refuse_idle, resolve, setup, step_rng, sync_gradients, update_ema)
+from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, starting_networks
+from evaluate import Features, evaluate, finish, health, watch
 from model import DiscriminatorHead, expand, guided_map, guided_velocity, interpolate
 from normuon import NorMuon, param_groups
 from vae import BadInput, load_data
@@ -136,11 +136,7 @@ def train(args):
     data = load_data(args.data)
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 
-    if args.init == "scratch":
-        net, teacher = new_network(args, data, "in_context").to(device).train(), None
-    else:
-        path = pretrained(args, args.init) if args.init in ("imf", "fm") else args.init
-        net, teacher = (n.to(device) for n in load_start(path, data))
+    net, teacher = starting_networks(args, data, device)
     ema, fake = frozen_copy(net), frozen_copy(net)
     head = DiscriminatorHead(fake).to(device).requires_grad_(False) if args.lambda_g else None
     trunk = fake if args.disc_trunk == "fake" else teacher
@@ -165,6 +161,15 @@ def train(args):
 
     def v_teacher(x, t, y):                                                                           # scratch: the network itself
         return guided_velocity(teacher or net, x, t, y, fixed.expand(len(x), 3), args.cfg_channels or None)
+
+    def panel(run):
+        def dm(x, t, eps, y):
+            return (args.lam if args.cd else 1.0) * dmd_loss(x, lambda x, t: v_fake(x, t, y), lambda x, t: v_teacher(x, t, y), t, eps)[0]
+
+        def gan(x, t, eps, y):
+            return args.lambda_g * gan_generator_loss(head(trunk, interpolate(x, eps, t), t, y))
+
+        health(run, lambda z, y: backward_simulation(lambda x, t, s: u(x, t, s, y), z, args.M - 1, args.M), v_fake, v_teacher, dm, gan if head else None, args.M)
 
     with Run(args, networks | dict(opt=opt, opt_fake=opt_fake), ema, data) as run:
         if run.step == 0 and run.main:
@@ -250,16 +255,7 @@ def train(args):
 
             # -- log, measure, look, save
             run.log(total, {name: batch[name] for name in ("t_dm", "t_fake")}, grad_norm)
-            if run.due(args.eval_every) and run.main:
-                run.evaluated(evaluate(ema, features, args))
-            if run.due(args.preview_every) and run.main:
-                show(run.folder / f"samples_{run.step:06d}.png", [("start", teacher)] * bool(teacher) + [(f"step {run.step}", ema)], data, args)
-            if args.health_every and run.due(args.health_every) and run.main:
-                health(run, lambda z, y: backward_simulation(lambda x, t, s: u(x, t, s, y), z, args.M - 1, args.M), v_fake, v_teacher,
-                       lambda x, t, eps, y: (args.lam if args.cd else 1.0) * dmd_loss(x, lambda x, t: v_fake(x, t, y), lambda x, t: v_teacher(x, t, y), t, eps)[0],
-                       head and (lambda x, t, eps, y: args.lambda_g * gan_generator_loss(head(trunk, interpolate(x, eps, t), t, y))), args.M)
-            if run.due(args.save_every):
-                run.save()
+            watch(run, features, teacher, panel)
         finish(run, features)
 
 

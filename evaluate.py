@@ -289,6 +289,20 @@ def health(run, generator, v_fake, v_teacher, dm=None, gan=None, M=1, n=100):
     figure.savefig(run.folder / f"health_{run.step:06d}.png", dpi=90)
 
 
+def watch(run, features, start=None, panel=None):
+    """The end of a training step: evaluation, samples of the EMA (beside `start`'s), panel(run) = `health`, state.pt, each when due."""
+    args = run.args
+    if run.main and run.due(args.eval_every):
+        run.evaluated(evaluate(run.model, features, args))
+    if run.main and run.due(args.preview_every):
+        nets = [("start", start)] if start else []
+        show(run.folder / f"samples_{run.step:06d}.png", [*nets, (f"step {run.step}", run.model)], run.data, args)
+    if run.main and panel and args.health_every and run.due(args.health_every):
+        panel(run)
+    if run.due(args.save_every):
+        run.save()
+
+
 def finish(run, features):
     """The end of a run: result.json, and the table of its first and last evaluation."""
     if not run.main:

@@ -31,10 +31,10 @@ import math
 
 import torch
 
-from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_start, main, micro_batches,
-                    new_network, number, parser, rank, refuse, refuse_idle, resolve, setup, step_rng, sync_gradients, update_ema)
-from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, pretrained
-from evaluate import Features, evaluate, finish, health, show
+from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, main, micro_batches,
+                    number, parser, rank, refuse, refuse_idle, resolve, setup, step_rng, sync_gradients, update_ema)
+from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, starting_networks
+from evaluate import Features, evaluate, finish, health, watch
 from model import guided_map, guided_velocity, interpolate, shift_time
 from normuon import NorMuon, param_groups
 from vae import load_data
@@ -138,11 +138,7 @@ def train(args):
     data = load_data(args.data)
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 
-    if args.init == "scratch":
-        net, teacher = new_network(args, data, "in_context").to(device).train(), None
-    else:
-        path = pretrained(args, args.init) if args.init in ("imf", "fm") else args.init
-        net, teacher = (n.to(device) for n in load_start(path, data))
+    net, teacher = starting_networks(args, data, device)
     ema = frozen_copy(net)
     opt = NorMuon(param_groups(net), lr=args.lr)
     frozen = dict(teacher=teacher) if teacher else {}
@@ -160,6 +156,9 @@ def train(args):
 
     def v_teacher(x, tau, y):                                                                         # scratch: the network itself, Eq. 23
         return guided_velocity(teacher or net, x, tau, y, fixed.expand(len(x), 3), args.cfg_channels or None)
+
+    def panel(run):
+        health(run, lambda z, y: z[:, 0] - rollout(lambda x, t, s: u(x, t, s, y), z[:, 0], args.M)[1], v_fake, v_teacher)
 
     with Run(args, dict(net=net, ema=ema, opt=opt) | frozen, ema, data) as run:
         if run.step == 0 and run.main:
@@ -210,14 +209,7 @@ def train(args):
 
             # -- log, measure, look, save
             run.log(total, dict(t=batch["t"], s=batch["s"], tau=batch["tau"]), grad_norm)
-            if run.due(args.eval_every) and run.main:
-                run.evaluated(evaluate(ema, features, args))
-            if run.due(args.preview_every) and run.main:
-                show(run.folder / f"samples_{run.step:06d}.png", [("start", teacher)] * bool(teacher) + [(f"step {run.step}", ema)], data, args)
-            if args.health_every and run.due(args.health_every) and run.main:
-                health(run, lambda z, y: z[:, 0] - rollout(lambda x, t, s: u(x, t, s, y), z[:, 0], args.M)[1], v_fake, v_teacher)
-            if run.due(args.save_every):
-                run.save()
+            watch(run, features, teacher, panel)
         finish(run, features)
 
 

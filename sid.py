@@ -25,11 +25,11 @@ import math
 
 import torch
 
-from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy, gradient_norm, load_start, main, micro_batches, number, parser, rank,
+from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy, gradient_norm, main, micro_batches, number, parser, rank,
                     refuse, resolve, setup, step_rng, sync_gradients, update_ema)
-from consistency import pretrained
+from consistency import starting_networks
 from dmd2 import fake_loss, gan_discriminator_loss, gan_generator_loss
-from evaluate import Features, evaluate, finish, health, show
+from evaluate import Features, evaluate, finish, health, watch
 from model import DiscriminatorHead, guided_map, guided_velocity, interpolate, v_to_x0
 from normuon import NorMuon, param_groups
 from vae import load_data
@@ -129,8 +129,7 @@ def train(args):
     data = load_data(args.data)
     B, shape = args.batch_size, data.x.shape[1:]
 
-    path = pretrained(args, args.init) if args.init in ("imf", "fm") else args.init
-    net, teacher = (n.to(device) for n in load_start(path, data))
+    net, teacher = starting_networks(args, data, device)
     ema, fake = frozen_copy(net), frozen_copy(net)
     head = DiscriminatorHead(fake).to(device).requires_grad_(False) if args.lambda_g else None
     fake_side = [m for m in (fake, head) if m is not None]
@@ -152,6 +151,15 @@ def train(args):
 
     def v_teacher(x, t, y):
         return guided_velocity(teacher, x, t, y, fixed.expand(len(x), 3), args.cfg_channels or None)
+
+    def panel(run):
+        def dm(x, t, eps, y):
+            return sid_loss(x, lambda x, t: v_fake(x, t, y), lambda x, t: v_teacher(x, t, y), t, eps, args.alpha, args.weight)[0] / shape.numel()
+
+        def gan(x, t, eps, y):
+            return args.lambda_g * gan_generator_loss(head(fake, interpolate(x, eps, t), t, y))
+
+        health(run, lambda z, y: rollout(lambda x, t, s: u(x, t, s, y), z, args.M - 1, args.M, args.noise), v_fake, v_teacher, dm, gan if head else None, args.M)
 
     with Run(args, networks | dict(opt=opt, opt_fake=opt_fake), ema, data) as run:
         if run.step == 0 and run.main:
@@ -203,16 +211,7 @@ def train(args):
 
             # -- log, measure, look, save
             run.log(total, dict(t=batch["t"]), grad_norm)
-            if run.due(args.eval_every) and run.main:
-                run.evaluated(evaluate(ema, features, args))
-            if run.due(args.preview_every) and run.main:
-                show(run.folder / f"samples_{run.step:06d}.png", [("start", teacher), (f"step {run.step}", ema)], data, args)
-            if args.health_every and run.due(args.health_every) and run.main:
-                health(run, lambda z, y: rollout(lambda x, t, s: u(x, t, s, y), z, args.M - 1, args.M, args.noise), v_fake, v_teacher,
-                       lambda x, t, eps, y: sid_loss(x, lambda x, t: v_fake(x, t, y), lambda x, t: v_teacher(x, t, y), t, eps, args.alpha, args.weight)[0] / shape.numel(),
-                       head and (lambda x, t, eps, y: args.lambda_g * gan_generator_loss(head(fake, interpolate(x, eps, t), t, y))), args.M)
-            if run.due(args.save_every):
-                run.save()
+            watch(run, features, teacher, panel)
         finish(run, features)
 
 

@@ -22,10 +22,10 @@ import math
 
 import torch
 
-from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_start, main, micro_batches,
-                    new_network, number, parser, rank, refuse, resolve, setup, step_rng, sync_gradients, update_ema)
-from consistency import draw_guidance, draw_times, guided_target, imf_loss, pretrained, rcgm_loss, whole_interval
-from evaluate import Features, evaluate, finish, health, show
+from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, main, micro_batches,
+                    number, parser, rank, refuse, resolve, setup, step_rng, sync_gradients, update_ema)
+from consistency import draw_guidance, draw_times, guided_target, imf_loss, rcgm_loss, starting_networks, whole_interval
+from evaluate import Features, evaluate, finish, health, watch
 from model import guided_map, guided_velocity, interpolate
 from normuon import NorMuon, param_groups
 from vae import load_data
@@ -92,10 +92,7 @@ def train(args):
     data = load_data(args.data)
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 
-    if args.init == "scratch":
-        net = new_network(args, data, "in_context").to(device).train()
-    else:
-        net = load_start(pretrained(args, "imf") if args.init == "imf" else args.init, data)[0].to(device)
+    net, _ = starting_networks(args, data, device)                                                     # it teaches itself
     ema = frozen_copy(net)
     opt = NorMuon(param_groups(net), lr=args.lr)
     compile_blocks(args, net, ema)
@@ -111,6 +108,9 @@ def train(args):
 
     def v_teacher(x, t, y):
         return guided_velocity(net, x, t, y, fixed.expand(len(x), 3))
+
+    def panel(run):
+        health(run, lambda z, y: z[:, 0] - u(z[:, 0], 1.0, 0.0, y), v_fake, v_teacher)
 
     with Run(args, dict(net=net, ema=ema, opt=opt), ema, data) as run:
         if run.step == 0 and run.main:
@@ -154,14 +154,7 @@ def train(args):
 
             # -- log, measure, look, save
             run.log(total, dict(t=batch["t"], s=batch["s"], tau=batch["tau"]), grad_norm)
-            if run.due(args.eval_every) and run.main:
-                run.evaluated(evaluate(ema, features, args))
-            if run.due(args.preview_every) and run.main:
-                show(run.folder / f"samples_{run.step:06d}.png", [(f"step {run.step}", ema)], data, args)
-            if args.health_every and run.due(args.health_every) and run.main:
-                health(run, lambda z, y: z[:, 0] - u(z[:, 0], 1.0, 0.0, y), v_fake, v_teacher)
-            if run.due(args.save_every):
-                run.save()
+            watch(run, features, panel=panel)
         finish(run, features)
 
 
