@@ -182,7 +182,7 @@ def train(args):
                 batch = dict(x0=data.x[rows], y=data.y[rows], eps=torch.randn(B, *shape, generator=g))
                 batch["t"], batch["s"] = draw_times(torch.rand(B, 2, generator=g), torch.rand(B, generator=g), args.time_law, args.mask_prob)
                 batch["y_drop"] = torch.where(torch.rand(B, generator=g) < args.label_drop, null, batch["y"])
-                batch["guidance"] = fixed.cpu().expand(B, 3)
+                batch["guidance"] = torch.tensor([[args.omega, 0.0, args.guide_to]]).expand(B, 3)
                 if args.cd_guidance == "drawn" or not teacher:
                     batch["guidance"] = draw_guidance(torch.rand(B, 3, generator=g), args.omega_law, args.omega_max)
                 batch["z"] = torch.randn(B, args.M, *shape, generator=g)                              # rollout noise, fresh at every step

@@ -45,7 +45,7 @@ DIGITS = dict(size="tiny", lr=3e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save
 PRESETS = {
     ("pixels", "imf"): DIGITS | dict(steps=200, M=2, lam=0.5, shift=1.0),
     ("pixels", "fm"): DIGITS | dict(steps=300, warmup=200, M=2, lam=0.05, shift=1.0),
-    ("pixels", "scratch"): DIGITS | dict(steps=400, M=1, lam=0.05, shift=1.0, lr=6e-3),
+    ("pixels", "scratch"): DIGITS | dict(steps=400, M=1, lam=0.01, shift=1.0, lr=6e-3),
     ("latents", "imf"): TABLE6 | dict(steps=4_000, M=2, lam=0.05, shift=10.0),
     ("latents", "fm"): TABLE6 | dict(steps=26_000, warmup=20_000, M=2, lam=0.001, shift=10.0, cfg_channels=3),
     ("latents", "scratch"): TABLE6 | dict(steps=400_000, M=1, lam=0.01, shift=1.0),
@@ -114,7 +114,7 @@ def parse_args(argv=None):
     flow_map_flags(p)
     p.add_argument("--cd_guidance", choices=["fixed", "drawn"], default="fixed", help="L_CD: omega and its interval fixed, or drawn as in iMF")
     p.add_argument("--M", type=number(int, 1), help="M of Eq. 18, steps of the rollout")
-    p.add_argument("--lam", type=number(float, 0), help="lambda of Eq. 15")
+    p.add_argument("--lam", type=number(float, 0), help="lambda of Eq. 15; 0: L_CD (scratch: L_CT) alone")
     p.add_argument("--warmup", type=number(int, 0), default=0, help="first steps with L_CD (scratch: L_CT) alone; 20,000 with --init fm in the paper")
     p.add_argument("--shift", type=number(float, 0, open_low=True), help="k of tau = k r / (1 + (k-1) r); above 1: toward noise (Table 8)")
     p.add_argument("--weight", choices=["adaptive", "one"], default="adaptive", help="q of Eq. 14 (Table 9)")
@@ -169,7 +169,7 @@ def train(args):
             batch = dict(x0=data.x[rows], y=data.y[rows], eps=torch.randn(B, *shape, generator=g))
             batch["t"], batch["s"] = draw_times(torch.rand(B, 2, generator=g), torch.rand(B, generator=g), args.time_law, args.mask_prob)
             batch["y_drop"] = torch.where(torch.rand(B, generator=g) < args.label_drop, null, batch["y"])
-            batch["guidance"] = fixed.cpu().expand(B, 3)
+            batch["guidance"] = torch.tensor([[args.omega, 0.0, args.guide_to]]).expand(B, 3)
             if args.cd_guidance == "drawn" or not teacher:
                 batch["guidance"] = draw_guidance(torch.rand(B, 3, generator=g), args.omega_law, args.omega_max)
             batch["z"] = torch.randn(B, args.M, *shape, generator=g)                                  # rollout noise; Eq. 17 needs M of them
@@ -189,7 +189,7 @@ def train(args):
                 loss_cd = loss_cd.sum() / B
                 loss_cd.backward()                                                                    # frees its graph before the next
                 total["cd"] = total["cd"] + loss_cd.detach()
-                if step < args.warmup:
+                if step < args.warmup or args.lam == 0:
                     continue
 
                 with autocast(args, device):

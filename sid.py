@@ -36,7 +36,7 @@ from vae import load_data
 
 # "pixels": the digits presets, chosen by the search described in README.  "latents": the setting of FSF-DMD's Table 6, for comparison.
 TABLE6 = dict(size="B/1", batch_size=128, precision="bf16", ema=0.99995, lr=6e-4, omega=6.0, guide_to=0.9, save_every=500, health_every=500)
-DIGITS = dict(size="tiny", lr=1e-3, omega=1.0, guide_to=1.0, save_every=50, eval_every=50, health_every=50)
+DIGITS = dict(size="tiny", lr=1e-4, fake_lr=1e-3, omega=1.0, guide_to=1.0, save_every=50, eval_every=50, health_every=50)
 PRESETS = {
     ("pixels", "imf"): DIGITS | dict(steps=200),
     ("pixels", "fm"): DIGITS | dict(steps=200, omega=2.0),

@@ -1105,7 +1105,7 @@ def home(tmp_path_factory):
     g = np.random.default_rng(0)
     images = np.clip(np.array([40, 120, 200])[y][:, None, None] + g.normal(0, 40, (90, 4, 4)), 0, 255).astype(np.uint8)
     np.savez(folder / "toy.npz", images=images, labels=y)
-    run(folder, "consistency.py --loss imf --data toy.npz --steps 8 --out imf")
+    run(folder, "consistency.py --loss imf --data toy.npz --steps 8 --out imf")             # alone: it trains the classifier of the metrics
     run(folder, "consistency.py --loss fm --data toy.npz --steps 8 --out fm")
     return folder
 
@@ -1114,13 +1114,22 @@ def environment(threads=1):
     return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | dict(OMP_NUM_THREADS=str(threads), PYTHONUNBUFFERED="1")
 
 
-def run(folder, command, code=0, processes=1):
+def run(folder, command, code=0, processes=1, threads=1):
     """A command as a user types it, in `folder`.  -> its output, after checking the exit code"""
-    words = shlex.split(command)
-    words = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []), str(HERE / words[0]), *words[1:]]
-    done = subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=500)
-    assert done.returncode == code, f"{command}: exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
+    return together(folder, command, code=code, processes=processes, threads=threads)[0]
+
+
+def together(folder, *commands, code=0, processes=1, threads=1):
+    """Commands side by side, each process with `threads` threads.  -> their outputs"""
+    started = []
+    for command in commands:
+        words = shlex.split(command)
+        words = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []), str(HERE / words[0]), *words[1:]]
+        started.append(subprocess.Popen(words, cwd=folder, env=environment(threads), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    outputs = [process.communicate(timeout=500) for process in started]
+    for command, process, (out, err) in zip(commands, started, outputs):
+        assert process.returncode == code, f"{command}: exit {process.returncode}\n{out}\n{err}"
+    return [out + err for out, err in outputs]
 
 
 def state(folder, out):
@@ -1158,9 +1167,8 @@ def test_killed_and_resumed_is_never_interrupted(home, script):
     process.wait()
     stopped = state(home, out)["step"]
     assert stopped % 3 == 0 and stopped >= 3
-    printed = run(home, f"{command} --save_every 3 --out {out} --steps {stopped + 3} --log_every 1")
+    printed, _ = together(home, f"{command} --save_every 3 --out {out} --steps {stopped + 3} --log_every 1", f"{command} --out whole-{out} --steps {stopped + 3} --log_every 1")
     assert f"resuming at step {stopped}" in printed
-    run(home, f"{command} --out whole-{out} --steps {stopped + 3} --log_every 1")
     assert_same(state(home, out), state(home, f"whole-{out}"))
     lines = [[json.loads(line) for line in (home / o / "metrics.jsonl").read_text().splitlines()] for o in (out, f"whole-{out}")]
     timing = ("sec_per_step", "images_per_sec", "memory_gb")
@@ -1173,8 +1181,7 @@ def test_killed_and_resumed_is_never_interrupted(home, script):
 def test_processes_and_micro_batches_change_nothing(home, script):
     """Two gloo processes = one, micro-batch 32 = 128: 1e-5 in float32 after 20 steps."""
     command, name = f"{TOY[script]} --steps 20 --batch_size 128", script[:-3]
-    run(home, f"{command} --out one-{name}")
-    run(home, f"{command} --out micro-{name} --micro_batch 32")
+    together(home, f"{command} --out one-{name}", f"{command} --out micro-{name} --micro_batch 32")
     run(home, f"{command} --out two-{name}", processes=2)
     for other in ("micro", "two"):
         for part in ("net", "ema"):
@@ -1200,7 +1207,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(home):
 
 def test_the_main_command_leaves_a_picture_a_table_and_a_checkpoint(tmp_path):
     """`python fsf_dmd.py --init imf --M 2` on the digits, shortened: pretrains once, distils, evaluates; then resumes from there."""
-    printed = run(tmp_path, "fsf_dmd.py --init imf --M 2 --steps 3")
+    printed = run(tmp_path, "fsf_dmd.py --init imf --M 2 --steps 3", threads=2)
     assert "consistency.py --loss imf" in printed and "real images, half against half" in printed and "after 3 steps" in printed
     out = tmp_path / "runs" / "fsf_dmd-digits-imf"
     result = json.loads((out / "result.json").read_text())
@@ -1354,9 +1361,8 @@ def test_cosine_reaches_multi_channel_data(tmp_path, monkeypatch, capsys):
 
 
 def test_compile_trains_the_same_network(home):
-    run(home, f"{TOY['fsf_dmd.py']} --steps 3 --batch_size 32 --out eager")
-    run(home, f"{TOY['fsf_dmd.py']} --steps 3 --batch_size 32 --compile 1 --out compiled")
-    a, b = state(home, "eager")["net"], state(home, "compiled")["net"]
+    together(home, *(f"{TOY['fsf_dmd.py']} --steps 3 --batch_size 32 --compile {i} --out compile-{i}" for i in (0, 1)))
+    a, b = state(home, "compile-0")["net"], state(home, "compile-1")["net"]
     assert a.keys() == b.keys()                                                             # no _orig_mod in the key names
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-4
 
@@ -1506,8 +1512,8 @@ def test_bad_input_is_one_line_and_exit_code_2(home, monkeypatch, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_state(home):
-    run(home, f"{TOY['fsf_dmd.py']} --steps 2 --out diverges --lr 1e30 --log_every 1", code=2)
-    printed = run(home, f"{TOY['fsf_dmd.py']} --steps 50 --out diverges2 --lr 1e20 --log_every 1 --save_every 1", code=2)
+    _, printed = together(home, f"{TOY['fsf_dmd.py']} --steps 2 --out diverges --lr 1e30 --log_every 1",
+                          f"{TOY['fsf_dmd.py']} --steps 50 --out diverges2 --lr 1e20 --log_every 1 --save_every 1", code=2)
     assert "is not finite at step" in printed and "tau in [" in printed and "Traceback" not in printed
     path = home / "diverges2" / "state.pt"
     assert not path.exists() or all(v.isfinite().all() for _, v in tensors(state(home, "diverges2")["net"]))

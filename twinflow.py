@@ -67,7 +67,7 @@ def parse_args(argv=None):
     p = parser(__doc__, "scratch, imf (a flow map trained by consistency.py --loss imf, first if need be), or its model.pt")
     flow_map_flags(p)
     p.add_argument("--base", choices=["imf", "rcgm"], default="imf", help="the loss on the data that TwinFlow is added to (Table 5)")
-    p.add_argument("--lam", type=number(float, 0), help="weight of L_rectify (1, TwinFlow's tutorial; 0.5 in its large-scale code)")
+    p.add_argument("--lam", type=number(float, 0, open_low=True), help="weight of L_rectify (1, TwinFlow's tutorial; 0.5 in its large-scale code)")
     p.add_argument("--clip", type=number(float, 0), default=1.0, help="clamp v_fake - v_teacher to [-clip, clip] (1, the paper); 0: off")
     p.add_argument("--delta", type=number(float, 0, 0.5, open_low=True), default=0.01, help="rcgm: delta of Eq. 66 (0.01, TwinFlow)")
     p.add_argument("--order", type=number(int, 1), default=2, help="rcgm: N, jumps of the EMA network in Eq. 66 (2, the paper)")
