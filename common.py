@@ -28,12 +28,12 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from model import SIZES, LightningDiT
-from vae import BadInput, data_kind, to_uint8
+from model import SIZES, LightningDiT, build, load_official
+from vae import BadInput, data_kind, read_weights, to_images
 
 CONSISTENCY_FLAGS = {"mask_prob", "time_law", "jvp", "fd_h", "huber_c", "cosine", "label_drop", "omega_max", "omega_law"}
 # Flags that change how a run is carried out, not what it computes: a run folder may be continued with other values of these.
-RUNTIME_FLAGS = {"steps", "micro_batch", "device", "compile", "out", "resume", "log_every", "preview_every", "eval_every", "save_every",
+RUNTIME_FLAGS = {"vae", "steps", "micro_batch", "device", "compile", "out", "resume", "log_every", "preview_every", "eval_every", "save_every",
                  "health_every", "dry_run"}
 
 
@@ -64,7 +64,8 @@ def number(kind, low, high=math.inf, open_low=False):
 def parser(doc, init_help):
     """The flags that every training script shares.  A script adds its own, then calls `resolve`."""
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", default="digits", help="`digits` (scikit-learn's, default) or an .npz with images and labels")
+    p.add_argument("--data", default="digits", help="`digits` (scikit-learn's, default), an .npz with images and labels, a folder of latent shards, or a folder of small images")
+    p.add_argument("--vae", help="VAE checkpoint that decodes the pictures of latents (without it: their first 3 channels in false colour)")
     p.add_argument("--size", default="tiny", choices=list(SIZES), help="network size; the preset sets tiny for pixels, B/1 for latents")
     p.add_argument("--init", help=init_help)
     p.add_argument("--steps", type=number(int, 1), help="optimizer steps; a finished run continues when given more")
@@ -126,7 +127,7 @@ def resolve(p, argv, presets, script):
         init_kind = "imf" if config["conditioning"] == "in_context" else "fm"
         if init_kind not in inits:
             raise BadInput(f"--init {init}: holds a {config['conditioning']} network, expected one for --init {' or '.join(inits)}")
-        stored = {k: config[k] for k in ("size", "n_tokens", "token_block") if k in defaults}
+        stored = {k: config[k] for k in ("size", "n_tokens", "token_block") if k in defaults and k in config}
         differ = [f"--{k} {given[k]} (it has {v})" for k, v in stored.items() if given.get(k, v) != v]
         if differ:
             raise BadInput(f"--init {init}: the network is as the file has it, not {', '.join(differ)}; leave that out")
@@ -314,16 +315,30 @@ def save_atomic(obj, path):
 
 
 def load_checkpoint(path):
-    """A model.pt as dict: config and weights (EMA) of the network, data statistics, args.  Never unpickles code."""
+    """A model.pt as dict: config and weights (EMA) of the network, data statistics, args.  Never unpickles code.
+
+    Official LightningDiT and iMF weights are taken too (model.load_official); their `data` is None.
+    """
+    if str(path).endswith(".safetensors"):
+        return official(path, read_weights(path))
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file") from None
     except Exception as error:                                            # truncated zip, pickle with code, text file, ...
         raise BadInput(f"{path}: not a model.pt ({str(error).splitlines()[0][:120]})") from None
-    if not isinstance(checkpoint, dict) or not {"config", "weights", "data", "args"} <= set(checkpoint):
-        raise BadInput(f"{path}: not a model.pt of this project (expected config, weights, data, args)")
-    return checkpoint
+    if isinstance(checkpoint, dict) and {"config", "weights", "data", "args"} <= set(checkpoint):
+        return checkpoint
+    return official(path, checkpoint)
+
+
+def official(path, state):
+    """The checkpoint dict of official LightningDiT or iMF weights, which know neither data nor flags."""
+    try:
+        net = load_official(state)
+    except (ValueError, AttributeError) as error:
+        raise BadInput(f"{path}: not a model.pt of this project, nor official LightningDiT or iMF weights ({error})") from None
+    return dict(config=net.config, weights=net.state_dict(), data=None, args={}, step=0)
 
 
 def load_network(path, data=None, conditioning=None):
@@ -333,11 +348,14 @@ def load_network(path, data=None, conditioning=None):
     if conditioning and config["conditioning"] not in conditioning:
         raise BadInput(f"{path}: is a {config['conditioning']} network, expected {' or '.join(conditioning)}")
     if data is not None:
-        for name, found, expected in (("shape", checkpoint["data"]["shape"], list(data.x.shape[1:])), ("num_classes", config["num_classes"], data.num_classes)):
+        made_for = checkpoint["data"] or dict(shape=[config["in_channels"], config["input_size"], config["input_size"]])
+        for name, found, expected in (("shape", made_for["shape"], list(data.x.shape[1:])), ("num_classes", config["num_classes"], data.num_classes)):
             if found != expected:
                 raise BadInput(f"{path}: was made for {name} {found}, but --data {data.source} has {expected}")
+        if data.vae and made_for.get("vae", data.vae) not in ("", data.vae):
+            raise BadInput(f"{path}: was trained on latents of another VAE ({made_for['vae']}) than --data {data.source} ({data.vae})")
     try:
-        net = LightningDiT(**config)
+        net = build(config)
         net.load_state_dict(checkpoint["weights"])
     except (RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"{path}: its weights do not fit its configuration ({' '.join(str(error).split())[:160]})") from None
@@ -498,7 +516,9 @@ class Run:
                 file.write(json.dumps(dict(step=self.step) | {k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
 
     def evaluated(self, metrics):
-        """Keep an evaluation, which only the first process makes.  The time it took is not counted into sec/step."""
+        """Keep an evaluation ({} of latents), which only the first process makes.  The time it took is not counted into sec/step."""
+        if not metrics:
+            return
         self.evaluations.append(dict(step=self.step) | metrics)
         self.write(metrics)
         self.clock, self.clock_step = time.perf_counter(), self.step
@@ -516,7 +536,7 @@ class Run:
 
     def result(self, definition):
         """Write result.json: last and best of every metric, with their definition.  -> the dict"""
-        last, best = self.evaluations[-1], {}
+        last, best = (self.evaluations or [{}])[-1], {}
         for k in [k for k in last if k != "step"]:
             lower = k.startswith("fd")
             at = (min if lower else max)(self.evaluations, key=lambda e: e[k])
@@ -531,17 +551,18 @@ class Run:
 # Pictures
 # ------------------------------------------------------------------------------------------------------------------------------
 
-def preview(path, rows, meta, scale=None):
-    """A PNG of labelled bands of images.  rows: [(caption, x [n, C, H, W] normalised)], ten to a line; meta: Data.meta."""
-    height = meta["shape"][1]
-    scale = scale or max(1, 48 // height)
+def preview(path, rows, meta, vae=None):
+    """A PNG of labelled bands of images.  rows: [(caption, x [n, C, H, W] normalised)], ten to a line; meta: Data.meta; vae: of latents."""
+    rows = [(text, to_images(x, meta, vae)) for text, x in rows]                                     # uint8 [n, H, W, C]
+    height = rows[0][1].shape[1]
+    scale = max(1, 48 // height)
     cell, per_line, caption = height * scale + 4, 10, 20
     lines = [math.ceil(len(x) / per_line) for _, x in rows]
     picture = Image.new("RGB", (per_line * cell + 4, sum(caption + n * cell for n in lines) + 4), "white")
     draw, top = ImageDraw.Draw(picture), 0
     for (text, x), n in zip(rows, lines):
         draw.text((4, top + 4), text, fill="black")
-        for i, image in enumerate(to_uint8(x, meta["mean"], meta["std"])):
+        for i, image in enumerate(x):
             tile = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).resize((height * scale, height * scale), Image.NEAREST)
             picture.paste(tile, (4 + i % per_line * cell, top + caption + i // per_line * cell))
         top += caption + n * cell

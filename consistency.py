@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_checkpoint, load_start, main,
                     micro_batches, new_network, number, parser, rank, refuse, refuse_idle, resolve, setup, step_rng, sync_gradients, update_ema)
-from evaluate import Features, evaluate, finish, watch
+from evaluate import evaluate, finish, metric_space, watch
 from model import expand, flow_map, gate_guidance, guided_map, guided_velocity, interpolate, total_derivative
 from normuon import NorMuon, param_groups
 from vae import BadInput, load_data
@@ -256,7 +256,7 @@ def train(args):
     opt = NorMuon(param_groups(net), lr=args.lr)
     frozen = dict(teacher=teacher) if teacher else {}
     compile_blocks(args, net, ema, *frozen.values())
-    features = Features(data) if rank() == 0 else None
+    features = metric_space(data)
     rho = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine, tangent_norm=args.tangent_norm)
     channels = args.cfg_channels or None                                                              # of a plain teacher's CFG
 

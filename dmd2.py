@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 
 from common import (CONSISTENCY_FLAGS, Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, main,
-                    micro_batches, number, parser, rank, refuse, refuse_idle, resolve, setup, step_rng, sync_gradients, update_ema)
+                    micro_batches, number, parser, refuse, refuse_idle, resolve, setup, step_rng, sync_gradients, update_ema)
 from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, starting_networks
-from evaluate import Features, evaluate, finish, health, watch
+from evaluate import evaluate, finish, health, metric_space, watch
 from model import DiscriminatorHead, expand, guided_map, guided_velocity, interpolate
 from normuon import NorMuon, param_groups
 from vae import BadInput, load_data
@@ -148,7 +148,7 @@ def train(args):
     opt_fake = NorMuon(param_groups(*fake_side), lr=args.fake_lr or args.lr)
     frozen = dict(teacher=teacher) if teacher else {}
     compile_blocks(args, net, ema, *frozen.values(), *fake_side)
-    features = Features(data) if rank() == 0 else None
+    features = metric_space(data)
     rho = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
     networks = dict(net=net, ema=ema, fake=fake) | frozen | (dict(head=head) if head else {})
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)                           # guidance of all but the fake side

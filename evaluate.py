@@ -15,6 +15,7 @@ fixed seed (3 s for the digits; 97% right on the odd images when trained on the 
 import argparse
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import BadInput, Parser, load_checkpoint, load_network, main, noise_by_index, number, preview, save_atomic
+from common import BadInput, Parser, load_checkpoint, load_network, main, noise_by_index, number, preview, rank, save_atomic
 from model import euler_sample, fixed_guidance, guided_map, guided_velocity, interpolate, sample, v_to_x0
-from vae import load_data, to_uint8
+from vae import load_data, load_vae, to_images, weights_hash
 
 EULER_STEPS = 25                # for a network that is no flow map (a plain velocity); the paper's teacher rows use many small steps too
 EVAL_SEED = 0                   # noise of the samples; independent of the training seed, so that runs are compared on the same noise
@@ -183,15 +184,15 @@ class Features:
 # ------------------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def generate(net, n, shape, steps, omega=1.0, guide_to=1.0, channels=None, seed=EVAL_SEED, batch=500):
-    """n samples [n, C, H, W] and their classes [n] = 0, 1, 2, ... in turn.  steps: of the flow map (a plain network: Euler steps).
+def generate(net, n, shape, steps, omega=1.0, guide_to=1.0, channels=None, seed=EVAL_SEED, batch=500, classes=None):
+    """n samples [n, C, H, W] and their classes [n] = 0, 1, 2, ... in turn (of the first `classes` if given).  steps: of the flow map (a plain network: Euler steps).
 
     omega, guide_to: CFG scale and interval, an input of the network or (plain, on `channels`) real CFG.  Noise row i depends on
     (seed, i) alone.
     """
     device, was_training = next(net.parameters()).device, net.training
     net.eval()
-    y, samples = torch.arange(n) % net.num_classes, []
+    y, samples = torch.arange(n) % (classes or net.num_classes), []
     for rows in torch.arange(n).split(batch):
         eps, labels = noise_by_index(seed, rows, shape).to(device), y[rows].to(device)
         guidance = fixed_guidance(omega, 0.0, guide_to, eps)
@@ -208,26 +209,46 @@ def sampler_steps(net, steps):
     return [EULER_STEPS] if net.conditioning == "plain" else list(steps)
 
 
+def metric_space(data):
+    """The Features of pixel data in the first process; None in the others, and for latents, which have no metric while training."""
+    return Features(data) if rank() == 0 and data.kind == "pixels" else None
+
+
+@lru_cache(maxsize=1)
+def decoder(args_vae, expected, device):
+    """The VAE of --vae on the device, or None without the flag.  Refuses another VAE than the one that made the latents."""
+    if not args_vae:
+        return None
+    vae, name = load_vae(args_vae)
+    if expected and weights_hash(vae) != expected:
+        raise BadInput(f"--vae {args_vae}: is not the VAE ({expected}) that made these latents")
+    return vae.to(device)
+
+
 def evaluate(net, features, args, steps=(1, 2, 4), n=2000, seed=EVAL_SEED):
     """{"fd_1step": ..., "fd_2step": ..., ...}: every metric at every number of sampling steps (a plain network: Euler only).
 
-    args: anything with omega, guide_to and cfg_channels, the guidance to sample with.
+    args: anything with omega, guide_to and cfg_channels, the guidance to sample with.  features None (latents): {}.
     """
+    if features is None:
+        return {}
     guidance = args.omega, args.guide_to, args.cfg_channels or None
     return {f"{metric}_{N}step": value for N in sampler_steps(net, steps)
             for metric, value in features.metrics(*generate(net, n, features.shape, N, *guidance, seed)).items()}
 
 
 def show(path, nets, data, args, steps=(1, 2)):
-    """A picture: real images, then the samples of each (caption, network) from the same noise, three of each class."""
-    of_class = [data.x[data.y == c] for c in range(data.num_classes)]
-    real = torch.stack([x[k % len(x)] if len(x) else torch.zeros(data.x.shape[1:]) for k in range(3) for x in of_class])
+    """A picture: real images, then the samples of each (caption, network) from the same noise, three of each of the first ten classes."""
+    shown = min(data.num_classes, 10)
+    rows_of = [(data.y == c).nonzero()[:, 0] for c in range(shown)]
+    some = next(rows for rows in rows_of if len(rows))
+    real = torch.cat([data.x[rows[k % len(rows)].view(1)] if len(rows) else 0 * data.x[some[:1]] for k in range(3) for rows in rows_of])
     rows = [("real", real)]
     for caption, net in nets:
         for N in sampler_steps(net, steps):
-            x, _ = generate(net, 3 * data.num_classes, data.x.shape[1:], N, args.omega, args.guide_to, args.cfg_channels or None)
+            x, _ = generate(net, 3 * shown, data.x.shape[1:], N, args.omega, args.guide_to, args.cfg_channels or None, classes=shown)
             rows.append((f"{caption}, {N} step{'s' * (N > 1)}", x))
-    preview(path, rows, data.meta)
+    preview(path, rows, data.meta, decoder(args.vae, data.vae, next(nets[0][1].parameters()).device))
 
 
 HEALTH_BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -268,10 +289,11 @@ def health(run, generator, v_fake, v_teacher, dm=None, gan=None, M=1, n=100):
     import matplotlib.figure                                                                          # half a second: only where it is used
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "x_hat_std" in line]
+    vae = decoder(run.args.vae, run.data.vae, device)
     figure = matplotlib.figure.Figure(figsize=(11, 6.4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.2, 1))
     for axis, (caption, x) in zip(left.subplots(len(columns) + 1, 1), [("x_hat", x_hat[:10]), *columns]):
-        axis.imshow(np.hstack(list(to_uint8(x, run.data.meta["mean"], run.data.meta["std"]))), cmap="gray", vmin=0, vmax=255)
+        axis.imshow(np.hstack(list(to_images(x, run.data.meta, vae))), cmap="gray", vmin=0, vmax=255)
         axis.set_title(caption, fontsize=8, loc="left", pad=2)
         axis.set_axis_off()
     curves = right.subplots(2 + bool(gan), 1, sharex=True, squeeze=False)[:, 0]
@@ -307,6 +329,10 @@ def finish(run, features):
     """The end of a run: result.json, and the table of its first and last evaluation."""
     if not run.main:
         return
+    if features is None:
+        run.result("no metric of latents while training")
+        print(f"{run.folder}: model.pt, metrics.jsonl, samples_{run.step:06d}.png; no metric of latents is computed while training")
+        return
     first, last = run.evaluations[0], run.evaluations[-1]
     result = run.result(features.definition(2000))
     strip = [{k: v for k, v in e.items() if k != "step"} for e in (first, last)]
@@ -336,6 +362,7 @@ def parse_args(argv=None):
     p.add_argument("--guide_to", type=number(float, 0, 1), help="guidance acts for t in [0, guide_to] (default: the run's)")
     p.add_argument("--cfg_channels", type=number(int, 0), help="CFG of a plain network on this many first channels, 0: all (default: the run's)")
     p.add_argument("--seed", type=number(int, 0), default=EVAL_SEED, help="of the noise, by sample index (default: 0)")
+    p.add_argument("--vae", help="VAE checkpoint that decodes the pictures of latents")
     p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--out", help="folder for evaluation.json and samples.png (default: beside the checkpoint)")
     return p.parse_args(argv)
@@ -343,21 +370,25 @@ def parse_args(argv=None):
 
 def run(args):
     checkpoint = load_checkpoint(args.checkpoint)
-    data = load_data(args.data or checkpoint["data"]["source"])
+    stored = checkpoint["data"] or {}
+    if not (args.data or stored):
+        raise BadInput(f"{args.checkpoint}: an official checkpoint holds no statistics of its latents, expected --data with the folder of latents")
+    data = load_data(args.data or stored["source"])
     net, _ = load_network(args.checkpoint, data)
-    args.omega = args.omega or checkpoint["args"].get("omega") or 1.0
-    args.guide_to = checkpoint["args"].get("guide_to", 1.0) if args.guide_to is None else args.guide_to
-    args.cfg_channels = checkpoint["args"].get("cfg_channels", 0) if args.cfg_channels is None else args.cfg_channels
-    net, features = net.to(args.device), Features(data)
+    for name, default in (("omega", 1.0), ("guide_to", 1.0), ("cfg_channels", 0)):
+        if getattr(args, name) is None:
+            setattr(args, name, checkpoint["args"].get(name, default))
+    net, features = net.to(args.device), metric_space(data)
     metrics = evaluate(net, features, args, args.steps, args.n, args.seed)
-    print(table([(Path(args.checkpoint).parent.name[:30], metrics)], features.floor()))
-    definition = features.definition(args.n, args.seed) + f"; omega {args.omega} on t in [0, {args.guide_to}], torch {torch.__version__}"
-    print(definition)
     out = Path(args.out or Path(args.checkpoint).parent)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "evaluation.json").write_text(json.dumps(metrics | dict(definition=definition), indent=1))
+    if features:
+        print(table([(Path(args.checkpoint).parent.name[:30], metrics)], features.floor()))
+        definition = features.definition(args.n, args.seed) + f"; omega {args.omega} on t in [0, {args.guide_to}], torch {torch.__version__}"
+        print(definition)
+        (out / "evaluation.json").write_text(json.dumps(metrics | dict(definition=definition), indent=1))
     show(out / "samples.png", [(Path(args.checkpoint).parent.name, net)], data, args, args.steps)
-    print(f"wrote {out / 'evaluation.json'} and {out / 'samples.png'}")
+    print(f"wrote {out / 'samples.png'}" + (f" and {out / 'evaluation.json'}" if features else "; metrics of latents are not there yet"))
 
 
 if __name__ == "__main__":

@@ -32,9 +32,9 @@ import math
 import torch
 
 from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, main, micro_batches,
-                    number, parser, rank, refuse, refuse_idle, resolve, setup, step_rng, sync_gradients, update_ema)
+                    number, parser, refuse, refuse_idle, resolve, setup, step_rng, sync_gradients, update_ema)
 from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, starting_networks
-from evaluate import Features, evaluate, finish, health, watch
+from evaluate import evaluate, finish, health, metric_space, watch
 from model import guided_map, guided_velocity, interpolate, shift_time
 from normuon import NorMuon, param_groups
 from vae import load_data
@@ -143,7 +143,7 @@ def train(args):
     opt = NorMuon(param_groups(net), lr=args.lr)
     frozen = dict(teacher=teacher) if teacher else {}
     compile_blocks(args, net, ema, *frozen.values())
-    features = Features(data) if rank() == 0 else None
+    features = metric_space(data)
     rho = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
 
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)                           # guidance of every term but L_CT

@@ -474,20 +474,102 @@ class DiscriminatorHead(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
+# Improved MeanFlow's own network (Geng et al.; code Lyy-iiis/imeanflow, MIT), to start from its published weights
+# ------------------------------------------------------------------------------------------------------------------------------
+
+class IMFAttention(nn.Module):
+    """Separate projections without biases, QK-norm, 1-D rotary positions over the whole sequence."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim, bias=False) for _ in range(4))
+        self.q_norm, self.k_norm = RMSNorm(dim // num_heads), RMSNorm(dim // num_heads)
+
+    def forward(self, x, cos, sin):                                                                   # [B, L, D]
+        q, k, v = (f(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)                     # [B, h, L, D/h]
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class IMFBlock(nn.Module):
+    """No adaLN: the conditions are tokens.  attn_scale, mlp_scale: learned vector gates."""
+
+    def __init__(self, dim, num_heads, hidden):
+        super().__init__()
+        self.norm1, self.attn, self.attn_scale = RMSNorm(dim), IMFAttention(dim, num_heads), nn.Parameter(torch.zeros(dim))
+        self.norm2, self.mlp_scale = RMSNorm(dim), nn.Parameter(torch.zeros(dim))
+        self.w1, self.w3, self.w2 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False), nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x, cos, sin):
+        x = x + self.attn_scale * self.attn(self.norm1(x), cos, sin)
+        h = self.norm2(x)
+        return x + self.mlp_scale * self.w2(F.silu(self.w1(h)) * self.w3(h))
+
+
+class IMFDiT(nn.Module):
+    """u(x, t, s | y, omega, t_min, t_max) of the official iMF weights.  The call is LightningDiT's; the network sees t - s, not t.
+
+    Its auxiliary v-head is left out: the instantaneous velocity is u(x, t, t).
+    """
+    conditioning = "in_context"
+
+    def __init__(self, *, input_size, in_channels, patch_size, hidden_size, num_heads, depth, mlp_hidden, num_classes, tokens=(8, 4, 2, 2, 4)):
+        super().__init__()
+        D = hidden_size
+        self.config = dict(architecture="imf", input_size=input_size, in_channels=in_channels, patch_size=patch_size, hidden_size=D, num_heads=num_heads,
+                           depth=depth, mlp_hidden=mlp_hidden, num_classes=num_classes, tokens=list(tokens), conditioning="in_context")
+        self.num_classes, self.patch_size, self.in_channels, self.grid = num_classes, patch_size, in_channels, input_size // patch_size
+        self.x_embedder, self.y_embedder = PatchEmbed(patch_size, in_channels, D), LabelEmbedder(num_classes, D)
+        self.h_embedder, self.omega_embedder, self.t_min_embedder, self.t_max_embedder = (TimestepEmbedder(D) for _ in range(4))
+        self.tokens = nn.ParameterList(nn.Parameter(torch.randn(n, D) / D ** 0.5) for n in tokens)    # class, omega, t_min, t_max, time
+        self.blocks = nn.ModuleList(IMFBlock(D, num_heads, mlp_hidden) for _ in range(depth))
+        self.norm, self.linear = RMSNorm(D), nn.Linear(D, patch_size ** 2 * in_channels)
+        angle = torch.arange(sum(tokens) + self.grid ** 2)[:, None] * 10000 ** (-torch.arange(0, D // num_heads, 2) / (D // num_heads))
+        self.register_buffer("cos", angle.cos().repeat_interleave(2, 1), persistent=False)            # [L, D/h]
+        self.register_buffer("sin", angle.sin().repeat_interleave(2, 1), persistent=False)
+
+    def forward(self, x, t, y, s=None, guidance=None):
+        B, dtype = len(x), torch.promote_types(x.dtype, torch.float32)
+        t = torch.as_tensor(t, dtype=dtype, device=x.device).expand(B)
+        h = torch.zeros_like(t) if s is None else t - s
+        with torch.autocast(x.device.type, enabled=False):                                            # times stay in fp32
+            omega, t_min, t_max = (fixed_guidance(1.0, 0.0, 1.0, x) if guidance is None else guidance).to(dtype).unbind(1)
+            conditions = (self.y_embedder(y), self.omega_embedder(1 - 1 / omega), self.t_min_embedder(t_min), self.t_max_embedder(t_max), self.h_embedder(h))
+            prefix = torch.cat([c[:, None] + token for c, token in zip(conditions, self.tokens)], dim=1)      # [B, 20, D]
+        z = torch.cat([prefix, self.x_embedder(x)], dim=1)                                            # [B, 20 + N, D]
+        for block in self.blocks:
+            z = block(z, self.cos.to(dtype), self.sin.to(dtype))
+        return self.unpatchify(self.linear(self.norm(z[:, -self.grid ** 2:])))
+
+    unpatchify = LightningDiT.unpatchify
+
+
+def build(config):
+    """The network that a `net.config` describes."""
+    if config.get("architecture") == "imf":
+        return IMFDiT(**{k: v for k, v in config.items() if k not in ("architecture", "conditioning")})
+    return LightningDiT(**config)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------
 # Official weights
 # ------------------------------------------------------------------------------------------------------------------------------
 
-def load_official(source):
-    """An official LightningDiT checkpoint as our plain network: v(x, t) = -official(x, tau = 1 - t).  -> LightningDiT on the CPU
+def load_official(source, input_size=32):
+    """An official LightningDiT checkpoint as our plain network: v(x, t) = -official(x, tau = 1 - t); or iMF's.  -> network on the CPU
 
     source: path of a `.pt` file (weights only; "ema" inside is preferred, then "model") or a state dict.  Any depth, width, patch
     and class count; QK-norm is seen from the keys.  The reversed time and sign are folded into the weights, so the result is an
     ordinary network of this file: cos((1 - t) f) = cos f cos tf + sin f sin tf turns the first time layer, the last changes sign.
-    Raises ValueError naming the first differences when keys or shapes are not LightningDiT's.
+    An official iMF checkpoint gives an IMFDiT (input_size: of its latents, which its weights do not say; 32 for 256-pixel images).
+    Raises ValueError naming the first differences when keys or shapes are neither's.
     """
     state = torch.load(source, map_location="cpu", weights_only=True) if not isinstance(source, dict) else source
     state = next((state[k] for k in ("ema", "model", "state_dict") if isinstance(state.get(k), dict)), state)
-    state = {k.removeprefix("module."): v for k, v in state.items()}
+    state = {k.removeprefix("module.").removeprefix("net."): v for k, v in state.items()}              # of DDP; of iMF's wrapper
+    if any(k.startswith("shared_blocks.") for k in state):
+        return load_imf(state, input_size)
     for key in ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "feat_rope.freqs_cos"):
         if key not in state:
             raise ValueError(f"not a LightningDiT state dict: {key} is missing (found {', '.join(list(state)[:3]) or 'nothing'} ...)")
@@ -510,4 +592,35 @@ def load_official(source):
     for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
         state[key] = -state[key]
     net.load_state_dict(state)
+    return net
+
+
+def load_imf(state, input_size):
+    """IMFDiT from an official iMF state dict: shared blocks, then the u-head's; the v-head is dropped."""
+    names = {"cfg_t_start_embedder": "t_min_embedder", "cfg_t_end_embedder": "t_max_embedder", "u_final_layer.": "", "mlp.w": "w"}
+    names |= {f"{name}_tokens": f"tokens.{i}" for i, name in enumerate(("class", "omega", "t_min", "t_max", "time"))}
+    shared, heads = (len({k.split(".")[1] for k in state if k.startswith(prefix)}) for prefix in ("shared_blocks.", "u_heads."))
+    own = {}
+    for key, value in state.items():
+        if key.startswith(("v_heads.", "v_final_layer.")):
+            continue
+        key = key.replace("._flax_linear", "").replace("._flax_embedding", "").replace("shared_blocks.", "blocks.")
+        if key.startswith("u_heads."):
+            _, i, rest = key.split(".", 2)
+            key = f"blocks.{shared + int(i)}.{rest}"
+        for old, new in names.items():
+            key = key.replace(old, new) if old != "mlp.w" or "blocks." in key else key
+        own[key] = value
+    try:
+        D, channels, patch, _ = own["x_embedder.proj.weight"].shape
+        net = IMFDiT(input_size=input_size, in_channels=channels, patch_size=patch, hidden_size=D, num_heads=D // len(own["blocks.0.attn.q_norm.weight"]), depth=shared + heads,
+                     mlp_hidden=len(own["blocks.0.w1.weight"]), num_classes=len(own["y_embedder.embedding_table.weight"]) - 1, tokens=[len(own[f"tokens.{i}"]) for i in range(5)])
+    except KeyError as error:
+        raise ValueError(f"not an iMF state dict: {error.args[0]} is missing") from None
+    expected = net.state_dict()
+    wrong = [f"missing {k}" for k in expected if k not in own] + [f"unexpected {k}" for k in own if k not in expected]
+    wrong += [f"{k} is {list(own[k].shape)}, expected {list(v.shape)}" for k, v in expected.items() if k in own and own[k].shape != v.shape]
+    if wrong:
+        raise ValueError(f"not this iMF network, {len(wrong)} differences: " + "; ".join(wrong[:3]))
+    net.load_state_dict(own)
     return net

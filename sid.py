@@ -25,11 +25,11 @@ import math
 
 import torch
 
-from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy, gradient_norm, main, micro_batches, number, parser, rank,
+from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy, gradient_norm, main, micro_batches, number, parser,
                     refuse, resolve, setup, step_rng, sync_gradients, update_ema)
 from consistency import starting_networks
 from dmd2 import fake_loss, gan_discriminator_loss, gan_generator_loss
-from evaluate import Features, evaluate, finish, health, watch
+from evaluate import evaluate, finish, health, metric_space, watch
 from model import DiscriminatorHead, guided_map, guided_velocity, interpolate, v_to_x0
 from normuon import NorMuon, param_groups
 from vae import load_data
@@ -139,7 +139,7 @@ def train(args):
     opt = NorMuon(param_groups(net), lr=args.lr)
     opt_fake = NorMuon(param_groups(*fake_side), lr=args.fake_lr or args.lr)
     compile_blocks(args, net, ema, teacher, *fake_side)
-    features = Features(data) if rank() == 0 else None
+    features = metric_space(data)
     networks = dict(net=net, ema=ema, teacher=teacher, fake=fake) | (dict(head=head) if head else {})
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)                           # guidance of all but the fake side
 

@@ -23,9 +23,9 @@ import math
 import torch
 
 from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, main, micro_batches,
-                    number, parser, rank, refuse, resolve, setup, step_rng, sync_gradients, update_ema)
+                    number, parser, refuse, resolve, setup, step_rng, sync_gradients, update_ema)
 from consistency import draw_guidance, draw_times, guided_target, imf_loss, rcgm_loss, starting_networks, whole_interval
-from evaluate import Features, evaluate, finish, health, watch
+from evaluate import evaluate, finish, health, metric_space, watch
 from model import guided_map, guided_velocity, interpolate
 from normuon import NorMuon, param_groups
 from vae import load_data
@@ -96,7 +96,7 @@ def train(args):
     ema = frozen_copy(net)
     opt = NorMuon(param_groups(net), lr=args.lr)
     compile_blocks(args, net, ema)
-    features = Features(data) if rank() == 0 else None
+    features = metric_space(data)
     rho = dict(c=args.huber_c, cosine=args.cosine)
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)                           # guidance of all but the base loss
 

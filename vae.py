@@ -7,6 +7,8 @@ The statistics that undo it travel with the data and with every checkpoint, and 
 
     digits          scikit-learn's handwritten digits: 1,797 real 8 x 8 images in 10 classes, inside the package, nothing is downloaded
     FILE.npz        arrays `images` (uint8 [N, H, W] or [N, H, W, 1 or 3], square) and `labels` (integers from 0)
+    IMAGES/         one sub-folder a class of small square images (at most 64 pixels), read into memory
+    LATENTS/        LightningDiT's latent shards (*.safetensors, latents_stats.pt), memory-mapped, both flips: 2 rows an image
 
 And the autoencoder that makes latents of images (LDM's, as VA-VAE f16d32 and SD-VAE f8d4; official checkpoints load as they are):
 
@@ -36,17 +38,19 @@ class BadInput(Exception):
 
 @dataclass
 class Data:
-    x: torch.Tensor                 # [N, C, H, W] float32, normalised
+    x: torch.Tensor                 # [N, C, H, W] float32, normalised; of latents a `Latents`, which is indexed the same way
     y: torch.Tensor                 # [N] int64
     num_classes: int
-    mean: list = field(repr=False)  # [C] of the pixels in [0, 1], before normalisation
+    mean: list = field(repr=False)  # [C] before normalisation: of pixels in [0, 1], or of latents
     std: list = field(repr=False)
     source: str = ""
+    kind: str = "pixels"            # or "latents"
+    vae: str = ""                   # hash of the VAE's weights that made the latents, where known
 
     @property
     def meta(self):
         """What a checkpoint keeps, to give images back without the data."""
-        return dict(source=self.source, num_classes=self.num_classes, shape=list(self.x.shape[1:]), mean=self.mean, std=self.std)
+        return dict(source=self.source, num_classes=self.num_classes, shape=list(self.x.shape[1:]), mean=self.mean, std=self.std, kind=self.kind, vae=self.vae)
 
 
 def normalize(x, mean, std):
@@ -63,7 +67,8 @@ def denormalize(x, mean, std):
 
 def data_kind(source):
     """The kind of data decides the presets: "pixels" here, "latents" for the paper's 32 x 16 x 16."""
-    return "pixels" if source == "digits" or source.endswith(".npz") else "latents"
+    folder = Path(source)
+    return "pixels" if source == "digits" or source.endswith(".npz") or folder.is_dir() and not any(folder.glob("*.safetensors")) else "latents"
 
 
 def load_data(source):
@@ -74,14 +79,71 @@ def load_data(source):
         images, labels = digits.images[:, None] / 16, digits.target                                   # grey levels 0 .. 16
     elif source.endswith(".npz"):
         images, labels = read_npz(source)
+    elif Path(source).is_dir() and data_kind(source) == "latents":
+        return load_latents(source)
+    elif Path(source).is_dir():
+        images, labels = read_image_folder(source)
     else:
-        raise BadInput(f"--data {source}: expected `digits` or an .npz file with `images` and `labels`")
+        raise BadInput(f"--data {source}: expected `digits`, an .npz file with `images` and `labels`, a folder of latent shards, or an image folder")
     x, y = torch.as_tensor(images, dtype=torch.float32), torch.as_tensor(labels, dtype=torch.int64)
     if x.shape[0] < 2 or x.std() == 0:
         raise BadInput(f"--data {source}: needs at least two images that are not all alike, found {len(x)}")
     std, mean = torch.std_mean(x.double(), dim=(0, 2, 3))
     mean, std = mean.tolist(), std.clamp(min=1e-6).tolist()
     return Data(normalize(x, mean, std), y, int(y.max()) + 1, mean, std, source)
+
+
+class Latents:
+    """`x` of a folder of shards: rows 0 .. N-1 are the images, N .. 2N-1 their mirror images; memory-mapped, normalised as rows are taken."""
+
+    def __init__(self, found, mean, std):
+        self.parts = [a for _, a, _, _ in found] + [b for _, _, b, _ in found]                        # [n_i, C, H, W] each
+        self.ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
+        self.shape, self.mean, self.std = torch.Size((int(self.ends[-1]), *found[0][1].shape[1:])), mean, std
+
+    def __len__(self):
+        return len(self.parts) and self.shape[0]
+
+    def __getitem__(self, rows):
+        """rows: int64 [n] -> float32 [n, C, H, W]."""
+        parts = torch.searchsorted(self.ends, rows, right=True)
+        starts = self.ends[parts] - torch.tensor([len(self.parts[p]) for p in parts])
+        x = torch.stack([self.parts[p][i] for p, i in zip(parts.tolist(), (rows - starts).tolist())]).float()
+        return normalize(x, self.mean, self.std)
+
+
+def load_latents(folder):
+    """Data of a folder of latent shards with its latents_stats.pt; refuses statistics that do not normalise these latents."""
+    found = shards(folder)
+    mean, std = read_stats(folder, found[0][1].shape[1])
+    y = torch.cat([y for *_, y in found]).repeat(2).long()                                            # both views
+    x = Latents(found, mean, std)
+    meta = json.loads((Path(folder) / "meta.json").read_text()) if (Path(folder) / "meta.json").exists() else {}
+    sample = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:256]]
+    std_found, mean_found = torch.std_mean(sample, dim=(0, 2, 3))
+    if not sample.isfinite().all() or mean_found.abs().max() > 0.5 or std_found.min() < 0.5 or std_found.max() > 2:
+        raise BadInput(f"--data {folder}: normalised with its latents_stats.pt, the channels have means up to {mean_found.abs().max():.2f} and deviations "
+                       f"{std_found.min():.2f} .. {std_found.max():.2f}, expected 0 and 1: the statistics of other latents, or latents normalised already")
+    return Data(x, y, max(int(y.max()) + 1, len(meta.get("classes", []))), mean, std, folder, "latents", meta.get("vae_hash", ""))
+
+
+def read_image_folder(folder):
+    """(images [N, 3, H, H] in [0, 1], labels [N]) of small images in class folders, for pixel space; all of one square size."""
+    files, _ = image_files(folder)
+    with Image.open(files[0][0]) as first:
+        size = first.size
+    if size[0] != size[1] or size[0] > 64:
+        raise BadInput(f"--data {folder}: {files[0][0].name} has {size[0]} x {size[1]} pixels, expected square images of at most 64; larger ones: python vae.py encode")
+    images = []
+    for path, _ in files:
+        try:
+            with Image.open(path) as image:
+                if image.size != size:
+                    raise BadInput(f"--data {folder}: {path} is {image.width} x {image.height}, the first image {size[0]} x {size[1]}, expected one size")
+                images.append(np.array(image.convert("RGB")))
+        except OSError:
+            raise BadInput(f"{path}: not a readable image; mend or remove it") from None
+    return np.stack(images).transpose(0, 3, 1, 2) / 255.0, np.array([label for _, label in files])
 
 
 def read_npz(path):
@@ -113,6 +175,17 @@ def to_uint8(x, mean, std):
     """Normalised pixels [N, C, H, W] -> uint8 [N, H, W, C]: denormalise, clamp to [0, 1], round to nearest."""
     x = denormalize(x.detach().float().cpu(), mean, std).clamp(0, 1)
     return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def to_images(x, meta, vae=None):
+    """Normalised x [n, C, H, W] -> uint8 [n, H, W, 1 or 3].  Latents are decoded by `vae`; without one, their first 3 channels as colours."""
+    if meta.get("kind") != "latents":
+        return to_uint8(x, meta["mean"], meta["std"])
+    if vae is None:
+        return to_uint8(x[:, :3], [0.5] * 3, [0.25] * 3)                                              # +- 2 deviations
+    with torch.no_grad():
+        z = denormalize(x.float().to(next(vae.parameters()).device), meta["mean"], meta["std"])
+        return np.concatenate([latents_to_uint8(vae, part) for part in z.split(8)])
 
 
 # ------------------------------------------------------------------------------------------------------------------------------
