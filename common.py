@@ -146,6 +146,8 @@ def resolve(p, argv, presets, script):
             print(f"  --{k:<14} {'-' if values[k] is None else values[k]!s:<12} {sources[k]}")
         sys.exit(0)
     args.start = init_kind
+    if kind == "latents" and rank() == 0:
+        print(f"{script}, latents, {init_kind}: " + " ".join(f"--{k} {values[k]}" + ("" if sources[k] == "preset" else " (given)") for k in presets[kind, init_kind]))
     return args
 
 
@@ -177,6 +179,8 @@ def main(train, parse_args):
     except BadInput as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:                                               # `| head`
+        os._exit(141)
     except OSError as error:
         what = "no space left on the disk; free some" if error.errno == errno.ENOSPC else f"{error.filename}: {error.strerror}; mend that"
         print(f"{Path(sys.argv[0]).name}: error: {what} and run the same command again", file=sys.stderr)

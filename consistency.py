@@ -256,7 +256,7 @@ def train(args):
     opt = NorMuon(param_groups(net), lr=args.lr)
     frozen = dict(teacher=teacher) if teacher else {}
     compile_blocks(args, net, ema, *frozen.values())
-    features = metric_space(data)
+    features = metric_space(data, args)
     rho = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine, tangent_norm=args.tangent_norm)
     channels = args.cfg_channels or None                                                              # of a plain teacher's CFG
 

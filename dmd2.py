@@ -29,7 +29,7 @@ from common import (CONSISTENCY_FLAGS, Run, autocast, batch_rows, compile_blocks
                     micro_batches, number, parser, refuse, refuse_idle, resolve, setup, step_rng, sync_gradients, update_ema)
 from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, starting_networks
 from evaluate import evaluate, finish, health, metric_space, watch
-from model import DiscriminatorHead, expand, guided_map, guided_velocity, interpolate
+from model import DiscriminatorHead, IMFDiT, expand, guided_map, guided_velocity, interpolate
 from normuon import NorMuon, param_groups
 from vae import BadInput, load_data
 
@@ -138,6 +138,8 @@ def train(args):
 
     net, teacher = starting_networks(args, data, device)
     ema, fake = frozen_copy(net), frozen_copy(net)
+    if args.lambda_g and isinstance(net, IMFDiT):
+        raise BadInput(f"--init {args.init}: the discriminator reads a LightningDiT; with iMF's own network pass --lambda_g 0")
     head = DiscriminatorHead(fake).to(device).requires_grad_(False) if args.lambda_g else None
     trunk = fake if args.disc_trunk == "fake" else teacher
     fake_side = [m for m in (fake, head) if m is not None]
@@ -148,7 +150,7 @@ def train(args):
     opt_fake = NorMuon(param_groups(*fake_side), lr=args.fake_lr or args.lr)
     frozen = dict(teacher=teacher) if teacher else {}
     compile_blocks(args, net, ema, *frozen.values(), *fake_side)
-    features = metric_space(data)
+    features = metric_space(data, args)
     rho = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
     networks = dict(net=net, ema=ema, fake=fake) | frozen | (dict(head=head) if head else {})
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)                           # guidance of all but the fake side

@@ -209,8 +209,9 @@ def sampler_steps(net, steps):
     return [EULER_STEPS] if net.conditioning == "plain" else list(steps)
 
 
-def metric_space(data):
+def metric_space(data, args):
     """The Features of pixel data in the first process; None in the others, and for latents, which have no metric while training."""
+    decoder(args.vae, data.vae, torch.device("cpu"))                                                  # a wrong --vae is refused now, not at the first picture
     return Features(data) if rank() == 0 and data.kind == "pixels" else None
 
 
@@ -378,7 +379,7 @@ def run(args):
     for name, default in (("omega", 1.0), ("guide_to", 1.0), ("cfg_channels", 0)):
         if getattr(args, name) is None:
             setattr(args, name, checkpoint["args"].get(name, default))
-    net, features = net.to(args.device), metric_space(data)
+    net, features = net.to(args.device), metric_space(data, args)
     metrics = evaluate(net, features, args, args.steps, args.n, args.seed)
     out = Path(args.out or Path(args.checkpoint).parent)
     out.mkdir(parents=True, exist_ok=True)

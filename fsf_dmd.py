@@ -143,7 +143,7 @@ def train(args):
     opt = NorMuon(param_groups(net), lr=args.lr)
     frozen = dict(teacher=teacher) if teacher else {}
     compile_blocks(args, net, ema, *frozen.values())
-    features = metric_space(data)
+    features = metric_space(data, args)
     rho = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
 
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)                           # guidance of every term but L_CT

@@ -478,8 +478,6 @@ class DiscriminatorHead(nn.Module):
 # ------------------------------------------------------------------------------------------------------------------------------
 
 class IMFAttention(nn.Module):
-    """Separate projections without biases, QK-norm, 1-D rotary positions over the whole sequence."""
-
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
@@ -493,7 +491,7 @@ class IMFAttention(nn.Module):
 
 
 class IMFBlock(nn.Module):
-    """No adaLN: the conditions are tokens.  attn_scale, mlp_scale: learned vector gates."""
+    """No adaLN and no biases; attn_scale and mlp_scale are learned vector gates."""
 
     def __init__(self, dim, num_heads, hidden):
         super().__init__()
@@ -579,10 +577,7 @@ def load_official(source, input_size=32):
                        patch_size=patch, in_channels=channels, input_size=patch * math.isqrt(state["pos_embed"].shape[1]),
                        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1, qk_norm="blocks.0.attn.q_norm.weight" in state)
     own = net.state_dict()
-    wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
-    wrong += [f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
-    if wrong:
-        raise ValueError(f"not this LightningDiT, {len(wrong)} differences: " + "; ".join(wrong[:3]))
+    refuse_differences(net, state, "LightningDiT")
 
     state = {k: v.clone().to(own[k].dtype) for k, v in state.items()}
     w = state["t_embedder.mlp.0.weight"].double()
@@ -617,10 +612,15 @@ def load_imf(state, input_size):
                      mlp_hidden=len(own["blocks.0.w1.weight"]), num_classes=len(own["y_embedder.embedding_table.weight"]) - 1, tokens=[len(own[f"tokens.{i}"]) for i in range(5)])
     except KeyError as error:
         raise ValueError(f"not an iMF state dict: {error.args[0]} is missing") from None
-    expected = net.state_dict()
-    wrong = [f"missing {k}" for k in expected if k not in own] + [f"unexpected {k}" for k in own if k not in expected]
-    wrong += [f"{k} is {list(own[k].shape)}, expected {list(v.shape)}" for k, v in expected.items() if k in own and own[k].shape != v.shape]
-    if wrong:
-        raise ValueError(f"not this iMF network, {len(wrong)} differences: " + "; ".join(wrong[:3]))
+    refuse_differences(net, own, "iMF network")
     net.load_state_dict(own)
     return net
+
+
+def refuse_differences(net, state, what):
+    """ValueError with the first differences of keys and shapes between a network and a state dict."""
+    own = net.state_dict()
+    wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
+    wrong += [f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    if wrong:
+        raise ValueError(f"not this {what}, {len(wrong)} differences: " + "; ".join(wrong[:3]))

@@ -30,9 +30,9 @@ from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, frozen
 from consistency import starting_networks
 from dmd2 import fake_loss, gan_discriminator_loss, gan_generator_loss
 from evaluate import evaluate, finish, health, metric_space, watch
-from model import DiscriminatorHead, guided_map, guided_velocity, interpolate, v_to_x0
+from model import DiscriminatorHead, IMFDiT, guided_map, guided_velocity, interpolate, v_to_x0
 from normuon import NorMuon, param_groups
-from vae import load_data
+from vae import BadInput, load_data
 
 # "pixels": the digits presets, chosen by the search described in README.  "latents": the setting of FSF-DMD's Table 6, for comparison.
 TABLE6 = dict(size="B/1", batch_size=128, precision="bf16", ema=0.99995, lr=6e-4, omega=6.0, guide_to=0.9, save_every=500, health_every=500)
@@ -131,6 +131,8 @@ def train(args):
 
     net, teacher = starting_networks(args, data, device)
     ema, fake = frozen_copy(net), frozen_copy(net)
+    if args.lambda_g and isinstance(net, IMFDiT):
+        raise BadInput(f"--init {args.init}: the discriminator reads a LightningDiT; with iMF's own network pass --lambda_g 0")
     head = DiscriminatorHead(fake).to(device).requires_grad_(False) if args.lambda_g else None
     fake_side = [m for m in (fake, head) if m is not None]
     fake_params = [p for m in fake_side for name, p in m.named_parameters() if name != "pos_embed"]   # pos_embed: a fixed table
@@ -139,7 +141,7 @@ def train(args):
     opt = NorMuon(param_groups(net), lr=args.lr)
     opt_fake = NorMuon(param_groups(*fake_side), lr=args.fake_lr or args.lr)
     compile_blocks(args, net, ema, teacher, *fake_side)
-    features = metric_space(data)
+    features = metric_space(data, args)
     networks = dict(net=net, ema=ema, teacher=teacher, fake=fake) | (dict(head=head) if head else {})
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)                           # guidance of all but the fake side
 

@@ -1417,7 +1417,7 @@ class Evil:
 
 BAD = [  # command, words of the one line
     ("fsf_dmd.py --data nowhere.npz", "nowhere.npz: no such file"),
-    ("fsf_dmd.py --data nowhere", "expected `digits` or an .npz"),
+    ("fsf_dmd.py --data nowhere", "expected `digits`, an .npz file with `images` and `labels`, a folder of latent shards"),
     ("fsf_dmd.py --data noimages.npz --init imf/model.pt", "has no array images"),
     ("fsf_dmd.py --data floats.npz --init imf/model.pt", "images are float32 [9, 4, 4, 1], expected uint8"),
     ("fsf_dmd.py --data oblong.npz --init imf/model.pt", "images are uint8 [9, 4, 6, 1], expected uint8"),
@@ -1529,6 +1529,264 @@ def test_a_full_disk_is_one_line_and_spares_the_last_state(home):
     assert "no space left on the disk" in printed and "Traceback" not in printed and state(home, "full")["step"] == 2
     run(home, f"{TOY['fsf_dmd.py']} --steps 4 --out full")                                  # with space again, the same command goes on
     assert state(home, "full")["step"] == 4
+
+
+# ---- latents: the autoencoder, shards, official weights -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["vae", "vae_ch64"])
+def test_vae_matches_the_official_autoencoder(name):
+    z, cfg = golden(name)
+    m, weights = cfg["model"], cfg["weights"]
+    net = vae.VAE(**{k: tuple(v) if isinstance(v, list) else v for k, v in m.items() if k in vae.VAES["vavae"]}).eval()
+    shapes = {k: tuple(s) for k, s in cfg["keys"]}
+    assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == shapes
+    net.load_state_dict(golden_state(shapes, **weights))
+    x, latent = (golden_input(f"input:{k}", cfg["inputs"][k]["shape"], weights["prefix"]) for k in "xz")
+    with torch.no_grad():
+        mean, std = net.encode(x.clamp(-1, 1))
+        decoded = net.decode(latent)
+    for found, expected in ((mean, z["moments"][:, :m["z_channels"]]), (std, z["std"]), (decoded, z["decoded"])):
+        assert (found - torch.tensor(expected)).abs().max() <= 1e-4 * expected.std()
+
+
+def test_vae_has_the_published_sizes():
+    with torch.device("meta"):
+        va, sd = vae.VAE("vavae"), vae.VAE("sdvae")
+    assert sum(p.numel() for p in va.parameters()) == 69_836_067 and len(va.state_dict()) == 342 and va.downscale == 16
+    assert sum(p.numel() for p in sd.parameters()) == 83_653_863 and sd.downscale == 8
+    assert va.state_dict()["encoder.down.4.block.0.nin_shortcut.weight"].shape == (512, 256, 1, 1) and "decoder.up.4.attn.2.proj_out.bias" in va.state_dict()
+
+
+def golden_imf():
+    z, cfg = golden("imf")
+    return z, cfg, golden_state({k: tuple(s) for k, s in cfg["keys"]}, **cfg["weights"])
+
+
+def test_imf_matches_the_official_network_and_sampler():
+    z, cfg, state = golden_imf()
+    net, inputs = model.load_official(state, input_size=8).eval(), cfg["inputs"]
+    x, eps = (golden_input(f"input:{k}", inputs[k]["shape"]) for k in ("x", "eps"))
+    t, s, y = torch.tensor(inputs["t"]), torch.tensor(inputs["r"]), torch.tensor(inputs["y"])
+    guidance = torch.tensor([inputs[k] for k in ("omega", "t_min", "t_max")]).T
+    fixed = model.fixed_guidance(6.0, 0.0, 0.9, eps)
+    with torch.no_grad():
+        found = dict(u=net(x, t, y, s, guidance), u_null=net(x, t, torch.full_like(y, 10), s))
+        found |= {f"sample{n}": model.sample(lambda x, t, y, s: net(x, t, y, s, fixed), eps, torch.arange(4), n) for n in (1, 2)}
+    for k, v in found.items():
+        assert (v - torch.tensor(z[k])).abs().max() <= 1e-4 * z[k].std(), k
+    published = {f"net.{k}": v for k, v in state.items() if not k.startswith("v_heads.")}   # as the files are: wrapped, without the v-head
+    torch.testing.assert_close(model.load_official(published, 8)(x, t, y, s, guidance), found["u"])
+    again = model.build(net.config)
+    again.load_state_dict(net.state_dict())
+    torch.testing.assert_close(again(x, t, y, s, guidance), found["u"])
+    for broken, words in (({k: v for k, v in state.items() if "omega_embedder" not in k}, "missing omega_embedder"), (state | {"extra.weight": x}, "unexpected extra.weight")):
+        with pytest.raises(ValueError, match=words):
+            model.load_official(broken, 8)
+
+
+def test_official_lightningdit_of_full_size_loads_with_nothing_left_over():
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in model.LightningDiT("B/1").state_dict().items()}
+    state = {f"module.{k}": torch.zeros(1).expand(s) for k, s in shapes.items()} | {"module.feat_rope.freqs_cos": torch.zeros(256, 64), "module.feat_rope.freqs_sin": torch.zeros(256, 64)}
+    net = model.load_official({"ema": state, "opt": {}, "config": {}})
+    assert sum(p.numel() for p in net.parameters()) == 130_557_728 and net.config["qk_norm"]
+    assert not model.load_official({"ema": {k: v for k, v in state.items() if "_norm.weight" not in k or "attn" not in k}}).config["qk_norm"]
+    with pytest.raises(ValueError, match="1 differences: missing blocks.3.mlp.w3.bias"):
+        model.load_official({"ema": {k: v for k, v in state.items() if k != "module.blocks.3.mlp.w3.bias"}})
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """24 images in 2 classes (noise, and crops of scikit-learn's two photographs) and a tiny VAE in the layout of the official checkpoints."""
+    from sklearn.datasets import load_sample_images
+    folder, g = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for label in ("crops", "noise"):
+        (folder / "images" / label).mkdir(parents=True)
+    for i in range(12):
+        photo = load_sample_images().images[i % 2]
+        Image.fromarray(photo[20 * i:20 * i + 90, 30 * i:30 * i + 120]).save(folder / "images" / "crops" / f"{i:02d}.png")
+        Image.fromarray(g.integers(0, 255, (20 + i, 31, 3)).astype(np.uint8)).save(folder / "images" / "noise" / f"{i:02d}.jpg")
+    Image.fromarray(g.integers(0, 255, (25, 25)).astype(np.uint8)).save(folder / "images" / "noise" / "00.jpg")               # grey
+    Image.fromarray(g.integers(0, 255, (25, 25, 4)).astype(np.uint8)).save(folder / "images" / "crops" / "00.png")            # transparent
+    torch.manual_seed(0)
+    dims = dict(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(128,), resolution=256, z_channels=4)
+    state = vae.VAE(**dims).state_dict() | {"loss.logvar": torch.zeros(()), "foundation_model.head.weight": torch.ones(3, 3)}
+    torch.save({"state_dict": state, "epoch": 1}, folder / "vae.pt")
+    run(folder, "vae.py encode --images images --ckpt vae.pt --out latents --size 16 --shard 7")
+    return folder
+
+
+def test_encoding_resumes_and_splits_without_a_trace(photos):
+    names = sorted(p.name for p in (photos / "latents").glob("*.safetensors"))
+    assert names == [f"latents_rank00_shard{i:03d}.safetensors" for i in range(4)]
+    (photos / "half").mkdir()
+    for name in ("encode.json", names[0], names[2]):                                        # killed in the middle: some shards, half of one
+        (photos / "half" / name).write_bytes((photos / "latents" / name).read_bytes())
+    (photos / "half" / "latents_rank00_shard001.tmp").write_bytes(b"half a shard")
+    before = (photos / "half" / names[0]).stat().st_mtime_ns
+    run(photos, "vae.py encode --images images --ckpt vae.pt --out half --size 16 --shard 7")
+    assert (photos / "half" / names[0]).stat().st_mtime_ns == before                        # not made twice
+    for name in names:
+        a, b = (vae.open_shard(photos / folder / name) for folder in ("half", "latents"))
+        assert a.metadata() == b.metadata() and all(torch.equal(a.get_tensor(k), b.get_tensor(k)) for k in ("latents", "latents_flip", "labels"))
+    for name in ("meta.json", "latents_stats.pt"):
+        assert (photos / "half" / name).read_bytes() == (photos / "latents" / name).read_bytes(), name
+    assert not list((photos / "half").glob("*.tmp"))
+    run(photos, "vae.py encode --images images --ckpt vae.pt --out two --size 16 --shard 7", processes=2)
+    (_, a), (_, b) = ((f, vae.load_data(str(photos / f))) for f in ("latents", "two"))
+    torch.testing.assert_close(a.x[torch.arange(48)], b.x[torch.arange(48)], rtol=0, atol=1e-5)
+    assert torch.equal(a.y, b.y) and a.num_classes == 2
+    assert "latents made otherwise: seed 0 (there) 1 (here)" in run(photos, "vae.py encode --images images --ckpt vae.pt --out two --size 16 --shard 7 --seed 1", code=2, processes=1).replace("processes 2 (there) 1 (here), ", "")
+
+
+def test_latents_are_both_flips_normalised_once(photos):
+    data = vae.load_data(str(photos / "latents"))
+    assert len(data.x) == 48 and data.x.shape == (48, 4, 8, 8) and data.kind == "latents" and data.y.tolist() == ([0] * 12 + [1] * 12) * 2
+    whole = data.x[torch.arange(48)]
+    torch.testing.assert_close(whole.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(whole.std((0, 2, 3)), torch.ones(4), rtol=0, atol=1e-5)
+    rows = torch.tensor([47, 3, 0, 24, 3])
+    assert torch.equal(data.x[rows], whole[rows])
+    raw = torch.cat([shard[1] for shard in vae.shards(photos / "latents")])
+    torch.testing.assert_close(vae.denormalize(whole[:24], data.mean, data.std), raw, rtol=1e-6, atol=1e-6)
+    net, _ = vae.load_vae(photos / "vae.pt")
+    files, classes = vae.image_files(photos / "images")
+    assert classes == ["crops", "noise"] and [p.name for p, _ in files[:2]] == ["00.png", "01.png"]
+    image = vae.read_image(files[5][0], 16).float()[None] / 127.5 - 1
+    for k, x in enumerate((image, image.flip(3))):                                          # image 5 and its mirror image, each with its own noise
+        mean, std = net.encode(x)
+        torch.testing.assert_close(vae.denormalize(whole[24 * k + 5:24 * k + 6], data.mean, data.std), mean + std * common.noise_by_index(0, [10 + k], (4, 8, 8)), rtol=0, atol=1e-4)
+
+
+def test_center_crop_is_adms():
+    ramp = np.tile(np.arange(100, dtype=np.uint8), (40, 1))                                 # 100 x 40
+    cropped = np.array(vae.center_crop(Image.fromarray(ramp), 20)).astype(float)            # halved once by BOX: 50 x 20; columns 15 .. 34 of it
+    assert cropped.shape == (20, 20) and np.abs(cropped - (2 * np.arange(15, 35) + 0.5)).max() <= 1
+    assert vae.center_crop(Image.fromarray(ramp), 40).size == (40, 40) and vae.center_crop(Image.fromarray(ramp[:, :30]), 64).size == (64, 64)
+
+
+def test_from_images_to_pictures(photos):
+    """encode -> pretrain -> fsf_dmd -> sample -> decode -> PNG, from a folder of images and a VAE checkpoint."""
+    printed = run(photos, "vae.py check latents")
+    assert "4 shards, 24 images, latents [4, 8, 8] float32, both flips, all finite" in printed and "12 to 12 images a class" in printed
+    run(photos, "consistency.py --loss imf --data latents --size tiny --precision fp32 --steps 6 --batch_size 16 --out imf --vae vae.pt")
+    printed = run(photos, "fsf_dmd.py --data latents --init imf/model.pt --precision fp32 --steps 4 --batch_size 16 --out fsf --vae vae.pt --health_every 4")
+    assert "no metric of latents" in printed and (photos / "fsf" / "health_000004.png").exists()
+    checkpoint = common.load_checkpoint(photos / "fsf" / "model.pt")
+    assert checkpoint["data"]["kind"] == "latents" and checkpoint["data"]["vae"] == json.loads((photos / "latents" / "meta.json").read_text())["vae_hash"]
+    run(photos, "evaluate.py fsf/model.pt --vae vae.pt --steps 2 --out pictures")
+    with Image.open(photos / "pictures" / "samples.png") as picture:
+        assert len(picture.convert("L").getcolors()) > 50
+    run(photos, "vae.py decode latents --ckpt vae.pt --out decoded --n 3")
+    net, _ = vae.load_vae(photos / "vae.pt")
+    with Image.open(photos / "decoded" / "000002.png") as picture:
+        found = np.array(picture).astype(float)
+    raw = vae.shards(photos / "latents")[0][1][2:3]
+    assert np.abs(found - (127.5 * net.decode(raw) + 128).clamp(0, 255)[0].permute(1, 2, 0).numpy()).max() < 1   # truncated, as the official inference
+
+
+def test_official_weights_are_a_start(photos, monkeypatch, capsys):
+    """A LightningDiT checkpoint as --init of the FM kind, an iMF one as --init of the flow-map kind, each on latents of its shape."""
+    monkeypatch.chdir(photos)
+    plain = randomize(model.LightningDiT("tiny", "plain", input_size=8, in_channels=4, num_classes=2, patch_size=2), dtype=torch.float32)
+    torch.save({"model": {}, "ema": {f"module.{k}": v for k, v in plain.state_dict().items()}, "opt": {}, "config": {}}, "lightningdit.pt")
+    flags = ["--data", "latents", "--precision", "fp32", "--batch_size", "8", "--steps", "2", "--health_every", "0"]
+    fsf_dmd.train(fsf_dmd.parse_args(["--init", "lightningdit.pt", "--warmup", "1", "--out", "from-official", *flags]))
+    teacher = state(photos, "from-official")["teacher"]
+    x, t, y = torch.randn(3, 4, 8, 8), torch.rand(3), torch.tensor([0, 1, 2])
+    net = model.LightningDiT(**plain.config)
+    net.load_state_dict(teacher)
+    torch.testing.assert_close(net(x, t, y), -plain(x, 1 - t, y), rtol=1e-4, atol=1e-5)     # time and sign turned
+    z, cfg, weights = golden_imf()
+    torch.save({k: v[:3] if "embedding_table" in k else v for k, v in weights.items()}, "imf.pth")
+    monkeypatch.setattr(model.load_official, "__defaults__", (8,))                          # 16-pixel images; the files are for 256
+    fsf_dmd.train(fsf_dmd.parse_args(["--init", "imf.pth", "--out", "from-imf", *flags]))
+    assert common.load_checkpoint("from-imf/model.pt")["config"]["architecture"] == "imf"
+    for script, words in (("dmd2", "--lambda_g 0"), ("twinflow", "sees t - s only")):
+        with pytest.raises(vae.BadInput, match=words):
+            sys.modules[script].train(sys.modules[script].parse_args(["--init", "imf.pth", "--out", f"from-imf-{script}", *flags]))
+    capsys.readouterr()
+
+
+def test_small_images_in_folders_are_pixel_data(tmp_path, monkeypatch, capsys):
+    for c in range(3):
+        (tmp_path / "mine" / f"class{c}").mkdir(parents=True)
+        for i in range(8):
+            Image.fromarray(np.random.default_rng(9 * c + i).integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(tmp_path / "mine" / f"class{c}" / f"{i}.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0))
+    consistency.train(consistency.parse_args("--loss imf --data mine --steps 2 --out run".split()))
+    checkpoint = common.load_checkpoint("run/model.pt")
+    assert checkpoint["config"]["num_classes"] == 3 and checkpoint["data"]["shape"] == [3, 8, 8] and checkpoint["data"]["kind"] == "pixels"
+    assert "fd_1step" in json.loads(Path("run/result.json").read_text())["last"]
+    capsys.readouterr()
+
+
+def test_bad_latents_are_one_line_and_exit_code_2(photos, monkeypatch, capsys):
+    monkeypatch.chdir(photos)
+    from safetensors.torch import load_file, save_file
+
+    def folder(name, change=lambda tensors: tensors, stats=None, shards=1):
+        (photos / name).mkdir()
+        for i in range(shards):
+            tensors = load_file(photos / "latents" / f"latents_rank00_shard{i:03d}.safetensors")
+            save_file({k: v.contiguous() for k, v in change(tensors).items()}, photos / name / f"latents_rank00_shard{i:03d}.safetensors")
+        torch.save(stats or torch.load(photos / "latents" / "latents_stats.pt", weights_only=True), photos / name / "latents_stats.pt")
+    stats = torch.load(photos / "latents" / "latents_stats.pt", weights_only=True)
+    folder("normalised", lambda t: t | {k: (t[k] - stats["mean"]) / stats["std"] for k in ("latents", "latents_flip")}, dict(mean=stats["mean"] + 9, std=stats["std"]))
+    folder("raw", lambda t: t | {k: 10 * t[k] for k in ("latents", "latents_flip")})
+    folder("nan", lambda t: t | dict(latents=t["latents"].where(t["latents"] < t["latents"].max(), torch.nan)))
+    folder("othervae", stats=dict(mean=torch.zeros(1, 32, 1, 1), std=torch.ones(1, 32, 1, 1)))
+    folder("unlabelled", lambda t: {k: v for k, v in t.items() if k != "labels"})
+    folder("negative", lambda t: t | dict(labels=t["labels"] - 1))
+    folder("uneven", lambda t: t | dict(latents_flip=t["latents_flip"][1:]))
+    folder("cut")
+    path = photos / "cut" / "latents_rank00_shard000.safetensors"
+    path.write_bytes(path.read_bytes()[:3000])
+    folder("statless")
+    (photos / "statless" / "latents_stats.pt").unlink()
+    folder("evilstats")
+    torch.save(dict(mean=Evil(), std=Evil()), photos / "evilstats" / "latents_stats.pt")
+    (photos / "damaged" / "a").mkdir(parents=True)
+    Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(photos / "damaged" / "a" / "0.png")
+    (photos / "damaged" / "a" / "1.png").write_bytes((photos / "images" / "crops" / "01.png").read_bytes()[:200])
+    (photos / "flat").mkdir()
+    (photos / "large" / "a").mkdir(parents=True)
+    Image.fromarray(np.zeros((80, 80, 3), np.uint8)).save(photos / "large" / "a" / "0.png")
+    torch.save(dict(state_dict={"encoder.conv_in.weight": torch.ones(2, 3, 3, 3)}), photos / "half.pt")
+    torch.save(dict(state_dict=Evil()), photos / "evil.pt")
+    torch.manual_seed(1)
+    other = vae.VAE(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(128,), resolution=256, z_channels=4)
+    torch.save(other.state_dict(), photos / "other.pt")
+    before = sorted(p for p in photos.rglob("*"))
+    train = "consistency.py --loss imf --size tiny --steps 2 --batch_size 8 --data"
+    for command, words in [
+            (f"{train} normalised", "the statistics of other latents, or latents normalised already"), (f"{train} raw", "expected 0 and 1"), (f"{train} nan", "expected 0 and 1"),
+            (f"{train} othervae", "expected mean and positive std of 4 channels, found mean [1, 32, 1, 1]"), (f"{train} unlabelled", "has no labels, expected a shard"),
+            (f"{train} negative", "labels start at -1"), (f"{train} uneven", "do not fit together"), (f"{train} cut", "not a whole safetensors file"),
+            (f"{train} statless", "latents_stats.pt: no such file"), (f"{train} evilstats", "latents_stats.pt: not a file of weights"),
+            (f"{train} flat", "no images in class folders"), (f"{train} large", "expected square images of at most 64; larger ones: python vae.py encode"),
+            (f"{train} latents --vae other.pt", "is not the VAE"),
+            ("vae.py check nan", "latents hold NaN or infinity in image"), ("vae.py check raw", "the statistics of other latents"), ("vae.py check images", "holds no latent shards"),
+            ("vae.py decode latents --ckpt half.pt --out d", "not a VAE checkpoint of LDM's layout"), ("vae.py decode latents --ckpt evil.pt --out d", "evil.pt: not a file of weights"),
+            ("vae.py encode --images flat --ckpt vae.pt --out e", "no images in class folders"), ("vae.py encode --images nowhere --ckpt vae.pt --out e", "nowhere: no such folder"),
+            ("vae.py encode --images images --ckpt vae.pt --out e --size 17", "needs a multiple of 2"), ("vae.py encode --images images --ckpt vae.pt --out images", "is not empty"),
+            ("vae.py", "the following arguments are required: command"), ("vae.py encode --images images --ckpt vae.pt --out e --size 0", "--size: 0 is out of range")]:
+        script, *argv = shlex.split(command)
+        module = sys.modules[script[:-3]]
+        monkeypatch.setattr(sys, "argv", [script, *argv])
+        with pytest.raises(SystemExit) as stop:
+            common.main(getattr(module, "run" if script == "vae.py" else "train"), module.parse_args)
+        err = capsys.readouterr().err
+        said = [line for line in err.splitlines() if line and "/s]" not in line]            # without the progress bar
+        assert stop.value.code == 2 and len(said) == 1 and words in said[0] and said[0].startswith(f"{script}: error: "), (command, err)
+    made = sorted(p for p in photos.rglob("*"))
+    assert made == before
+    assert not (photos / "executed").exists()
+    assert "1.png: not a readable image" in run(photos, "vae.py encode --images damaged --ckpt vae.pt --out d0 --size 16 --workers 0", code=2) and not list((photos / "d0").glob("*.safetensors"))
+    printed = run(photos, "vae.py encode --images damaged --ckpt vae.pt --out d1 --size 16 --skip_bad 1 --dtype bf16")
+    assert "1 images in 1 classes" in printed and "1 unreadable left out" in printed and "1.png" in printed
+    assert vae.shards(photos / "d1")[0][1].dtype == torch.bfloat16
 
 
 # ---- the project itself -------------------------------------------------------------------------------------------------------

@@ -26,9 +26,9 @@ from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, flow_m
                     number, parser, refuse, resolve, setup, step_rng, sync_gradients, update_ema)
 from consistency import draw_guidance, draw_times, guided_target, imf_loss, rcgm_loss, starting_networks, whole_interval
 from evaluate import evaluate, finish, health, metric_space, watch
-from model import guided_map, guided_velocity, interpolate
+from model import IMFDiT, guided_map, guided_velocity, interpolate
 from normuon import NorMuon, param_groups
-from vae import load_data
+from vae import BadInput, load_data
 
 # "pixels": the digits presets, chosen by the search described in README.  "latents": the setting of FSF-DMD's Table 6.
 TABLE6 = dict(size="B/1", batch_size=128, precision="bf16", ema=0.99995, lr=6e-4, omega=6.0, guide_to=0.9, save_every=500, health_every=500)
@@ -93,10 +93,12 @@ def train(args):
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 
     net, _ = starting_networks(args, data, device)                                                     # it teaches itself
+    if isinstance(net, IMFDiT):
+        raise BadInput(f"--init {args.init}: iMF's own network sees t - s only, so it cannot tell (-t, -t) from (t, t); expected a LightningDiT flow map")
     ema = frozen_copy(net)
     opt = NorMuon(param_groups(net), lr=args.lr)
     compile_blocks(args, net, ema)
-    features = metric_space(data)
+    features = metric_space(data, args)
     rho = dict(c=args.huber_c, cosine=args.cosine)
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)                           # guidance of all but the base loss
 

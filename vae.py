@@ -31,6 +31,8 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
+from model import refuse_differences
+
 
 class BadInput(Exception):
     """What the user can mend: one line with what is wrong, what was expected and what to do.  Scripts print it and exit with 2."""
@@ -373,11 +375,10 @@ def load_vae(path):
         raise BadInput(f"{path}: not a VAE checkpoint of LDM's layout ({error.args[0]} is missing)") from None
     with torch.device("meta"):
         vae = VAE(**dims)
-    own = vae.state_dict()
-    wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
-    wrong += [f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
-    if wrong:
-        raise BadInput(f"{path}: not a whole VAE, {len(wrong)} differences: " + "; ".join(wrong[:3]))
+    try:
+        refuse_differences(vae, state, "VAE")
+    except ValueError as error:
+        raise BadInput(f"{path}: {error}") from None
     vae.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     return vae.requires_grad_(False).eval(), next((name for name, preset in VAES.items() if preset == dims), "custom")
 
