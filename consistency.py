@@ -50,9 +50,9 @@ PRESETS = {
     ("latents", "imf"): TABLE6 | dict(steps=40_000),
     ("latents", "fm"): TABLE6 | dict(steps=20_000, cfg_channels=3),
 }
-FM = {                                                                                                # --loss fm instead
-    ("pixels", "scratch"): DIGITS | dict(steps=400, lr=1.2e-2, eval_every=0),
-    ("latents", "scratch"): TABLE6 | dict(steps=400_000, cfg_channels=3),
+FROM_SCRATCH = {                                                                                      # these losses' own learning rate and length
+    "fm": {("pixels", "scratch"): DIGITS | dict(steps=400, lr=1.2e-2, eval_every=0), ("latents", "scratch"): TABLE6 | dict(steps=400_000, cfg_channels=3)},
+    "rcgm": {("pixels", "scratch"): DIGITS | dict(steps=400, lr=1.2e-2)},
 }
 CONDITIONING = dict(fm="plain", ct="decoupled", imf="in_context", rcgm="in_context")                  # of a network from scratch
 ONLY = dict(                                                                                          # flags that only these losses read
@@ -205,7 +205,7 @@ def parse_args(argv=None):
     p.add_argument("--M", type=number(int, 1), default=2, help="isg: segments of [0, 1]")
     loss = p.parse_known_args(argv)[0].loss
     p.set_defaults(init="imf" if loss in ("cd", "isg") else "scratch")
-    args = resolve(p, argv, PRESETS | (FM if loss == "fm" else {}), f"consistency_{loss}")
+    args = resolve(p, argv, PRESETS | FROM_SCRATCH.get(loss, {}), f"consistency_{loss}")
     if args.loss in ("cd", "isg") and args.init == "scratch":
         raise BadInput(f"--loss {args.loss} --init scratch: distillation needs a teacher, expected --init imf, fm or a model.pt")
     if args.loss not in ("cd", "isg") and args.init != "scratch":

@@ -44,7 +44,7 @@ TABLE6 = dict(size="B/1", batch_size=128, precision="bf16", ema=0.99995, lr=6e-4
 DIGITS = dict(size="tiny", lr=3e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=50, health_every=50)
 PRESETS = {
     ("pixels", "imf"): DIGITS | dict(steps=200, M=2, lam=0.5, shift=1.0),
-    ("pixels", "fm"): DIGITS | dict(steps=300, warmup=200, M=2, lam=0.05, shift=1.0),
+    ("pixels", "fm"): DIGITS | dict(steps=200, warmup=100, M=2, lam=0.02, shift=1.0),
     ("pixels", "scratch"): DIGITS | dict(steps=400, M=1, lam=0.01, shift=1.0, lr=6e-3),
     ("latents", "imf"): TABLE6 | dict(steps=4_000, M=2, lam=0.05, shift=10.0),
     ("latents", "fm"): TABLE6 | dict(steps=26_000, warmup=20_000, M=2, lam=0.001, shift=10.0, cfg_channels=3),

@@ -477,30 +477,22 @@ class DiscriminatorHead(nn.Module):
 # Improved MeanFlow's own network (Geng et al.; code Lyy-iiis/imeanflow, MIT), to start from its published weights
 # ------------------------------------------------------------------------------------------------------------------------------
 
-class IMFAttention(nn.Module):
-    def __init__(self, dim, num_heads):
-        super().__init__()
-        self.num_heads = num_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim, bias=False) for _ in range(4))
-        self.q_norm, self.k_norm = RMSNorm(dim // num_heads), RMSNorm(dim // num_heads)
-
-    def forward(self, x, cos, sin):                                                                   # [B, L, D]
-        q, k, v = (f(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)                     # [B, h, L, D/h]
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
 class IMFBlock(nn.Module):
-    """No adaLN and no biases; attn_scale and mlp_scale are learned vector gates."""
+    """No adaLN and no biases; QK-norm, 1-D rotary positions over the whole sequence; attn_scale and mlp_scale are learned vector gates."""
 
     def __init__(self, dim, num_heads, hidden):
         super().__init__()
-        self.norm1, self.attn, self.attn_scale = RMSNorm(dim), IMFAttention(dim, num_heads), nn.Parameter(torch.zeros(dim))
-        self.norm2, self.mlp_scale = RMSNorm(dim), nn.Parameter(torch.zeros(dim))
+        self.num_heads, self.attn_scale, self.mlp_scale = num_heads, nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+        self.norm1, self.norm2, self.q_norm, self.k_norm = RMSNorm(dim), RMSNorm(dim), RMSNorm(dim // num_heads), RMSNorm(dim // num_heads)
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim, bias=False) for _ in range(4))
         self.w1, self.w3, self.w2 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False), nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x, cos, sin):
-        x = x + self.attn_scale * self.attn(self.norm1(x), cos, sin)
+    def forward(self, x, cos, sin):                                                                   # [B, L, D]
+        h = self.norm1(x)
+        q, k, v = (f(h).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)                     # [B, heads, L, head_dim]
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.attn_scale * self.out_proj(h)
         h = self.norm2(x)
         return x + self.mlp_scale * self.w2(F.silu(self.w1(h)) * self.w3(h))
 
@@ -592,7 +584,7 @@ def load_official(source, input_size=32):
 
 def load_imf(state, input_size):
     """IMFDiT from an official iMF state dict: shared blocks, then the u-head's; the v-head is dropped."""
-    names = {"cfg_t_start_embedder": "t_min_embedder", "cfg_t_end_embedder": "t_max_embedder", "u_final_layer.": "", "mlp.w": "w"}
+    names = {"cfg_t_start_embedder": "t_min_embedder", "cfg_t_end_embedder": "t_max_embedder", "u_final_layer.": "", "mlp.w": "w", ".attn.": "."}
     names |= {f"{name}_tokens": f"tokens.{i}" for i, name in enumerate(("class", "omega", "t_min", "t_max", "time"))}
     shared, heads = (len({k.split(".")[1] for k in state if k.startswith(prefix)}) for prefix in ("shared_blocks.", "u_heads."))
     own = {}
@@ -604,11 +596,11 @@ def load_imf(state, input_size):
             _, i, rest = key.split(".", 2)
             key = f"blocks.{shared + int(i)}.{rest}"
         for old, new in names.items():
-            key = key.replace(old, new) if old != "mlp.w" or "blocks." in key else key
+            key = key.replace(old, new)
         own[key] = value
     try:
         D, channels, patch, _ = own["x_embedder.proj.weight"].shape
-        net = IMFDiT(input_size=input_size, in_channels=channels, patch_size=patch, hidden_size=D, num_heads=D // len(own["blocks.0.attn.q_norm.weight"]), depth=shared + heads,
+        net = IMFDiT(input_size=input_size, in_channels=channels, patch_size=patch, hidden_size=D, num_heads=D // len(own["blocks.0.q_norm.weight"]), depth=shared + heads,
                      mlp_hidden=len(own["blocks.0.w1.weight"]), num_classes=len(own["y_embedder.embedding_table.weight"]) - 1, tokens=[len(own[f"tokens.{i}"]) for i in range(5)])
     except KeyError as error:
         raise ValueError(f"not an iMF state dict: {error.args[0]} is missing") from None
