@@ -1250,7 +1250,7 @@ FLAGS = {  # base command: each of these flips one flag of it, and the trained w
     TOY["sid.py"]: ["--M 3", "--M 1", "--noise ddim", "--M 3 --noise ddim", "--M 3 --noise fixed", "--alpha 0.5", "--weight sid", *(f"--weight '{w}'" for w in sid.WEIGHTS if w != "1-t"), "--fake_lr 1e-2",
                     "--lambda_g 0", "--lambda_d 1", "--omega 3", "--omega 3 --guide_to 0.5"],
     f"sid.py {FM}": ["--omega 3"],
-    TOY["twinflow.py"]: ["--base imf", "--base imf --jvp exact", "--lam 3", "--clip 1e-4", "--clip 2e-4", "--delta 0.1", "--order 1", "--clamp 0.2", "--omega 3", "--init scratch"],
+    TOY["twinflow.py"]: ["--base imf", "--base imf --jvp exact", "--lam 3", "--lam_adv 3", "--clip 1e-4", "--clip 2e-4", "--delta 0.1", "--order 1", "--clamp 0.2", "--omega 3", "--init scratch"],
 }
 
 
@@ -1804,8 +1804,8 @@ def test_readme_commands_exist_and_parse(monkeypatch, capsys):
     assert len(commands) >= 4
     for command in commands:
         script, *argv = shlex.split(command.replace('torchrun ', ''))[1:]
-        if script == "evaluate.py":
-            evaluate.parse_args(argv)
+        if script in ("evaluate.py", "vae.py"):
+            sys.modules[script[:-3]].parse_args(argv)
         elif script != "test_all.py":
             with pytest.raises(SystemExit) as stop:
                 sys.modules[script[:-3]].parse_args([*argv, "--dry_run"])
@@ -1817,10 +1817,11 @@ def test_every_unsettled_choice_of_the_paper_is_a_flag_in_readme():
     readme = (HERE / "README.md").read_text()
     silent = readme[readme.index("Where the paper is silent"):]
     for flag in ("jvp", "fd_h", "huber_c", "cosine", "time_law", "mask_prob", "rollout_grad", "weight", "clip", "cosine_factor", "ema_warmup",
-                 "omega_law", "omega_max", "n_tokens", "token_block", "lr", "cd_guidance", "disc_trunk", "ttur", "lam"):
+                 "omega_law", "omega_max", "n_tokens", "token_block", "lr", "cd_guidance", "disc_trunk", "ttur", "lam", "lam_adv", "clamp", "delta", "order", "warmup",
+                 "cfg_channels"):
         assert f"--{flag}" in silent, flag
     for name in re.findall(r"`--(\w+)", readme):
-        assert any(f'"--{name}"' in (HERE / f).read_text() for f in ("common.py", "evaluate.py", *METHODS)), f"README names --{name}, no script has it"
+        assert any(f'"--{name}"' in (HERE / f).read_text() for f in ("common.py", "evaluate.py", "vae.py", *METHODS)), f"README names --{name}, no script has it"
     for name in re.findall(r"\]\(([\w/.-]+\.(?:png|json|md|py))\)", readme):
         assert (HERE / name).exists(), name
 

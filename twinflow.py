@@ -7,7 +7,7 @@ Paper: Cheng et al., "TwinFlow", arXiv 2512.05150; as the baseline of Kim, Lee, 
     adversarial  x_hat = sg( z - u(z, 1, 0) ),  x_t = (1-t) x_hat + t eps:    || u(x_t, -t, -t) - (eps - x_hat) ||^2            [63]
     rectify      x_tau of the same x_hat,  gap = u(x_tau, -tau, -tau) - u(x_tau, tau, tau)  without gradient                    [64]
                  || u(z, 1, 0) - sg( u(z, 1, 0) - clamp(gap, -1, 1) ) ||^2                                                      [65]
-    total        L_base + L_adv + lambda L_rectify
+    total        L_base + lambda_adv L_adv + lambda L_rectify
 
 u(x, -t, -t) is the velocity of the generated samples: flow matching trains it as dmd2.py trains its fake network, but in the same
 weights, and the teacher is the same network at positive times.  So nothing is frozen, and no second network or optimizer is kept.
@@ -34,10 +34,10 @@ from vae import BadInput, load_data
 TABLE6 = dict(size="B/1", batch_size=128, precision="bf16", ema=0.99995, lr=6e-4, omega=6.0, guide_to=0.9, save_every=500, health_every=500)
 DIGITS = dict(size="tiny", lr=3e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=50, health_every=50)
 PRESETS = {
-    ("pixels", "scratch"): DIGITS | dict(steps=400, lam=0.1, lr=6e-3),
-    ("pixels", "imf"): DIGITS | dict(steps=200, lam=0.1),
-    ("latents", "scratch"): TABLE6 | dict(steps=400_000, lam=1.0),
-    ("latents", "imf"): TABLE6 | dict(steps=40_000, lam=1.0),
+    ("pixels", "scratch"): DIGITS | dict(steps=400, lam=0.1, lam_adv=0.1, lr=6e-3),
+    ("pixels", "imf"): DIGITS | dict(steps=200, lam=0.1, lam_adv=0.1),
+    ("latents", "scratch"): TABLE6 | dict(steps=400_000, lam=1.0, lam_adv=0.1),
+    ("latents", "imf"): TABLE6 | dict(steps=40_000, lam=1.0, lam_adv=0.1),
 }
 
 
@@ -68,6 +68,7 @@ def parse_args(argv=None):
     flow_map_flags(p)
     p.add_argument("--base", choices=["imf", "rcgm"], default="imf", help="the loss on the data that TwinFlow is added to (Table 5)")
     p.add_argument("--lam", type=number(float, 0, open_low=True), help="weight of L_rectify (1, TwinFlow's tutorial; 0.5 in its large-scale code)")
+    p.add_argument("--lam_adv", type=number(float, 0, open_low=True), help="weight of L_adv beside the base loss, whose distance has a gradient of length one")
     p.add_argument("--clip", type=number(float, 0), default=1.0, help="clamp v_fake - v_teacher to [-clip, clip] (1, the paper); 0: off")
     p.add_argument("--delta", type=number(float, 0, 0.5, open_low=True), default=0.01, help="rcgm: delta of Eq. 66 (0.01, TwinFlow)")
     p.add_argument("--order", type=number(int, 1), default=2, help="rcgm: N, jumps of the EMA network in Eq. 66 (2, the paper)")
@@ -146,7 +147,7 @@ def train(args):
                 with autocast(args, device):
                     adv, rectify, gap = twinflow_losses(lambda x, t, s: u(x, t, s, b.y), lambda x, t: v_fake(x, t, b.y), lambda x, t: v_teacher(x, t, b.y),
                                                         b.z, b.t_adv, b.eps_adv, b.tau, b.eps_tau, args.clip or math.inf)
-                ((adv + args.lam * rectify).sum() / B).backward()
+                ((args.lam_adv * adv + args.lam * rectify).sum() / B).backward()
                 for name, value in ((args.base, base), ("adv", adv), ("rectify", rectify), ("gap", gap)):
                     total[name] = total[name] + value.detach().sum() / B
             sync_gradients(net)
