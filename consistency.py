@@ -223,7 +223,7 @@ def parse_args(argv=None):
 def pretrained(args, loss):
     """Path of the model.pt that `consistency.py --loss LOSS` trains with the same data, size and seed; trains it now if it is not there."""
     argv = ["--loss", loss]
-    for flag in ("data", "size", "seed", "n_tokens", "token_block", "device", "micro_batch", "compile"):
+    for flag in ("data", "vae", "size", "seed", "precision", "n_tokens", "token_block", "device", "micro_batch", "compile"):
         if args.sources.get(flag) == "given":
             argv += [f"--{flag}", str(getattr(args, flag))]
     own = parse_args(argv)

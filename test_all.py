@@ -1739,6 +1739,8 @@ def test_bad_latents_are_one_line_and_exit_code_2(photos, monkeypatch, capsys):
     folder("othervae", stats=dict(mean=torch.zeros(1, 32, 1, 1), std=torch.ones(1, 32, 1, 1)))
     folder("unlabelled", lambda t: {k: v for k, v in t.items() if k != "labels"})
     folder("negative", lambda t: t | dict(labels=t["labels"] - 1))
+    folder("toomany", lambda t: t | dict(labels=t["labels"] + 7))
+    (photos / "toomany" / "meta.json").write_text((photos / "latents" / "meta.json").read_text())
     folder("uneven", lambda t: t | dict(latents_flip=t["latents_flip"][1:]))
     folder("cut")
     path = photos / "cut" / "latents_rank00_shard000.safetensors"
@@ -1763,7 +1765,7 @@ def test_bad_latents_are_one_line_and_exit_code_2(photos, monkeypatch, capsys):
     for command, words in [
             (f"{train} normalised", "the statistics of other latents, or latents normalised already"), (f"{train} raw", "expected 0 and 1"), (f"{train} nan", "expected 0 and 1"),
             (f"{train} othervae", "expected mean and positive std of 4 channels, found mean [1, 32, 1, 1]"), (f"{train} unlabelled", "has no labels, expected a shard"),
-            (f"{train} negative", "labels start at -1"), (f"{train} uneven", "do not fit together"), (f"{train} cut", "not a whole safetensors file"),
+            (f"{train} negative", "labels start at -1"), (f"{train} toomany", "labels go up to 7, but meta.json names 2 classes"), (f"{train} uneven", "do not fit together"), (f"{train} cut", "not a whole safetensors file"),
             (f"{train} statless", "latents_stats.pt: no such file"), (f"{train} evilstats", "latents_stats.pt: not a file of weights"),
             (f"{train} flat", "no images in class folders"), (f"{train} large", "expected square images of at most 64; larger ones: python vae.py encode"),
             (f"{train} latents --vae other.pt", "is not the VAE"),
@@ -1787,6 +1789,9 @@ def test_bad_latents_are_one_line_and_exit_code_2(photos, monkeypatch, capsys):
     printed = run(photos, "vae.py encode --images damaged --ckpt vae.pt --out d1 --size 16 --skip_bad 1 --dtype bf16")
     assert "1 images in 1 classes" in printed and "1 unreadable left out" in printed and "1.png" in printed
     assert vae.shards(photos / "d1")[0][1].dtype == torch.bfloat16
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)                             # as if it were not installed
+    with pytest.raises(vae.BadInput, match="pip install safetensors"):
+        vae.load_data("latents")
 
 
 # ---- the project itself -------------------------------------------------------------------------------------------------------

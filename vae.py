@@ -121,12 +121,14 @@ def load_latents(folder):
     y = torch.cat([y for *_, y in found]).repeat(2).long()                                            # both views
     x = Latents(found, mean, std)
     meta = json.loads((Path(folder) / "meta.json").read_text()) if (Path(folder) / "meta.json").exists() else {}
+    if meta and int(y.max()) >= len(meta["classes"]):
+        raise BadInput(f"--data {folder}: labels go up to {int(y.max())}, but meta.json names {len(meta['classes'])} classes; expected shards and meta.json of one encoding")
     sample = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:256]]
     std_found, mean_found = torch.std_mean(sample, dim=(0, 2, 3))
     if not sample.isfinite().all() or mean_found.abs().max() > 0.5 or std_found.min() < 0.5 or std_found.max() > 2:
         raise BadInput(f"--data {folder}: normalised with its latents_stats.pt, the channels have means up to {mean_found.abs().max():.2f} and deviations "
                        f"{std_found.min():.2f} .. {std_found.max():.2f}, expected 0 and 1: the statistics of other latents, or latents normalised already")
-    return Data(x, y, max(int(y.max()) + 1, len(meta.get("classes", []))), mean, std, folder, "latents", meta.get("vae_hash", ""))
+    return Data(x, y, len(meta["classes"]) if meta else int(y.max()) + 1, mean, std, folder, "latents", meta.get("vae_hash", ""))
 
 
 def read_image_folder(folder):
@@ -454,15 +456,18 @@ def encode(args):
         raise BadInput(f"--size {args.size}: the {name} needs a multiple of {vae.downscale}")
     identity = dict(images=str(Path(args.images).resolve()), n=len(files), vae=name, vae_hash=weights_hash(vae), size=args.size, seed=args.seed, shard=args.shard,
                     processes=world(), dtype=args.dtype, precision=args.precision, skip_bad=args.skip_bad)
-    saved = out / "encode.json"
-    if saved.exists():
-        differ = [f"{k} {v} (there) {identity[k]} (here)" for k, v in json.loads(saved.read_text()).items() if identity.get(k) != v]
-        if differ:
-            raise BadInput(f"--out {out}: holds latents made otherwise: {', '.join(differ)}; choose another folder")
-    elif out.exists() and any(out.iterdir()):
-        raise BadInput(f"--out {out}: is not empty and holds no latents of this command, expected a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    saved.write_text(json.dumps(identity, indent=1))
+    if rank() == 0:
+        saved = out / "encode.json"
+        if saved.exists():
+            differ = [f"{k} {v} (there) {identity[k]} (here)" for k, v in json.loads(saved.read_text()).items() if identity.get(k) != v]
+            if differ:
+                raise BadInput(f"--out {out}: holds latents made otherwise: {', '.join(differ)}; choose another folder")
+        elif out.exists() and any(out.iterdir()):
+            raise BadInput(f"--out {out}: is not empty and holds no latents of this command, expected a new folder")
+        out.mkdir(parents=True, exist_ok=True)
+        saved.write_text(json.dumps(identity, indent=1))
+    if world() > 1:
+        torch.distributed.barrier()
     vae = vae.to(device)
     low, high = rank() * len(files) // world(), (rank() + 1) * len(files) // world()
     shape, dtype = (vae.config["z_channels"], args.size // vae.downscale, args.size // vae.downscale), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
