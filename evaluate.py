@@ -1,9 +1,12 @@
 """Metrics of generated samples, and what they were measured with.
 
     python evaluate.py runs/fsf_dmd-digits-imf/model.pt                     # 1, 2 and 4 steps, one line each, and a picture
+    python evaluate.py runs/.../model.pt --inception W --ref REF --vae VAE  # FID, IS, precision and recall in Inception features
+    python evaluate.py --from_images DIR --inception W --ref REF            # the same of any other system's images
+    python evaluate.py ref --data DIR --inception W --out DIR               # reference statistics of real images
 
-Feature space of pixel data sets: a small convolutional classifier trained once on the data set itself, on one CPU thread from a
-fixed seed (3 s for the digits; 97% right on the odd images when trained on the even ones), cached under runs/cache.
+Without --inception, the feature space of pixel data sets: a small convolutional classifier trained once on the data set itself, on one
+CPU thread from a fixed seed (3 s for the digits; 97% right on the odd images when trained on the even ones), cached under runs/cache.
 
     fd          Frechet distance of its 64 penultimate features, Gaussian fit, all real images against n generated ones; 0 is best
     is          exp E KL(p(class | image) || p(class)) of its softmax: at most the number of classes (the form of Inception Score)
@@ -15,6 +18,7 @@ fixed seed (3 s for the digits; 97% right on the odd images when trained on the 
 import argparse
 import hashlib
 import json
+import shutil
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,10 +26,13 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
 
-from common import BadInput, Parser, load_checkpoint, load_network, main, noise_by_index, number, preview, rank, save_atomic
+from common import BadInput, Parser, load_checkpoint, load_network, main, noise_by_index, number, preview, rank, save_atomic, setup, world
+from inception import load_inception, load_vgg16
 from model import euler_sample, fixed_guidance, guided_map, guided_velocity, interpolate, sample, v_to_x0
-from vae import load_data, load_vae, to_images, weights_hash
+from vae import IMAGE_SUFFIXES, load_data, load_vae, to_images, weights_hash
 
 EULER_STEPS = 25                # for a network that is no flow map (a plain velocity); the paper's teacher rows use many small steps too
 EVAL_SEED = 0                   # noise of the samples; independent of the training seed, so that runs are compared on the same noise
@@ -184,17 +191,17 @@ class Features:
 # ------------------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def generate(net, n, shape, steps, omega=1.0, guide_to=1.0, channels=None, seed=EVAL_SEED, batch=500, classes=None):
+def generate(net, n, shape, steps, omega=1.0, guide_to=1.0, channels=None, seed=EVAL_SEED, batch=500, classes=None, start=0):
     """n samples [n, C, H, W] and their classes [n] = 0, 1, 2, ... in turn (of the first `classes` if given).  steps: of the flow map (a plain network: Euler steps).
 
-    omega, guide_to: CFG scale and interval, an input of the network or (plain, on `channels`) real CFG.  Noise row i depends on
-    (seed, i) alone.
+    omega, guide_to: CFG scale and interval, an input of the network or (plain, on `channels`) real CFG.  start: index of the first
+    sample; the noise and the class of sample i depend on (seed, i) alone.
     """
     device, was_training = next(net.parameters()).device, net.training
     net.eval()
-    y, samples = torch.arange(n) % (classes or net.num_classes), []
-    for rows in torch.arange(n).split(batch):
-        eps, labels = noise_by_index(seed, rows, shape).to(device), y[rows].to(device)
+    y, samples = torch.arange(start, start + n) % (classes or net.num_classes), []
+    for rows in torch.arange(start, start + n).split(batch):
+        eps, labels = noise_by_index(seed, rows, shape).to(device), y[rows - start].to(device)
         guidance = fixed_guidance(omega, 0.0, guide_to, eps)
         if net.conditioning == "plain":
             x = euler_sample(lambda x, t, y: guided_velocity(net, x, t, y, guidance, channels), eps, labels, steps)
@@ -353,43 +360,218 @@ def table(rows, floor=None):
     return "\n".join(lines)
 
 
+# ------------------------------------------------------------------------------------------------------------------------------
+# FID, Inception Score, precision and recall in Inception's features
+# ------------------------------------------------------------------------------------------------------------------------------
+
+def image_source(path):
+    """(count, images(start, stop) -> uint8 [m, 3, H, W], hash) of a folder of equal-sized images, in name order, or of an .npz with arr_0 [N, H, W, 3]."""
+    if str(path).endswith(".npz"):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                array = file["arr_0"]
+        except (OSError, KeyError, ValueError, EOFError) as error:
+            raise BadInput(f"{path}: expected an .npz with arr_0, uint8 [N, H, W, 3] ({str(error).splitlines()[0]})") from None
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+            raise BadInput(f"{path}: arr_0 is {array.dtype} {list(array.shape)}, expected uint8 [N, H, W, 3]")
+        return len(array), lambda start, stop: torch.from_numpy(array[start:stop]).permute(0, 3, 1, 2), hashlib.sha256(array.tobytes()).hexdigest()[:8]
+    files = sorted(f for f in Path(path).rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES) if Path(path).is_dir() else []
+    if not files:
+        raise BadInput(f"{path}: holds no images, expected a folder of them or an .npz with arr_0")
+
+    def images(start, stop):
+        arrays = []
+        for file in files[start:stop]:
+            try:
+                with Image.open(file) as image:
+                    arrays.append(np.array(image.convert("RGB")))
+            except (OSError, SyntaxError, ValueError) as error:
+                raise BadInput(f"{file}: not a readable image ({error}); mend or remove it") from None
+            if arrays[-1].shape != arrays[0].shape:
+                raise BadInput(f"{file}: is {arrays[-1].shape[1]} x {arrays[-1].shape[0]}, others {arrays[0].shape[1]} x {arrays[0].shape[0]}; expected one size")
+        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    listing = "".join(f"{f.relative_to(path)} {f.stat().st_size}" for f in files)
+    return len(files), images, hashlib.sha256(listing.encode()).hexdigest()[:8]
+
+
+@torch.no_grad()
+def collect(network, images, n, folder, identity, batch=50):
+    """{name: [n, D]} of network(images(start, stop)) -> {name: [m, D]}, a file a batch in `folder`: run again, or by several processes, it goes on."""
+    saved = folder / "identity.json"
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        if saved.exists() and json.loads(saved.read_text()) != identity:
+            shutil.rmtree(folder)                                                                     # features of something else
+            folder.mkdir()
+        saved.write_text(json.dumps(identity))
+    if world() > 1:
+        torch.distributed.barrier()
+    with tqdm(total=len(range(rank() * batch, n, world() * batch)) * batch, desc="features", unit=" images", disable=rank() > 0, dynamic_ncols=True) as bar:
+        for start in range(rank() * batch, n, world() * batch):
+            path = folder / f"features_{start:06d}.pt"
+            if not path.exists():
+                save_atomic({k: v.cpu() for k, v in network(images(start, min(start + batch, n))).items()}, path)
+            bar.update(batch)
+    if world() > 1:
+        torch.distributed.barrier()
+    parts = [torch.load(folder / f"features_{start:06d}.pt", weights_only=True) for start in range(0, n, batch)]
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
+
+
+def read_reference(path):
+    """dict(mu, sigma, features, vgg, hash) of reference statistics: ADM's and iMF's .npz (no features), or of `python evaluate.py ref`."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in ("mu", "sigma", "ref_mu", "ref_sigma", "features", "vgg") if name in file.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise BadInput(f"--ref {path}: not a readable .npz ({str(error).splitlines()[0]})") from None
+    mu, sigma = found.get("mu", found.get("ref_mu")), found.get("sigma", found.get("ref_sigma"))
+    if mu is None or sigma is None or mu.shape != (2048,) or sigma.shape != (2048, 2048) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise BadInput(f"--ref {path}: expected finite mu [2048] and sigma [2048, 2048] (found {', '.join(f'{k} {list(v.shape)}' for k, v in found.items()) or 'neither'})")
+    return dict(mu=mu, sigma=sigma, features=found.get("features"), vgg=found.get("vgg"), hash=hashlib.sha256(mu.tobytes() + sigma.tobytes()).hexdigest()[:8])
+
+
+def inception_metrics(found, ref):
+    """The numbers, from found = {features [n, 2048], logits [n, 1008][, vgg [n, 4096]]} and a reference (read_reference)."""
+    if not all(v.isfinite().all() for v in found.values()):
+        raise BadInput("the features hold NaN or infinity: the images or the network's weights are damaged")
+    probs = found["logits"].double().softmax(1)
+    metrics = {"fid": frechet_distance(*moments(found["features"]), ref["mu"], ref["sigma"]), "is_1split": inception_score(probs, splits=1)[0]}
+    metrics["is"], metrics["is_std"] = inception_score(probs, splits=10)
+    for space, name in (("features", "inception"), ("vgg", "vgg")):
+        if ref[space] is not None and space in found:
+            metrics[f"precision_{name}"], metrics[f"recall_{name}"] = precision_recall(ref[space], found[space])
+            metrics[f"n_real_{name}"] = len(ref[space])
+    return metrics
+
+
+def measure(args):
+    """ref, --from_images, and checkpoints with --inception: features of images, then statistics, or metrics with their definition."""
+    device = setup(argparse.Namespace(device=args.device, precision="fp32", batch_size=world(), seed=0))
+    inception, digest = load_inception(args.inception, args.pipeline)
+    vgg, vgg_digest = load_vgg16(args.vgg) if args.vgg else (None, None)
+    ref = args.what != "ref" and read_reference(args.ref)
+    inception, vgg = inception.to(device), vgg and vgg.to(device)
+
+    def network(images):
+        features, logits = inception(images.to(device))
+        return dict(features=features, logits=logits) | (dict(vgg=vgg(images.to(device))) if vgg else {})
+
+    if args.from_images or args.what == "ref":
+        path = args.from_images or args.data
+        count, images, source = image_source(path)
+        n, sampler, out = min(count, args.n or count), f"images {path} ({source})", Path(args.out or "evaluation")
+    else:
+        net, checkpoint, data = load_for_sampling(args)
+        net, n, out = net.to(device), args.n or 50_000, Path(args.out or Path(args.what).parent)
+        guidance, vae, steps = sampling(args, checkpoint), decoder(args.vae, data.vae, device), sampler_steps(net, args.steps)[0]
+        if data.kind == "latents" and vae is None:
+            raise BadInput("images of latents need the autoencoder: pass --vae")
+        weights = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in net.state_dict().values())).hexdigest()[:8]
+        sampler = (f"{args.what} ({args.weights} weights {weights}), {steps} steps, omega {guidance[0]} on [0, {guidance[1]}], classes in turn, noise by index, "
+                   f"seed {args.seed}, uint8 {'truncated' if vae else 'rounded'}")
+
+        def images(start, stop):
+            x, _ = generate(net, stop - start, data.x.shape[1:], steps, *guidance, args.seed, start=start)
+            return torch.from_numpy(to_images(x, data.meta, vae)).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
+    if n <= 2048 and not args.few:
+        raise BadInput(f"{n} images give no covariance of 2048 features, expected more than 2048; --few 1 computes it all the same")
+    spaces = f"Inception {digest} ({args.pipeline})" + (f", VGG16 {vgg_digest}" if vgg else "")
+    found = collect(network, images, n, out / "features", dict(sampler=sampler, spaces=spaces, n=n, batch=args.batch_size), args.batch_size)
+    if rank() > 0:
+        return
+    if args.what == "ref":
+        mu, sigma = moments(found["features"])
+        extra = dict(vgg=found["vgg"][:50_000].half().numpy()) if vgg else {}                         # half: as StyleGAN3 compares them
+        np.savez(out / "reference.npz", mu=mu.numpy(), sigma=sigma.numpy(), features=found["features"][:10_000].numpy(), **extra)
+        print(f"wrote {out / 'reference.npz'}: mu, sigma of {n} images, features of {min(n, 10_000)}; {spaces}")
+        return
+    metrics = inception_metrics(found, ref)
+    label = "FID" if n == 50_000 else f"FID{n // 1000}K" if n % 1000 == 0 else f"FID (n = {n})"
+    pr = "".join(f", {name} precision {metrics[f'precision_{name}']:.4f}, recall {metrics[f'recall_{name}']:.4f} (k = 3, {metrics[f'n_real_{name}']} real)"
+                 for name in ("inception", "vgg") if f"precision_{name}" in metrics)
+    line = (f"{label} {metrics['fid']:.4f}, IS {metrics['is']:.3f} +- {metrics['is_std']:.3f} (10 shuffled splits; {metrics['is_1split']:.3f} in one){pr}; n = {n}; {spaces}; "
+            f"reference {args.ref} ({ref['hash']}); {sampler}; torch {torch.__version__}, numpy {np.__version__}")
+    print(line)
+    (out / "fid.json").write_text(json.dumps(metrics | dict(n=n, label=label, definition=line), indent=1))
+
+
+def load_for_sampling(args):
+    """(network, checkpoint, data) of `what`: the EMA weights of model.pt, or with --weights raw those in training, from state.pt beside it."""
+    checkpoint = load_checkpoint(args.what)
+    source = args.data or (checkpoint["data"] or {}).get("source")
+    if not source:
+        raise BadInput(f"{args.what}: an official checkpoint holds no statistics of its latents, expected --data with the folder of latents")
+    data = load_data(source)
+    net, _ = load_network(args.what, data)
+    if args.weights == "raw":
+        path = Path(args.what).with_name("state.pt")
+        if not path.exists():
+            raise BadInput(f"--weights raw: {path} is not there, expected the run folder's state.pt beside the model.pt")
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["net"])
+    return net, checkpoint, data
+
+
+def sampling(args, checkpoint):
+    """(omega, guide_to, channels) of the flags, else of the run that made the checkpoint."""
+    chosen = [checkpoint["args"].get(name, default) if getattr(args, name) is None else getattr(args, name) for name, default in (("omega", 1.0), ("guide_to", 1.0), ("cfg_channels", 0))]
+    return chosen[0], chosen[1], chosen[2] or None
+
+
 def parse_args(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("checkpoint", help="a model.pt")
-    p.add_argument("--data", help="real images to compare with (default: what the network was trained on)")
-    p.add_argument("--steps", type=number(int, 1), nargs="+", default=[1, 2, 4], help="sampling steps N of the flow map (default: 1 2 4)")
-    p.add_argument("--n", type=number(int, 4), default=2000, help="generated images (default: 2000)")
+    p.add_argument("what", nargs="*", help="CHECKPOINT (a model.pt, or official weights); or `grid CHECKPOINT`, the picture alone; or `ref`, statistics of --data")
+    p.add_argument("--data", help="real images to compare with (default: what the network was trained on); `ref`: a folder of images or an .npz (arr_0)")
+    p.add_argument("--from_images", help="instead of a checkpoint: a folder of images or an .npz (arr_0) of any other system")
+    p.add_argument("--weights", choices=["ema", "raw"], default="ema", help="of a run folder: the EMA (model.pt), or the weights in training (state.pt beside it)")
+    p.add_argument("--steps", type=number(int, 1), nargs="+", default=[1, 2, 4], help="sampling steps N of the flow map (default: 1 2 4; with --inception the first)")
+    p.add_argument("--n", type=number(int, 4), help="images (default: 2000; with --inception 50,000, or all of a folder)")
     p.add_argument("--omega", type=number(float, 1), help="CFG scale (default: the run's)")
     p.add_argument("--guide_to", type=number(float, 0, 1), help="guidance acts for t in [0, guide_to] (default: the run's)")
     p.add_argument("--cfg_channels", type=number(int, 0), help="CFG of a plain network on this many first channels, 0: all (default: the run's)")
     p.add_argument("--seed", type=number(int, 0), default=EVAL_SEED, help="of the noise, by sample index (default: 0)")
-    p.add_argument("--vae", help="VAE checkpoint that decodes the pictures of latents")
-    p.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--out", help="folder for evaluation.json and samples.png (default: beside the checkpoint)")
-    return p.parse_args(argv)
+    p.add_argument("--vae", help="VAE checkpoint that decodes latents")
+    p.add_argument("--inception", help="weight file of FID's Inception network: FID, IS, precision and recall in its features")
+    p.add_argument("--vgg", help="with --inception: torchvision's vgg16 weights; precision and recall in its features too, as StyleGAN3")
+    p.add_argument("--ref", help="with --inception: reference statistics, .npz (ADM's, or of `ref`)")
+    p.add_argument("--pipeline", choices=["adm", "pytorch_fid"], default="adm", help="resizing and scaling before Inception (default: adm, as torch-fidelity and NVIDIA)")
+    p.add_argument("--few", type=int, choices=[0, 1], default=0, help="1: compute FID of 2,048 images and fewer")
+    p.add_argument("--batch_size", type=number(int, 1), default=50, help="images per forward pass of Inception (changes nothing but speed)")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--out", help="folder of the results (default: beside the checkpoint; `evaluation`)")
+    args = p.parse_args(argv)
+    args.grid, args.what = args.what[:1] == ["grid"], args.what[args.what[:1] == ["grid"]:]
+    if len(args.what) + bool(args.from_images) != 1:
+        raise BadInput("expected one of CHECKPOINT, `grid CHECKPOINT`, `ref --data IMAGES`, or --from_images IMAGES")
+    args.what = args.what[0] if args.what else None
+    if (args.what == "ref" or args.from_images) and not args.inception:
+        raise BadInput("ref and --from_images: need --inception, the weights of FID's network")
+    if args.what == "ref" and not args.data:
+        raise BadInput("ref: needs --data, a folder of images or an .npz (arr_0)")
+    if args.inception and args.what != "ref" and not args.ref:
+        raise BadInput("--inception: needs --ref, the statistics to compare with (python evaluate.py ref makes them of images)")
+    if (args.vgg or args.ref or args.few) and not args.inception:
+        raise BadInput("--vgg, --ref, --few: need --inception, the weights of FID's network")
+    return args
 
 
 def run(args):
-    checkpoint = load_checkpoint(args.checkpoint)
-    stored = checkpoint["data"] or {}
-    if not (args.data or stored):
-        raise BadInput(f"{args.checkpoint}: an official checkpoint holds no statistics of its latents, expected --data with the folder of latents")
-    data = load_data(args.data or stored["source"])
-    net, _ = load_network(args.checkpoint, data)
-    for name, default in (("omega", 1.0), ("guide_to", 1.0), ("cfg_channels", 0)):
-        if getattr(args, name) is None:
-            setattr(args, name, checkpoint["args"].get(name, default))
-    net, features = net.to(args.device), metric_space(data, args)
-    metrics = evaluate(net, features, args, args.steps, args.n, args.seed)
-    out = Path(args.out or Path(args.checkpoint).parent)
+    if args.inception:
+        return measure(args)
+    net, checkpoint, data = load_for_sampling(args)
+    args.omega, args.guide_to, args.cfg_channels = sampling(args, checkpoint)
+    n, device = args.n or 2000, setup(argparse.Namespace(device=args.device, precision="fp32", batch_size=world(), seed=0))
+    net, features = net.to(device), None if args.grid else metric_space(data, args)
+    metrics = evaluate(net, features, args, args.steps, n, args.seed)
+    out, name = Path(args.out or Path(args.what).parent), Path(args.what).parent.name[:30]
     out.mkdir(parents=True, exist_ok=True)
     if features:
-        print(table([(Path(args.checkpoint).parent.name[:30], metrics)], features.floor()))
-        definition = features.definition(args.n, args.seed) + f"; omega {args.omega} on t in [0, {args.guide_to}], torch {torch.__version__}"
+        print(table([(name, metrics)], features.floor()))
+        definition = features.definition(n, args.seed).replace("EMA", args.weights.upper()) + f"; omega {args.omega} on t in [0, {args.guide_to}], torch {torch.__version__}"
         print(definition)
         (out / "evaluation.json").write_text(json.dumps(metrics | dict(definition=definition), indent=1))
-    show(out / "samples.png", [(Path(args.checkpoint).parent.name, net)], data, args, args.steps)
-    print(f"wrote {out / 'samples.png'}" + (f" and {out / 'evaluation.json'}" if features else "; metrics of latents are not there yet"))
+    show(out / "samples.png", [(name, net)], data, args, args.steps)
+    print(f"wrote {out / 'samples.png'}" + (f" and {out / 'evaluation.json'}" if features else "" if args.grid else "; FID of latents: pass --inception, --ref and --vae"))
 
 
 if __name__ == "__main__":

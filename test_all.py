@@ -29,6 +29,7 @@ import consistency
 import dmd2
 import evaluate
 import fsf_dmd
+import inception
 import model
 import normuon
 import sid
@@ -1792,6 +1793,148 @@ def test_bad_latents_are_one_line_and_exit_code_2(photos, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)                             # as if it were not installed
     with pytest.raises(vae.BadInput, match="pip install safetensors"):
         vae.load_data("latents")
+
+
+# ---- FID's network ------------------------------------------------------------------------------------------------------------
+
+def golden_inception():
+    z, cfg = golden("inception")
+    net = inception.Inception()
+    lines = [line.split("\t") for line in (HERE / "golden" / "inception_keys.txt").read_text().splitlines() if "\t" in line]
+    keys = {name: tuple(int(n) for n in re.findall(r"\d+", shape)) for name, shape, _ in lines}
+    assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == keys and len(keys) == 566
+    net.load_state_dict(golden_state(keys, net.state_dict(), **cfg["weights"]))
+    prefix, (n, _, h, w) = cfg["weights"]["prefix"], cfg["inputs"]["images"]["shape"]
+    tiles = golden_ints("input:tiles", (n, 3, h // 16, w // 16), 0, 256, prefix).repeat_interleave(16, 2).repeat_interleave(16, 3)
+    images = (tiles + golden_ints("input:noise", (n, 3, h, w), -40, 41, prefix)).clamp(0, 255).to(torch.uint8)
+    return z, net.eval(), images
+
+
+def test_inception_matches_torch_fidelity_and_pytorch_fid(tmp_path):
+    z, net, images = golden_inception()
+    torch.save({k: v for k, v in net.state_dict().items() if "tracked" not in k}, tmp_path / "weights.pth")      # 472 tensors, as the public files
+    for source, pipeline in (("torch_fidelity", "adm"), ("pytorch_fid", "pytorch_fid")):
+        loaded, _ = inception.load_inception(tmp_path / "weights.pth", pipeline)
+        with torch.no_grad():
+            features, logits = loaded(images)
+        expected = torch.tensor(z[f"{source}.2048"])
+        assert (features - expected).abs().max() <= 2e-4 * expected.std()
+        if source == "torch_fidelity":
+            expected = torch.tensor(z["torch_fidelity.logits_unbiased"])
+            assert (logits - expected).abs().max() <= 2e-4 * expected.std()
+
+
+def test_inception_weights_in_nvidias_layout(tmp_path):
+    """378 tensors without gammas, in a TorchScript archive: the same network."""
+    _, net, images = golden_inception()
+    with torch.no_grad():
+        for k, v in net.state_dict().items():
+            if k.endswith("bn.weight"):
+                v.fill_(1)
+    names, tree = inception.nvidia_names(), torch.nn.Module()
+    assert len(names) == 378 and len(set(names.values())) == 378
+    for theirs, ours in names.items():
+        *path, last = theirs.split(".")
+        at = tree
+        for part in path:
+            if not hasattr(at, part):
+                at.add_module(part, torch.nn.Module())
+            at = getattr(at, part)
+        at.register_buffer(last, net.state_dict()[ours])
+    torch.jit.script(tree).save(tmp_path / "nvidia.pt")
+    loaded, digest = inception.load_inception(tmp_path / "nvidia.pt")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values()))
+    torch.save(net.state_dict(), tmp_path / "torchvision.pth")
+    assert inception.load_inception(tmp_path / "torchvision.pth")[1] == digest               # one network, one hash
+    torch.save({k: v for k, v in net.state_dict().items() if not k.startswith("Mixed_7c")}, tmp_path / "short.pth")
+    with pytest.raises(vae.BadInput, match="missing Mixed_7c"):
+        inception.load_inception(tmp_path / "short.pth")
+
+
+def test_resize_is_tensorflow_1s():
+    x = rand(1, 2, 5, 7).float()
+    found = inception.resize_tf1(x, 11)
+    for i, j in ((0, 0), (3, 8), (10, 10), (7, 2)):
+        y, x_ = i * 5 / 11, j * 7 / 11                                                      # no half-pixel shift
+        a, b, wy, wx = int(y), int(x_), y - int(y), x_ - int(x_)
+        c, d = min(a + 1, 4), min(b + 1, 6)                                                 # clamped at the border
+        expected = (1 - wy) * ((1 - wx) * x[0, :, a, b] + wx * x[0, :, a, d]) + wy * ((1 - wx) * x[0, :, c, b] + wx * x[0, :, c, d])
+        torch.testing.assert_close(found[0, :, i, j], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_fid_of_images_resumes_and_says_what_it_is(tmp_path, monkeypatch, capsys):
+    """`evaluate.py ref` on a folder and `--from_images` on an .npz of the same images; batch size, processes and an interruption change nothing."""
+    monkeypatch.chdir(tmp_path)
+    _, net, _ = golden_inception()
+    torch.save(net.state_dict(), "inception.pth")
+    torch.manual_seed(0)
+    vgg = inception.VGG16().state_dict() | {"classifier.6.weight": torch.ones(10, 4096), "classifier.6.bias": torch.ones(10)}
+    assert len(vgg) == 32
+    torch.save(vgg, "vgg16.pth")
+    array = np.random.default_rng(0).integers(0, 256, (6, 20, 20, 3)).astype(np.uint8)
+    np.savez("images.npz", arr_0=array)
+    Path("folder/class").mkdir(parents=True)
+    for i, image in enumerate(array):
+        Image.fromarray(image).save(f"folder/class/{i:03d}.png")
+    nets = "--inception inception.pth --vgg vgg16.pth --few 1"
+    run(tmp_path, "evaluate.py ref --data folder --inception inception.pth --few 1 --batch_size 3 --out two", processes=2)
+    common.main(evaluate.run, lambda: evaluate.parse_args(f"ref --data folder {nets} --batch_size 2 --out ref".split()))
+    assert sorted(p.name for p in Path("two/features").glob("*.pt")) == ["features_000000.pt", "features_000003.pt"]
+    with np.load("ref/reference.npz") as ref, np.load("two/reference.npz") as two:
+        sigma, features = ref["sigma"], ref["features"]
+        assert ref["vgg"].shape == (6, 4096) and ref["vgg"].std() > 0
+        assert np.abs(two["features"] - features).max() < 1e-5 * features.std()
+    torch.testing.assert_close(torch.tensor(sigma), torch.cov(torch.tensor(features).double().T))
+    command = f"--from_images images.npz {nets} --ref ref/reference.npz --batch_size 5 --out out"
+    common.main(evaluate.run, lambda: evaluate.parse_args(command.split()))
+    first, second = Path("out/features/features_000000.pt"), Path("out/features/features_000005.pt")
+    found = torch.load(first, weights_only=True)["features"]
+    torch.testing.assert_close(found, torch.tensor(features[:5]), rtol=0, atol=1e-5 * features.std().item())
+    result, printed = json.loads(Path("out/fid.json").read_text()), capsys.readouterr().out
+    assert result["fid"] < 1e-6 * np.trace(sigma) and result["precision_inception"] == result["recall_inception"] == 1 and result["precision_vgg"] > 0.8
+    assert result["label"] == "FID (n = 6)" and all(w in printed for w in ("FID (n = 6)", "in one)", "(adm), VGG16", "reference ref/reference.npz", "torch 2"))
+    made = first.stat().st_mtime_ns
+    second.unlink()                                                                         # as if killed in between
+    common.main(evaluate.run, lambda: evaluate.parse_args(command.split()))
+    assert first.stat().st_mtime_ns == made and second.exists() and json.loads(Path("out/fid.json").read_text())["fid"] == result["fid"]
+    damaged = {k: v.clone() for k, v in torch.load(first, weights_only=True).items()}
+    damaged["features"][2, 7] = math.nan
+    with pytest.raises(vae.BadInput, match="NaN or infinity"):
+        evaluate.inception_metrics(damaged, evaluate.read_reference("ref/reference.npz"))
+    Path("folder/class/003.png").write_bytes(Path("folder/class/003.png").read_bytes()[:300])
+    np.savez("badref.npz", mu=np.zeros(7), sigma=np.eye(7))
+    torch.save({k: v for k, v in vgg.items() if "classifier.3" not in k}, "short.pth")
+    for command, words in (("--from_images folder --inception inception.pth --ref ref/reference.npz", "6 images give no covariance"),
+                           ("--from_images folder --inception inception.pth --ref ref/reference.npz --few 1", "003.png: not a readable image"),
+                           ("--from_images images.npz --inception inception.pth --ref badref.npz --few 1", "expected finite mu [2048]"),
+                           ("--from_images images.npz --inception inception.pth", "needs --ref"), ("--from_images images.npz", "need --inception"), ("ref --inception inception.pth", "needs --data"),
+                           ("ref", "need --inception"), ("", "expected one of CHECKPOINT"), ("a.pt --from_images images.npz", "expected one of CHECKPOINT"), ("a.pt --ref b.npz", "need --inception"),
+                           ("ref --data badref.npz --inception inception.pth", "expected an .npz with arr_0"), ("grid missing.pt", "missing.pt: no such file"),
+                           ("ref --data images.npz --inception inception.pth --vgg short.pth", "missing classifier.3.weight"),
+                           ("--from_images images.npz --inception nowhere.pth --ref ref/reference.npz", "which you download yourself")):
+        with pytest.raises(SystemExit) as stop:
+            common.main(evaluate.run, lambda: evaluate.parse_args(shlex.split(command)))
+        err = [line for line in capsys.readouterr().err.splitlines() if line and "features:" not in line]
+        assert stop.value.code == 2 and len(err) == 1 and words in err[0], (command, err)
+
+
+def test_fid_of_a_checkpoint_and_its_raw_weights(photos, monkeypatch, capsys):
+    """From latents to FID in one command; the raw weights of a run are asked for by name."""
+    monkeypatch.chdir(photos)
+    _, net, _ = golden_inception()
+    torch.save(net.state_dict(), "inception.pth")
+    consistency.train(consistency.parse_args("--loss imf --data latents --size tiny --precision fp32 --steps 3 --batch_size 8 --lr 0.05 --out metric".split()))
+    np.savez("five.npz", arr_0=np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3)).astype(np.uint8))
+    common.main(evaluate.run, lambda: evaluate.parse_args("ref --data five.npz --inception inception.pth --few 1 --out refs".split()))
+    labels = []
+    for weights in ("ema", "raw"):
+        command = f"metric/model.pt --vae vae.pt --inception inception.pth --ref refs/reference.npz --n 5 --few 1 --steps 2 --weights {weights} --out {weights}"
+        common.main(evaluate.run, lambda: evaluate.parse_args(command.split()))
+        labels.append(json.loads(Path(weights, "fid.json").read_text()))
+    assert labels[0]["fid"] > 0 and labels[0]["fid"] != labels[1]["fid"] and "raw weights" in labels[1]["definition"] and "2 steps, omega 6.0 on [0, 0.9]" in labels[0]["definition"]
+    common.main(evaluate.run, lambda: evaluate.parse_args("grid metric/model.pt --vae vae.pt --out pictures2".split()))
+    assert Path("pictures2/samples.png").exists() and not Path("pictures2/evaluation.json").exists()
+    capsys.readouterr()
 
 
 # ---- the project itself -------------------------------------------------------------------------------------------------------
