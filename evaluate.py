@@ -16,6 +16,7 @@ CPU thread from a fixed seed (3 s for the digits; 97% right on the odd images wh
 `floor` compares one random half of the real images with the other: what a perfect generator would score at that size.
 """
 import argparse
+import contextlib
 import hashlib
 import json
 import shutil
@@ -482,6 +483,9 @@ def measure(args):
         return
     if args.what == "ref":
         mu, sigma = moments(found["features"])
+        with np.load(path) if str(path).endswith(".npz") else contextlib.nullcontext() as own:
+            if own and {"mu", "sigma"} <= set(own.files):                                             # ADM's: of the whole data set, arr_0 a part of it
+                mu, sigma = (torch.from_numpy(own[name]) for name in ("mu", "sigma"))
         extra = dict(vgg=found["vgg"][:50_000].half().numpy()) if vgg else {}                         # half: as StyleGAN3 compares them
         np.savez(out / "reference.npz", mu=mu.numpy(), sigma=sigma.numpy(), features=found["features"][:10_000].numpy(), **extra)
         print(f"wrote {out / 'reference.npz'}: mu, sigma of {n} images, features of {min(n, 10_000)}; {spaces}")

@@ -1901,6 +1901,10 @@ def test_fid_of_images_resumes_and_says_what_it_is(tmp_path, monkeypatch, capsys
     damaged["features"][2, 7] = math.nan
     with pytest.raises(vae.BadInput, match="NaN or infinity"):
         evaluate.inception_metrics(damaged, evaluate.read_reference("ref/reference.npz"))
+    np.savez("adm.npz", arr_0=array[:4], mu=np.arange(2048.0), sigma=np.eye(2048))           # ADM's layout: statistics of more than its images
+    common.main(evaluate.run, lambda: evaluate.parse_args("ref --data adm.npz --inception inception.pth --few 1 --out adm".split()))
+    adm = evaluate.read_reference("adm/reference.npz")
+    assert (adm["mu"] == np.arange(2048)).all() and np.abs(adm["features"] - features[:4]).max() < 1e-5 * features.std()
     Path("folder/class/003.png").write_bytes(Path("folder/class/003.png").read_bytes()[:300])
     np.savez("badref.npz", mu=np.zeros(7), sigma=np.eye(7))
     torch.save({k: v for k, v in vgg.items() if "classifier.3" not in k}, "short.pth")
