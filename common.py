@@ -136,7 +136,7 @@ def resolve(p, argv, presets, script):
     sources = {k: "given" if k in given else "preset" if k in preset else "default" for k in values}
     if not values["out"]:
         differs = [f"{k}{given[k]}" for k in sorted(given) if k not in RUNTIME_FLAGS | {"data", "init", "loss"} and given[k] != (defaults | preset).get(k)]
-        name = [script, Path(values["data"]).stem, Path(init).parent.name if init_kind != init else init, *differs]
+        name = [script, Path(values["data"]).stem, init if init_kind == init else Path(init).parent.name or Path(init).stem, *differs]
         values["out"] = str(Path("runs") / "-".join(name).replace("/", ""))
     args = argparse.Namespace(**values)
     args.sources = sources
@@ -179,6 +179,9 @@ def main(train, parse_args):
     except BadInput as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:                                             # outside of a Run, which saves first
+        print(f"\n{Path(sys.argv[0]).name}: stopped; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:                                               # `| head`
         os._exit(141)
     except OSError as error:

@@ -565,7 +565,8 @@ def load_official(source, input_size=32):
             raise ValueError(f"not a LightningDiT state dict: {key} is missing (found {', '.join(list(state)[:3]) or 'nothing'} ...)")
     D, channels, patch, _ = state["x_embedder.proj.weight"].shape
     depth = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("blocks.")), default=0)
-    net = LightningDiT(conditioning="plain", depth=depth, hidden_size=D, num_heads=D // state["feat_rope.freqs_cos"].shape[1],
+    size = next((name for name, d in SIZES.items() if (d["depth"], d["hidden_size"], d["patch_size"]) == (depth, D, patch)), "B/1")
+    net = LightningDiT(size, "plain", depth=depth, hidden_size=D, num_heads=D // state["feat_rope.freqs_cos"].shape[1],
                        patch_size=patch, in_channels=channels, input_size=patch * math.isqrt(state["pos_embed"].shape[1]),
                        num_classes=len(state["y_embedder.embedding_table.weight"]) - 1, qk_norm="blocks.0.attn.q_norm.weight" in state)
     own = net.state_dict()

@@ -1590,7 +1590,7 @@ def test_official_lightningdit_of_full_size_loads_with_nothing_left_over():
         shapes = {k: v.shape for k, v in model.LightningDiT("B/1").state_dict().items()}
     state = {f"module.{k}": torch.zeros(1).expand(s) for k, s in shapes.items()} | {"module.feat_rope.freqs_cos": torch.zeros(256, 64), "module.feat_rope.freqs_sin": torch.zeros(256, 64)}
     net = model.load_official({"ema": state, "opt": {}, "config": {}})
-    assert sum(p.numel() for p in net.parameters()) == 130_557_728 and net.config["qk_norm"]
+    assert sum(p.numel() for p in net.parameters()) == 130_557_728 and net.config["qk_norm"] and net.config["size"] == "B/1"
     assert not model.load_official({"ema": {k: v for k, v in state.items() if "_norm.weight" not in k or "attn" not in k}}).config["qk_norm"]
     with pytest.raises(ValueError, match="1 differences: missing blocks.3.mlp.w3.bias"):
         model.load_official({"ema": {k: v for k, v in state.items() if k != "module.blocks.3.mlp.w3.bias"}})
