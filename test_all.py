@@ -1682,6 +1682,9 @@ def test_from_images_to_pictures(photos):
     net, _ = vae.load_vae(photos / "vae.pt")
     with Image.open(photos / "decoded" / "000002.png") as picture:
         found = np.array(picture).astype(float)
+    torch.save(net.state_dict(), photos / "old.pt", _use_new_zipfile_serialization=False)  # the format of before torch 1.6
+    again, name = vae.load_vae(photos / "old.pt")
+    assert name == "custom" and all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), net.state_dict().values()))
     raw = vae.shards(photos / "latents")[0][1][2:3]
     assert np.abs(found - (127.5 * net.decode(raw) + 128).clamp(0, 255)[0].permute(1, 2, 0).numpy()).max() < 1   # truncated, as the official inference
 

@@ -349,7 +349,10 @@ def read_weights(path):
     try:
         if str(path).endswith(".safetensors"):
             return safetensors().load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:                                     # written before torch 1.6: cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except BadInput:
         raise
     except Exception as error:                                   # pickle with code, truncated zip, text file, ...
