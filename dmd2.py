@@ -15,7 +15,7 @@ of the generator turn, the others their own rollouts.  Discriminator: two DDT bl
 network's first blocks (model.DiscriminatorHead), which lambda_D L_D also trains.
 
     python dmd2.py --init imf --ttur 5                  # digits, 2 CPU cores: about 2 minutes
-    python dmd2.py --init imf --ttur 5 --lambda_g 0     # without the GAN: it is not built at all
+    python dmd2.py --init imf --ttur 5 --no_gan         # without the GAN: it is not built at all
 
 --init imf | fm | scratch: as in fsf_dmd.py.  From scratch the teacher is the network in training, and L_CT (iMF) takes the place of L_CD.
 
@@ -109,6 +109,7 @@ def parse_args(argv=None):
     p.add_argument("--ttur", type=number(int, 1), default=5, help="R, fake updates per generator update (Table 7: 1 to 5)")
     p.add_argument("--fake_lr", type=number(float, 0, open_low=True), help="learning rate of the fake side (default: --lr)")
     p.add_argument("--lambda_g", type=number(float, 0), default=3e-3, help="lambda_G of Eq. 54, the GAN term of the generator; 0: no GAN is built")
+    p.add_argument("--no_gan", dest="lambda_g", action="store_const", const=0.0, help="the same as --lambda_g 0")
     p.add_argument("--lambda_d", type=number(float, 0, open_low=True), default=1e-2, help="lambda_D of Eq. 54, the GAN term of the fake side")
     p.add_argument("--disc_trunk", choices=["fake", "teacher"], default="fake", help="whose first blocks the discriminator reads; the teacher's stay frozen")
     p.add_argument("--ida", type=number(float, 0, 1), default=1.0, help="a of Eq. 60 (SenseFlow: 0.97); 1: off")

@@ -1282,6 +1282,7 @@ def test_the_run_folder_is_named_after_what_differs_from_the_preset():
     assert names == [f"runs/fsf_dmd-digits-imf{end}" for end in ("", "", "-M1", "-seed3", "-M1-lam0.1")]
     assert consistency.parse_args(["--loss", "imf", "--seed", "3"]).out == "runs/consistency_imf-digits-scratch-seed3"
     assert consistency.parse_args(["--loss", "cd", "--mask_prob", "0"]).out == "runs/consistency_cd-digits-imf-mask_prob0.0"
+    assert dmd2.parse_args(["--no_gan"]).lambda_g == 0 and dmd2.parse_args([]).lambda_g == 3e-3 and dmd2.parse_args(["--no_gan"]).out == "runs/dmd2-digits-imf-lambda_g0.0"
     args = fsf_dmd.parse_args(["--data", "shards", "--M", "1"])                             # latents: Table 6
     assert (args.size, args.lam, args.shift, args.steps, args.batch_size, args.ema, args.omega, args.guide_to, args.M) == ("B/1", 0.05, 10, 4000, 128, 0.99995, 6, 0.9, 1)
     assert args.precision == "bf16" and args.sources["init"] == "default"
@@ -1482,6 +1483,7 @@ BAD = [  # command, words of the one line
     ("consistency.py --loss isg --mask_prob 0", "--mask_prob: belongs to --loss ct or imf or cd or rcgm"),
     ("consistency.py --loss isg --init scratch", "distillation needs a teacher"),
     ("consistency.py --loss cd --tangent_norm 0.1 --huber_c 1", "--huber_c: --tangent_norm takes the squared distance"),
+    ("dmd2.py --no_gan --lambda_d 1", "--lambda_g 0 builds no discriminator"),
     ("dmd2.py --ida 1.2", "--ida: 1.2 is out of range"),
     ("consistency.py", "the following arguments are required: --loss"),
     ("consistency.py --loss cd --init scratch", "distillation needs a teacher"),
