@@ -451,7 +451,7 @@ def save_shard(path, tensors, metadata):
 @torch.no_grad()
 def encode(args):
     """Both flips of every image through the encoder, sampled, un-normalised, into shards of --shard images a process."""
-    from common import autocast, noise_by_index, rank, setup, world
+    from common import rank, setup, world
     vae, name = load_vae(args.ckpt)
     device, out = setup(args), Path(args.out)
     files, classes = image_files(args.images)
@@ -473,43 +473,47 @@ def encode(args):
         torch.distributed.barrier()
     vae = vae.to(device)
     low, high = rank() * len(files) // world(), (rank() + 1) * len(files) // world()
-    shape, dtype = (vae.config["z_channels"], args.size // vae.downscale, args.size // vae.downscale), {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    bar = tqdm(total=high - low, desc=f"encode {name}", unit=" images", disable=rank() > 0, dynamic_ncols=True)
-    for shard, start in enumerate(range(low, high, args.shard)):
-        path, rows = out / shard_name(rank(), shard), range(start, min(start + args.shard, high))
-        if path.exists():
-            bar.update(len(rows))
-            continue
-        images = torch.utils.data.DataLoader(Images([files[i][0] for i in rows], args.size), args.batch_size, num_workers=args.workers, collate_fn=list)
-        views, labels, bad, position = {"latents": [], "latents_flip": []}, [], [], start
-        for batch in images:
-            kept = [position + i for i, image in enumerate(batch) if image is not None]
-            bad += [str(files[position + i][0]) for i, image in enumerate(batch) if image is None]
-            if bad and not args.skip_bad:
-                raise BadInput(f"{bad[0]}: not a readable image; mend or remove it, or pass --skip_bad 1 to leave such files out")
-            if kept:
-                x = torch.stack([image for image in batch if image is not None]).to(device).float() / 127.5 - 1       # [-1, 1]
-                for k, (view, flip) in enumerate((("latents", x), ("latents_flip", x.flip(3)))):
-                    with autocast(args, device):
-                        mean, std = vae.encode(flip)
-                    noise = noise_by_index(args.seed, [2 * i + k for i in kept], shape).to(device)                   # its own for each view
-                    views[view].append((mean.float() + std.float() * noise).to(dtype).cpu())
-                labels += [files[i][1] for i in kept]
-            position += len(batch)
-            bar.update(len(batch))
-        if not labels:
-            raise BadInput(f"no readable image among {files[rows[0]][0]} ... {files[rows[-1]][0]}")
-        tensors = {view: torch.cat(parts).contiguous() for view, parts in views.items()} | dict(labels=torch.tensor(labels))
-        if not all(tensors[view].isfinite().all() for view in views):
-            raise BadInput(f"{path}: the encoder gave NaN or infinity; try --precision fp32, and look at {args.ckpt}")
-        both = torch.cat([tensors[view].double() for view in views])
-        sums = dict(count=both[:, 0].numel(), sum=both.sum((0, 2, 3)).tolist(), square=both.square().sum((0, 2, 3)).tolist())
-        save_shard(path, tensors, dict(total_size=len(labels), dtype=dtype, device=device, sums=json.dumps(sums), bad=json.dumps(bad)))
-    bar.close()
+    with tqdm(total=high - low, desc=f"encode {name}", unit=" images", disable=rank() > 0, dynamic_ncols=True) as bar:
+        for shard, start in enumerate(range(low, high, args.shard)):
+            path, rows = out / shard_name(rank(), shard), range(start, min(start + args.shard, high))
+            if path.exists():
+                bar.update(len(rows))
+            else:
+                tensors, bad = encode_rows(vae, files, rows, args, device, bar)
+                both = torch.cat([tensors["latents"], tensors["latents_flip"]]).double()
+                if not both.isfinite().all():
+                    raise BadInput(f"{path}: the encoder gave NaN or infinity; try --precision fp32, and look at {args.ckpt}")
+                sums = dict(count=both[:, 0].numel(), sum=both.sum((0, 2, 3)).tolist(), square=both.square().sum((0, 2, 3)).tolist())
+                save_shard(path, tensors, dict(total_size=len(both) // 2, dtype=args.dtype, device=device, sums=json.dumps(sums), bad=json.dumps(bad)))
     if world() > 1:
         torch.distributed.barrier()
     if rank() == 0:
         finish_encoding(out, identity, classes)
+
+
+def encode_rows(vae, files, rows, args, device, bar):
+    """(tensors of one shard, unreadable files) of images `rows`.  The noise of a view depends on (seed, image, view) alone."""
+    from common import autocast, noise_by_index
+    images = torch.utils.data.DataLoader(Images([files[i][0] for i in rows], args.size), args.batch_size, num_workers=args.workers, collate_fn=list)
+    views, labels, bad, position = ([], []), [], [], rows[0]
+    for batch in images:                                         # a list of uint8 [3, size, size], None where unreadable
+        kept = [position + i for i, image in enumerate(batch) if image is not None]
+        bad += [str(files[position + i][0]) for i, image in enumerate(batch) if image is None]
+        if bad and not args.skip_bad:
+            raise BadInput(f"{bad[0]}: not a readable image; mend or remove it, or pass --skip_bad 1 to leave such files out")
+        if kept:
+            x = torch.stack([image for image in batch if image is not None]).to(device).float() / 127.5 - 1           # [-1, 1]
+            for k, view in enumerate((x, x.flip(3))):
+                with autocast(args, device):
+                    mean, std = vae.encode(view)
+                noise = noise_by_index(args.seed, [2 * i + k for i in kept], mean.shape[1:]).to(device)
+                views[k].append((mean.float() + std.float() * noise).to(torch.bfloat16 if args.dtype == "bf16" else torch.float32).cpu())
+            labels += [files[i][1] for i in kept]
+        position += len(batch)
+        bar.update(len(batch))
+    if not labels:
+        raise BadInput(f"no readable image among {files[rows[0]][0]} ... {files[rows[-1]][0]}")
+    return dict(latents=torch.cat(views[0]), latents_flip=torch.cat(views[1]), labels=torch.tensor(labels)), bad
 
 
 class Images(torch.utils.data.Dataset):
