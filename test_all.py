@@ -1927,6 +1927,20 @@ def test_fid_of_images_resumes_and_says_what_it_is(tmp_path, monkeypatch, capsys
         assert stop.value.code == 2 and len(err) == 1 and words in err[0], (command, err)
 
 
+def test_images_of_any_mode_are_read_as_rgb(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (9, 9)).astype(np.uint8)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    Image.fromarray(np.stack([grey, grey // 2, grey, np.full_like(grey, 128)], 2)).save(tmp_path / "b.png")     # half transparent: its colours, not blended
+    Image.fromarray(grey).quantize(256).save(tmp_path / "c.png")
+    n, images, _ = evaluate.image_source(tmp_path)
+    a, b, c = images(0, 3)
+    assert n == 3 and a.dtype == torch.uint8 and all((a[k] == torch.tensor(grey)).all() for k in range(3))
+    assert (b[0] == torch.tensor(grey)).all() and (b[1] == torch.tensor(grey // 2)).all() and (c.float() - a.float()).abs().max() <= 1
+    Image.fromarray(grey[:5]).save(tmp_path / "d.png")
+    with pytest.raises(vae.BadInput, match="d.png: is 9 x 5, others 9 x 9"):
+        images(0, 4)
+
+
 def test_fid_of_a_checkpoint_and_its_raw_weights(photos, monkeypatch, capsys):
     """From latents to FID in one command; the raw weights of a run are asked for by name."""
     monkeypatch.chdir(photos)
