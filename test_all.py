@@ -1938,7 +1938,7 @@ def test_images_of_any_mode_are_read_as_rgb(tmp_path):
     assert (b[0] == torch.tensor(grey)).all() and (b[1] == torch.tensor(grey // 2)).all() and (c.float() - a.float()).abs().max() <= 1
     Image.fromarray(grey[:5]).save(tmp_path / "d.png")
     with pytest.raises(vae.BadInput, match="d.png: is 9 x 5, others 9 x 9"):
-        images(0, 4)
+        evaluate.image_source(tmp_path)[1](0, 4)
 
 
 def test_fid_of_a_checkpoint_and_its_raw_weights(photos, monkeypatch, capsys):
