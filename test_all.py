@@ -961,7 +961,7 @@ def test_health_measures_what_it_says(tmp_path):
     data = vae.load_data("digits")
 
     class Folder:                                                                           # what health needs of a Run
-        folder, step, model = tmp_path, 7, torch.nn.Linear(1, 1)
+        folder, step, model, args = tmp_path, 7, torch.nn.Linear(1, 1), consistency.parse_args(["--loss", "imf"])
         lines = []
 
         def write(self, line):
