@@ -205,14 +205,20 @@ def world():
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def setup(args):
-    """The device, the process group under torchrun, TF32 and the seed of the weights.  -> torch.device"""
-    name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+def pick_device(flag):
+    """--device -> torch.device that works here: auto, cpu, cuda (under torchrun this process's own) or cuda:N."""
+    name = flag if flag != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"--device {args.device}: not usable here ({str(error).splitlines()[0]}); expected auto, cpu, cuda or cuda:N") from None
+        raise BadInput(f"--device {flag}: not usable here ({str(error).splitlines()[0]}); expected auto, cpu, cuda or cuda:N") from None
+    return device
+
+
+def setup(args):
+    """The device, the process group under torchrun, TF32 and the seed of the weights.  -> torch.device"""
+    device = pick_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "bf16"

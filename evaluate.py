@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import BadInput, Parser, load_checkpoint, load_network, main, noise_by_index, number, preview, rank, save_atomic, setup, world
+from common import BadInput, Parser, load_checkpoint, load_network, main, noise_by_index, number, pick_device, preview, rank, save_atomic, setup, world
 from inception import load_inception, load_vgg16
 from model import euler_sample, fixed_guidance, guided_map, guided_velocity, interpolate, sample, v_to_x0
 from vae import IMAGE_SUFFIXES, load_data, load_vae, to_images, weights_hash
@@ -562,9 +562,11 @@ def parse_args(argv=None):
 def run(args):
     if args.inception:
         return measure(args)
+    if rank() > 0:                                                                                    # this evaluation is short: one process makes it
+        return
     net, checkpoint, data = load_for_sampling(args)
     args.omega, args.guide_to, args.cfg_channels = sampling(args, checkpoint)
-    n, device = args.n or 2000, setup(argparse.Namespace(device=args.device, precision="fp32", batch_size=world(), seed=0))
+    n, device = args.n or 2000, pick_device(args.device)
     net, features = net.to(device), None if args.grid else metric_space(data, args)
     metrics = evaluate(net, features, args, args.steps, n, args.seed)
     out, name = Path(args.out or Path(args.what).parent), Path(args.what).parent.name[:30]

@@ -617,7 +617,8 @@ def decode(args):
     latents = torch.cat([a[:args.n] for _, a, _, _ in shards(path)][:args.n])[:args.n] if path.is_dir() else open_shard(path).get_tensor("latents")[:args.n]
     if latents.shape[1] != vae.config["z_channels"]:
         raise BadInput(f"{path}: latents of {latents.shape[1]} channels, but {args.ckpt} is the {name} with {vae.config['z_channels']}")
-    out, device = Path(args.out), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    from common import pick_device
+    out, device = Path(args.out), pick_device("auto")
     out.mkdir(parents=True, exist_ok=True)
     vae = vae.to(device)
     for i, z in enumerate(tqdm(latents, desc=f"decode {name}", unit=" images", dynamic_ncols=True)):
