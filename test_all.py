@@ -2014,6 +2014,28 @@ def test_readme_numbers_come_from_the_results():
             assert (np.sign(gain) == np.sign(gain[0])).all() and scipy.stats.ttest_1samp(gain, 0).pvalue < 0.01
     ahead = [b["acc_2step"] - a["acc_2step"] for a, b in zip(last["+ DMD2, TTUR 1:5, GAN (100 steps)"], fsf)]
     assert min(ahead) > 0
+    def difference(a, b, metric):
+        d = np.array([y[metric] - x[metric] for x, y in zip(last[a], last[b])])
+        return d, f"{d.mean():+.{1 if metric.startswith('fd') else 3}f} ± {d.std(ddof=1):.{1 if metric.startswith('fd') else 3}f}"
+    fm, ours, theirs = "CD from FM", "FSF-DMD from FM, M = 2 (100 + 100 steps)", "DMD2 from FM, TTUR 1:5, GAN (100 steps)"
+    d, words = difference(fm, ours, "fd_2step")
+    assert (d > 0).all() and scipy.stats.ttest_1samp(d, 0).pvalue < 0.01 and f"({words}, p < 0.01)" in readme
+    assert all((difference(fm, ours, k)[0] > 0).all() for k in ("precision_2step", "is_2step", "acc_1step")) and f"(precision {difference(fm, ours, 'precision_2step')[1]})" in readme
+    assert (difference(fm, theirs, "fd_1step")[0] < 0).all() and f"1-step accuracy {difference(fm, theirs, 'acc_1step')[1]})" in readme
+    scratch = ("iMF trained on to 400 steps", "FSF-DMD from scratch, M = 1")
+    d, words = difference(*scratch, "acc_1step")
+    assert (d > 0).all() and f"in all five seeds ({words})" in readme and f"distance by {difference(*scratch, 'fd_1step')[1].lstrip('+')}" in readme
+    first_table = [name for name in last if not name.endswith(("from FM", "from scratch", "400 steps")) and "from FM" not in name and "from scratch" not in name]
+    for i, e in enumerate(last["+ SiD"]):
+        assert all(e["recall_2step"] > last[name][i]["recall_2step"] for name in first_table if name != "+ SiD")
+        assert all(e["precision_2step"] < last[name][i]["precision_2step"] for name in first_table if name != "+ SiD"), i
+    assert (difference("+ CD with random masking", "+ SiD", "fd_2step")[0] > 0).sum() == 4
+    teacher = list(results["velocity_network"]["last"].values())
+    for k, f in (("fd", ".1f"), ("is", ".2f"), ("precision", ".3f"), ("recall", ".3f"), ("acc", ".3f")):
+        v = [e[f"{k}_25step"] for e in teacher]
+        assert f"{statistics.mean(v):{f}} ± {statistics.stdev(v):{f}}" in readme, k
+    ratio = json.loads((HERE / "results" / "frechet_benchmark.json").read_text())
+    assert f"{ratio['ratio']} times less CPU" in readme and ratio["relative_difference"] < 1e-9 and ratio["ratio"] >= 5
     masked = np.array([b["fd_2step"] - a["fd_2step"] for a, b in zip(last["+ CD"], cd)])
     assert (masked < 0).all() and f"{masked.mean():.1f} ± {masked.std(ddof=1):.1f}" == "-4.2 ± 0.8"
     for row in results["rows"]:                                                             # the commands still parse
