@@ -130,6 +130,18 @@ def parse_args(argv=None):
     return args
 
 
+def new_fake_side(args, net, device):
+    """(fake network, a copy of the start; discriminator head, or None where lambda_g is 0; the parameters of both that are trained)."""
+    if args.lambda_g and isinstance(net, IMFDiT):
+        raise BadInput(f"--init {args.init}: the discriminator reads a LightningDiT; with iMF's own network pass --lambda_g 0")
+    fake = frozen_copy(net)
+    head = DiscriminatorHead(fake).to(device) if args.lambda_g else None
+    params = [p for m in (fake, head) if m is not None for name, p in m.named_parameters() if name != "pos_embed"]    # pos_embed: a fixed table
+    for p in params:
+        p.requires_grad_(True)
+    return fake, head, params
+
+
 # ---- training ----------------------------------------------------------------------------------------------------------------
 
 def train(args):
@@ -138,15 +150,10 @@ def train(args):
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 
     net, teacher = starting_networks(args, data, device)
-    ema, fake = frozen_copy(net), frozen_copy(net)
-    if args.lambda_g and isinstance(net, IMFDiT):
-        raise BadInput(f"--init {args.init}: the discriminator reads a LightningDiT; with iMF's own network pass --lambda_g 0")
-    head = DiscriminatorHead(fake).to(device).requires_grad_(False) if args.lambda_g else None
-    trunk = fake if args.disc_trunk == "fake" else teacher
+    ema = frozen_copy(net)
+    fake, head, fake_params = new_fake_side(args, net, device)
     fake_side = [m for m in (fake, head) if m is not None]
-    fake_params = [p for m in fake_side for name, p in m.named_parameters() if name != "pos_embed"]   # pos_embed: a fixed table
-    for p in fake_params:
-        p.requires_grad_(True)
+    trunk = fake if args.disc_trunk == "fake" else teacher
     opt = NorMuon(param_groups(net), lr=args.lr)
     opt_fake = NorMuon(param_groups(*fake_side), lr=args.fake_lr or args.lr)
     frozen = dict(teacher=teacher) if teacher else {}

@@ -128,8 +128,7 @@ class Features:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_atomic(self.net.state_dict(), path)
         self.net.requires_grad_(False).eval()
-        weights = b"".join(v.numpy().tobytes() for v in self.net.state_dict().values())
-        self.hash = hashlib.sha256(weights).hexdigest()[:8]
+        self.hash = weights_hash(self.net)[:8]
         self.real, self.real_y, self.source, self.shape = self(data.x)[0], data.y, data.source, data.x.shape[1:]
 
     @staticmethod
@@ -468,8 +467,7 @@ def measure(args):
         guidance, vae, steps = sampling(args, checkpoint), decoder(args.vae, data.vae, device), sampler_steps(net, args.steps)[0]
         if data.kind == "latents" and vae is None:
             raise BadInput("images of latents need the autoencoder: pass --vae")
-        weights = hashlib.sha256(b"".join(v.cpu().numpy().tobytes() for v in net.state_dict().values())).hexdigest()[:8]
-        sampler = (f"{args.what} ({args.weights} weights {weights}), {steps} steps, omega {guidance[0]} on [0, {guidance[1]}], classes in turn, noise by index, "
+        sampler = (f"{args.what} ({args.weights} weights {weights_hash(net)}), {steps} steps, omega {guidance[0]} on [0, {guidance[1]}], classes in turn, noise by index, "
                    f"seed {args.seed}, uint8 {'truncated' if vae else 'rounded'}")
 
         def images(start, stop):

@@ -3,7 +3,6 @@
 Weights are files that the user downloads; nothing is fetched here.  evaluate.py uses these networks; golden/inception.npz holds outputs
 of the two public implementations to compare with.  This file needs torch alone, and vae.py for reading weights; paste it.
 """
-import hashlib
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from model import refuse_differences
-from vae import BadInput, read_weights
+from vae import BadInput, read_weights, weights_hash
 
 
 
@@ -168,8 +167,7 @@ def load_inception(path, pipeline="adm"):
     except ValueError as error:
         raise BadInput(f"{path}: {error}; expected {INCEPTION_FILES}") from None
     net.load_state_dict(state)
-    digest = hashlib.sha256(b"".join(v.float().numpy().tobytes() for k, v in sorted(net.state_dict().items()) if "tracked" not in k)).hexdigest()[:8]
-    return net.requires_grad_(False).eval(), digest
+    return net.requires_grad_(False).eval(), weights_hash(net)
 
 
 class VGG16(nn.Module):
@@ -200,4 +198,4 @@ def load_vgg16(path):
     except ValueError as error:
         raise BadInput(f"{path}: {error}; expected torchvision's vgg16 weights") from None
     net.load_state_dict(state)
-    return net.requires_grad_(False).eval(), hashlib.sha256(b"".join(v.numpy().tobytes() for _, v in sorted(state.items()))).hexdigest()[:8]
+    return net.requires_grad_(False).eval(), weights_hash(net)

@@ -28,11 +28,11 @@ import torch
 from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy, gradient_norm, main, micro_batches, number, parser,
                     refuse, resolve, setup, step_rng, sync_gradients, update_ema)
 from consistency import starting_networks
-from dmd2 import fake_loss, gan_discriminator_loss, gan_generator_loss
+from dmd2 import fake_loss, gan_discriminator_loss, gan_generator_loss, new_fake_side
 from evaluate import evaluate, finish, health, metric_space, watch
-from model import DiscriminatorHead, IMFDiT, guided_map, guided_velocity, interpolate, v_to_x0
+from model import guided_map, guided_velocity, interpolate, v_to_x0
 from normuon import NorMuon, param_groups
-from vae import BadInput, load_data
+from vae import load_data
 
 # "pixels": the digits presets, chosen by the search described in README.  "latents": the setting of FSF-DMD's Table 6, for comparison.
 TABLE6 = dict(size="B/1", batch_size=128, precision="bf16", ema=0.99995, lr=6e-4, omega=6.0, guide_to=0.9, save_every=500, health_every=500)
@@ -130,14 +130,9 @@ def train(args):
     B, shape = args.batch_size, data.x.shape[1:]
 
     net, teacher = starting_networks(args, data, device)
-    ema, fake = frozen_copy(net), frozen_copy(net)
-    if args.lambda_g and isinstance(net, IMFDiT):
-        raise BadInput(f"--init {args.init}: the discriminator reads a LightningDiT; with iMF's own network pass --lambda_g 0")
-    head = DiscriminatorHead(fake).to(device).requires_grad_(False) if args.lambda_g else None
+    ema = frozen_copy(net)
+    fake, head, fake_params = new_fake_side(args, net, device)
     fake_side = [m for m in (fake, head) if m is not None]
-    fake_params = [p for m in fake_side for name, p in m.named_parameters() if name != "pos_embed"]   # pos_embed: a fixed table
-    for p in fake_params:
-        p.requires_grad_(True)
     opt = NorMuon(param_groups(net), lr=args.lr)
     opt_fake = NorMuon(param_groups(*fake_side), lr=args.fake_lr or args.lr)
     compile_blocks(args, net, ema, teacher, *fake_side)
