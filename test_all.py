@@ -1186,6 +1186,8 @@ def test_without_its_own_term_fsf_dmd_is_its_baseline(home, monkeypatch, capsys)
         fsf_dmd.train(fsf_dmd.parse_args([*ours.split(), *common_flags, "--health_every", "0", "--out", f"term-{i}"]))
         consistency.train(consistency.parse_args([*baseline.split(), *common_flags, "--out", f"base-{i}"]))
         assert_same(state(home, f"term-{i}")["net"], state(home, f"base-{i}")["net"])
+    for out, start in (("term-0", "imf"), ("base-0", "imf"), ("term-1", "fm"), ("base-1", "fm")):
+        assert all(torch.equal(v, state(home, out)["teacher"][k]) for k, v in common.load_checkpoint(f"{start}/model.pt")["weights"].items())   # nothing trains the teacher
     assert state(home, "term-1")["teacher"].keys() == state(home, "term-1")["net"].keys()   # decoupled conditioning: no new parameters
     assert common.load_checkpoint("term-1/model.pt")["config"]["conditioning"] == "decoupled" and "teacher" not in state(home, "term-2")
     capsys.readouterr()
@@ -1219,6 +1221,10 @@ def test_cosine_reaches_multi_channel_data(tmp_path, monkeypatch, capsys):
         consistency.train(consistency.parse_args(f"--loss cd --init fm/model.pt --data rgb.npz --steps 3 --omega 3 --cfg_channels {channels} --out cfg{channels}".split()))
     weights = [common.load_checkpoint(Path(f"cfg{c}") / "model.pt")["weights"]["final_layer.linear.bias"] for c in "01"]
     assert not torch.equal(*weights)
+    velocity, _ = common.load_network("fm/model.pt")                                        # and other samples, where the channel is guided
+    whole, first, none = (evaluate.generate(velocity, 6, (3, 4, 4), 2, omega, 1.0, channels)[0] for omega, channels in ((3.0, None), (3.0, 1), (1.0, None)))
+    assert not torch.equal(whole, first) and not torch.equal(first, none)
+    evaluate.run(evaluate.parse_args("fm/model.pt --omega 3 --cfg_channels 1 --n 40 --out measured".split()))
     capsys.readouterr()
 
 

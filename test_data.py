@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import common
 import consistency
@@ -272,6 +273,10 @@ def test_encoding_resumes_and_splits_without_a_trace(photos):
     (_, a), (_, b) = ((f, vae.load_data(str(photos / f))) for f in ("latents", "two"))
     torch.testing.assert_close(a.x[torch.arange(48)], b.x[torch.arange(48)], rtol=0, atol=1e-5)
     assert torch.equal(a.y, b.y) and a.num_classes == 2
+    run(photos, "vae.py encode --images images --ckpt vae.pt --out rounded --size 16 --precision bf16 --batch_size 5 --device cpu --workers 0")
+    c = vae.load_data(str(photos / "rounded"))
+    difference = (a.x[torch.arange(48)] - c.x[torch.arange(48)]).abs()
+    assert 1e-4 < difference.max() < 0.2                                                    # the encoder in bfloat16; the same noise
     assert "latents made otherwise: seed 0 (there) 1 (here)" in run(photos, "vae.py encode --images images --ckpt vae.pt --out two --size 16 --shard 7 --seed 1", code=2, processes=1).replace("processes 2 (there) 1 (here), ", "")
 
 
@@ -320,6 +325,9 @@ def test_from_images_to_pictures(photos):
     torch.save(net.state_dict(), photos / "old.pt", _use_new_zipfile_serialization=False)  # the format of before torch 1.6
     again, name = vae.load_vae(photos / "old.pt")
     assert name == "custom" and all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), net.state_dict().values()))
+    save_file(net.state_dict(), photos / "vae.safetensors")
+    assert vae.weights_hash(vae.load_vae(photos / "vae.safetensors")[0]) == vae.weights_hash(net)
+    assert "fsf_dmd, latents, imf:" in printed and "--batch_size 16 (given)" in printed and "--lam 0.05 --shift 10.0" in printed             # Table 6, printed
     raw = vae.shards(photos / "latents")[0][1][2:3]
     assert np.abs(found - (127.5 * net.decode(raw) + 128).clamp(0, 255)[0].permute(1, 2, 0).numpy()).max() < 1   # truncated, as the official inference
 
@@ -341,6 +349,12 @@ def test_official_weights_are_a_start(photos, monkeypatch, capsys):
     monkeypatch.setattr(model.load_official, "__defaults__", (8,))                          # 16-pixel images; the files are for 256
     fsf_dmd.train(fsf_dmd.parse_args(["--init", "imf.pth", "--out", "from-imf", *flags]))
     assert common.load_checkpoint("from-imf/model.pt")["config"]["architecture"] == "imf"
+    for checkpoint in ("lightningdit.pt", "imf.pth"):                                       # and they are sampled as they are
+        evaluate.run(evaluate.parse_args(f"grid {checkpoint} --data latents --vae vae.pt --out grid-{checkpoint[:3]}".split()))
+        assert Path(f"grid-{checkpoint[:3]}/samples.png").exists()
+    save_file({k: v.contiguous() for k, v in plain.state_dict().items()}, "lightningdit.safetensors")
+    official = common.load_checkpoint("lightningdit.safetensors")["weights"]
+    assert all(torch.equal(v, official[k]) for k, v in common.load_checkpoint("lightningdit.pt")["weights"].items())
     for script, words in (("dmd2", "--lambda_g 0"), ("twinflow", "sees t - s only")):
         with pytest.raises(vae.BadInput, match=words):
             sys.modules[script].train(sys.modules[script].parse_args(["--init", "imf.pth", "--out", f"from-imf-{script}", *flags]))
@@ -363,7 +377,6 @@ def test_small_images_in_folders_are_pixel_data(tmp_path, monkeypatch, capsys):
 
 def test_bad_latents_are_one_line_and_exit_code_2(photos, monkeypatch, capsys):
     monkeypatch.chdir(photos)
-    from safetensors.torch import load_file, save_file
 
     def folder(name, change=lambda tensors: tensors, stats=None, shards=1):
         (photos / name).mkdir()
