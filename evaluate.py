@@ -35,7 +35,7 @@ from inception import load_inception, load_vgg16
 from model import euler_sample, fixed_guidance, guided_map, guided_velocity, interpolate, sample, v_to_x0
 from vae import IMAGE_SUFFIXES, load_data, load_vae, to_images, weights_hash
 
-EULER_STEPS = 25                # for a network that is no flow map (a plain velocity); the paper's teacher rows use many small steps too
+EULER_STEPS = 25                # of an instantaneous velocity, where --steps does not say; the paper's teacher rows use many small steps too
 EVAL_SEED = 0                   # noise of the samples; independent of the training seed, so that runs are compared on the same noise
 
 
@@ -191,8 +191,10 @@ class Features:
 # ------------------------------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def generate(net, n, shape, steps, omega=1.0, guide_to=1.0, channels=None, seed=EVAL_SEED, batch=500, classes=None, start=0):
-    """n samples [n, C, H, W] and their classes [n] = 0, 1, 2, ... in turn (of the first `classes` if given).  steps: of the flow map (a plain network: Euler steps).
+def generate(net, n, shape, steps, omega=1.0, guide_to=1.0, channels=None, seed=EVAL_SEED, batch=500, classes=None, start=0, velocity=False):
+    """n samples [n, C, H, W] and their classes [n] = 0, 1, 2, ... in turn (of the first `classes` if given).
+
+    steps: of the flow map, or Euler steps of the instantaneous velocity (a plain network; any other with velocity=True).
 
     omega, guide_to: CFG scale and interval, an input of the network or (plain, on `channels`) real CFG.  start: index of the first
     sample; the noise and the class of sample i depend on (seed, i) alone.
@@ -203,7 +205,7 @@ def generate(net, n, shape, steps, omega=1.0, guide_to=1.0, channels=None, seed=
     for rows in torch.arange(start, start + n).split(batch):
         eps, labels = noise_by_index(seed, rows, shape).to(device), y[rows - start].to(device)
         guidance = fixed_guidance(omega, 0.0, guide_to, eps)
-        if net.conditioning == "plain":
+        if velocity or net.conditioning == "plain":
             x = euler_sample(lambda x, t, y: guided_velocity(net, x, t, y, guidance, channels), eps, labels, steps)
         else:
             x = sample(lambda x, t, y, s: guided_map(net, x, t, s, y, guidance), eps, labels, steps)
@@ -212,8 +214,9 @@ def generate(net, n, shape, steps, omega=1.0, guide_to=1.0, channels=None, seed=
     return torch.cat(samples), y
 
 
-def sampler_steps(net, steps):
-    return [EULER_STEPS] if net.conditioning == "plain" else list(steps)
+def sampler_steps(net, steps=None, velocity=False, flow_map=(1, 2, 4)):
+    """The numbers of steps to sample with: those given, else 25 of a velocity and 1, 2 and 4 of a flow map."""
+    return list(steps or ([EULER_STEPS] if velocity or net.conditioning == "plain" else flow_map))
 
 
 def metric_space(data, args):
@@ -233,19 +236,19 @@ def decoder(args_vae, expected, device):
     return vae.to(device)
 
 
-def evaluate(net, features, args, steps=(1, 2, 4), n=2000, seed=EVAL_SEED):
-    """{"fd_1step": ..., "fd_2step": ..., ...}: every metric at every number of sampling steps (a plain network: Euler only).
+def evaluate(net, features, args, steps=None, n=2000, seed=EVAL_SEED, velocity=False):
+    """{"fd_1step": ..., "fd_2step": ..., ...}: every metric at every number of sampling steps (default: `sampler_steps`).
 
-    args: anything with omega, guide_to and cfg_channels, the guidance to sample with.  features None (latents): {}.
+    args: anything with omega, guide_to and cfg_channels, the guidance to sample with.  velocity: as in `generate`.  features None (latents): {}.
     """
     if features is None:
         return {}
     guidance = args.omega, args.guide_to, args.cfg_channels or None
-    return {f"{metric}_{N}step": value for N in sampler_steps(net, steps)
-            for metric, value in features.metrics(*generate(net, n, features.shape, N, *guidance, seed)).items()}
+    return {f"{metric}_{N}step": value for N in sampler_steps(net, steps, velocity)
+            for metric, value in features.metrics(*generate(net, n, features.shape, N, *guidance, seed, velocity=velocity)).items()}
 
 
-def show(path, nets, data, args, steps=(1, 2)):
+def show(path, nets, data, args, steps=None, velocity=False):
     """A picture: real images, then the samples of each (caption, network) from the same noise, three of each of the first ten classes."""
     shown = min(data.num_classes, 10)
     rows_of = [(data.y == c).nonzero()[:, 0] for c in range(shown)]
@@ -253,8 +256,8 @@ def show(path, nets, data, args, steps=(1, 2)):
     real = torch.cat([data.x[rows[k % len(rows)].view(1)] if len(rows) else 0 * data.x[some[:1]] for k in range(3) for rows in rows_of])
     rows = [("real", real)]
     for caption, net in nets:
-        for N in sampler_steps(net, steps):
-            x, _ = generate(net, 3 * shown, data.x.shape[1:], N, args.omega, args.guide_to, args.cfg_channels or None, classes=shown)
+        for N in sampler_steps(net, steps, velocity, flow_map=(1, 2)):
+            x, _ = generate(net, 3 * shown, data.x.shape[1:], N, args.omega, args.guide_to, args.cfg_channels or None, classes=shown, velocity=velocity)
             rows.append((f"{caption}, {N} step{'s' * (N > 1)}", x))
     preview(path, rows, data.meta, decoder(args.vae, data.vae, next(nets[0][1].parameters()).device))
 
@@ -464,14 +467,14 @@ def measure(args):
     else:
         net, checkpoint, data = load_for_sampling(args)
         net, n, out = net.to(device), args.n or 50_000, Path(args.out or Path(args.what).parent)
-        guidance, vae, steps = sampling(args, checkpoint), decoder(args.vae, data.vae, device), sampler_steps(net, args.steps)[0]
+        guidance, vae, steps = sampling(args, checkpoint), decoder(args.vae, data.vae, device), sampler_steps(net, args.steps, args.velocity)[0]
         if data.kind == "latents" and vae is None:
             raise BadInput("images of latents need the autoencoder: pass --vae")
-        sampler = (f"{args.what} ({args.weights} weights {weights_hash(net)}), {steps} steps, omega {guidance[0]} on [0, {guidance[1]}], classes in turn, noise by index, "
+        sampler = (f"{args.what} ({args.weights} weights {weights_hash(net)}), {steps} {'Euler ' * (args.velocity or net.conditioning == 'plain')}steps, omega {guidance[0]} on [0, {guidance[1]}], classes in turn, noise by index, "
                    f"seed {args.seed}, uint8 {'truncated' if vae else 'rounded'}")
 
         def images(start, stop):
-            x, _ = generate(net, stop - start, data.x.shape[1:], steps, *guidance, args.seed, start=start)
+            x, _ = generate(net, stop - start, data.x.shape[1:], steps, *guidance, args.seed, start=start, velocity=args.velocity)
             return torch.from_numpy(to_images(x, data.meta, vae)).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
     if n <= 2048 and not args.few:
         raise BadInput(f"{n} images give no covariance of 2048 features, expected more than 2048; --few 1 computes it all the same")
@@ -526,7 +529,8 @@ def parse_args(argv=None):
     p.add_argument("--data", help="real images to compare with (default: what the network was trained on); `ref`: a folder of images or an .npz (arr_0)")
     p.add_argument("--from_images", help="instead of a checkpoint: a folder of images or an .npz (arr_0) of any other system")
     p.add_argument("--weights", choices=["ema", "raw"], default="ema", help="of a run folder: the EMA (model.pt), or the weights in training (state.pt beside it)")
-    p.add_argument("--steps", type=number(int, 1), nargs="+", default=[1, 2, 4], help="sampling steps N of the flow map (default: 1 2 4; with --inception the first)")
+    p.add_argument("--steps", type=number(int, 1), nargs="+", help="sampling steps (default: 1 2 4 of a flow map, 25 of a velocity; with --inception the first)")
+    p.add_argument("--velocity", action="store_true", help="sample the instantaneous velocity of a flow map, u(x, t, t), with Euler steps: the paper's teacher rows")
     p.add_argument("--n", type=number(int, 4), help="images (default: 2000; with --inception 50,000, or all of a folder)")
     p.add_argument("--omega", type=number(float, 1), help="CFG scale (default: the run's)")
     p.add_argument("--guide_to", type=number(float, 0, 1), help="guidance acts for t in [0, guide_to] (default: the run's)")
@@ -566,15 +570,15 @@ def run(args):
     args.omega, args.guide_to, args.cfg_channels = sampling(args, checkpoint)
     n, device = args.n or 2000, pick_device(args.device)
     net, features = net.to(device), None if args.grid else metric_space(data, args)
-    metrics = evaluate(net, features, args, args.steps, n, args.seed)
+    metrics = evaluate(net, features, args, args.steps, n, args.seed, args.velocity)
     out, name = Path(args.out or Path(args.what).parent), Path(args.what).parent.name[:30]
     out.mkdir(parents=True, exist_ok=True)
     if features:
         print(table([(name, metrics)], features.floor()))
-        definition = features.definition(n, args.seed).replace("EMA", args.weights.upper()) + f"; omega {args.omega} on t in [0, {args.guide_to}], torch {torch.__version__}"
+        definition = features.definition(n, args.seed).replace("EMA", args.weights.upper()) + f"; omega {args.omega} on t in [0, {args.guide_to}]{', Euler steps of u(x, t, t)' * args.velocity}, torch {torch.__version__}"
         print(definition)
         (out / "evaluation.json").write_text(json.dumps(metrics | dict(definition=definition), indent=1))
-    show(out / "samples.png", [(name, net)], data, args, args.steps)
+    show(out / "samples.png", [(name, net)], data, args, args.steps or sampler_steps(net, velocity=args.velocity), args.velocity)
     print(f"wrote {out / 'samples.png'}" + (f" and {out / 'evaluation.json'}" if features else "" if args.grid else "; FID of latents: pass --inception, --ref and --vae"))
 
 

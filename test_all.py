@@ -1368,7 +1368,7 @@ def refusal(command, capsys, monkeypatch):
     module = sys.modules[script[:-3]]
     monkeypatch.setattr(sys, "argv", [script, *argv])
     with pytest.raises(SystemExit) as stop:
-        common.main(getattr(module, "run" if script in ("evaluate.py", "vae.py") else "train"), module.parse_args)
+        common.main(getattr(module, "train" if script in METHODS else "run"), module.parse_args)
     said = [line for line in capsys.readouterr().err.splitlines() if line and "/s]" not in line]          # without progress bars
     assert stop.value.code == 2 and len(said) == 1 and said[0].startswith(f"{script}: error: "), (command, said)
     return said[0]

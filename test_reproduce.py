@@ -1,0 +1,181 @@
+"""The third part of the suite (see test_all.py): reproduce.py, and the tables in README."""
+import argparse
+import contextlib
+import csv
+import importlib
+import io
+import json
+import math
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+import reproduce
+from test_all import HERE, environment, refusal
+
+PAPER = json.loads((HERE / "results" / "paper_tables.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder with random latents and tiny starts: imf.pt, fm.pt."""
+    folder = tmp_path_factory.mktemp("inputs")
+    reproduce.random_inputs(folder, "tiny")
+    return folder
+
+
+def arguments(*argv):
+    return reproduce.parse_args([*argv, "--list"])
+
+
+@pytest.mark.parametrize("data", ["digits", "latents"])
+def test_every_row_is_a_command_that_its_script_accepts(inputs, data, monkeypatch, capsys):
+    """No row passes a flag that its script refuses, on pixels and on latents; and no two rows of a table are one run (but 4's first two)."""
+    for table, (_, reference, rows) in reproduce.TABLES.items():
+        assert 1 <= reference <= len(rows)
+        args = arguments(table, *(["--data", str(inputs / "latents")] if data == "latents" else []))
+        jobs = reproduce.jobs_of(args, dict(enumerate(rows, 1)), 3)
+        assert len({job.folder for job in jobs.values()}) == len(rows)
+        for each in jobs.values():
+            script, *argv = each.command
+            argv = [str(inputs / ("fm.pt" if "lossfm" in flag else "imf.pt")) if flag.endswith("model.pt") else flag for flag in argv]
+            parsed = importlib.import_module(script[:-3]).parse_args(argv)
+            assert script == "evaluate.py" or parsed.seed == 3
+
+
+def test_rows_are_the_papers_and_its_lost_numbers_stay_lost():
+    counts = {name: len(table.rows) for name, table in reproduce.TABLES.items()}
+    assert counts == {"2": 8 + 3, "3": 9, "4": 6, "5": 6, "7": 16, "8": 5, "9": 9, "10": 10}
+    fids = {name: [row.paper.get("fid") for row in table.rows] for name, table in reproduce.TABLES.items()}
+    assert fids["2"][:8] == [9.1, 8.54, 6.06, 4.18, 4.2, 4.67, 3.85, 3.96] and fids["5"] == [None] * 6
+    assert fids["7"][:8] == [row[1] for row in PAPER["table7"]["rows"]] and fids["7"][8:] == [row[2] for row in PAPER["table7"]["rows"]]
+    assert fids["9"] == [3.97, 3.87, 3.98, 3.99, 4.03, 3.85, 3.85, 3.94, 3.98]
+    assert reproduce.paper_text(reproduce.TABLES["5"].rows[0].paper) == "- / -, 0.78 s/step (A100)"
+    labels = {name: [row.label for row in table.rows] for name, table in reproduce.TABLES.items()}
+    assert labels["3"] == [row[0] for row in PAPER["table3"]["rows"]] and labels["10"] == [row[0] for row in PAPER["table10"]["rows"]]
+
+
+def fake_row(values):
+    """A row of `summary` with the fd at 2 steps of each seed; IS falls as it rises."""
+    return dict(seeds={s: dict(evaluations=[dict(step=9, fd_2step=v, is_2step=10 - v)]) for s, v in values.items()}, N=2)
+
+
+def test_differences_are_paired_over_seeds_and_corrected_for_many_rows():
+    base = {0: 10.0, 1: 20.0, 2: 40.0}
+    rows = {1: fake_row(base), 2: fake_row({0: 11.0, 1: 22.0, 2: 43.0}), 3: fake_row({0: 10.0, 1: 20.0, 2: 40.0}), 4: fake_row({0: 9.9, 1: 19.9, 2: 39.7, 7: 0.0})}
+    found = reproduce.compare(rows, 1, "fd")
+    t = 2 * math.sqrt(3)                                                      # differences 1, 2, 3: mean 2, deviation 1
+    assert found[2][0] == pytest.approx(2) and found[3] == [0.0, 1.0]
+    p2, p4 = 1 - t / math.sqrt(t * t + 2), scipy.stats.ttest_1samp([-0.1, -0.1, -0.3], 0).pvalue      # Student's t with 2 degrees of freedom in closed form
+    assert sorted([found[2][1], found[4][1]]) == pytest.approx(sorted([3 * min(p2, p4), max(3 * min(p2, p4), 2 * max(p2, p4))]))
+    assert 1 not in found and reproduce.compare(rows, 1, "is")[2][0] == pytest.approx(-2)
+    assert reproduce.compare({1: fake_row({0: 1.0}), 2: fake_row({0: 2.0})}, 1, "fd") == {}           # one seed shows nothing
+    assert reproduce.spread([1.0, 3.0], 1) == "2.0 ± 1.4" and reproduce.spread([1.0], 1) == "1.0" and reproduce.spread([], 1) == "-"
+
+
+def test_latents_are_trained_in_pieces_and_the_best_fid_is_found(inputs, tmp_path):
+    args = argparse.Namespace(data=str(inputs / "latents"), vae="V", inception="W", ref="R", n=2000, fid_every=1500, table="2", jobs=1, start="weak", init=str(inputs / "imf.pt"), runs=tmp_path)
+    jobs = reproduce.jobs_of(args, {1: reproduce.TABLES["2"].rows[0], 2: reproduce.TABLES["2"].rows[1], 7: reproduce.TABLES["2"].rows[6]}, 0)
+    lines = [shlex.join(line) for line in reproduce.Runner(args).commands(jobs[7])]
+    train = f"fsf_dmd.py --init {inputs}/imf.pt --M 2 --data {inputs}/latents --seed 0 --out {jobs[7].folder} --steps "
+    assert [line.removeprefix(train) for line in lines[::2]] == ["1500", "3000", "4000"]              # Table 6: 4,000 steps
+    assert lines[1] == (f"evaluate.py {jobs[7].folder}/model.pt --data {inputs}/latents --steps 2 --vae V --inception W --ref R --n 2000 --few 1 --out {jobs[7].folder}/fid_001500_2step")
+    [teacher], [start] = reproduce.Runner(args).commands(jobs[2]), reproduce.Runner(args).commands(jobs[1])
+    assert "--velocity" in teacher and teacher[teacher.index("--steps") + 1] == "25" and start[:2] == ["evaluate.py", f"{inputs}/imf.pt"] and "2" in start
+    for at, fid in ((1500, 5.0), (3000, 4.0), (4000, 4.5)):
+        (jobs[7].folder / f"fid_{at:06d}_2step").mkdir(parents=True)
+        (jobs[7].folder / f"fid_{at:06d}_2step" / "fid.json").write_text(json.dumps({"fid": fid, "is": 200.0, "precision_inception": 0.6, "recall_inception": 0.5, "n": 2000}))
+    run = reproduce.collect(args, jobs[7])
+    assert [e["fd_2step"] for e in run["evaluations"]] == [5.0, 4.0, 4.5] and run["evaluations"][2] == dict(step=4000, fd_2step=4.5, is_2step=200.0, precision_2step=0.6, recall_2step=0.5)
+    row = reproduce.summary({7: reproduce.TABLES["2"].rows[6]}, {7: {0: run}})[7]
+    assert row["best"] == [4.0] and row["step"] == [3000] and row["last"]["fd_2step"] == [4.5]
+
+
+def test_forward_passes_that_the_scripts_claim_are_what_the_code_does(inputs, tmp_path):
+    """The costs in the file headers, in passes of one network (backward = 2), against counted FLOPs; below by the first layer's input gradient."""
+    claimed = {"imf: Consistency distillation": 6, "imf: FSF-DMD M=1": 11, "imf: FSF-DMD M=2": 14, "fm: Consistency distillation": 7, "fm: FSF-DMD": 16, "FM": 3, "iMF": 7, "iMF + TwinFlow": 15,
+               "RCGM": 7, "FSF-DMD from scratch": 12}
+    for label, start, command in reproduce.COST:
+        if label in claimed:
+            script, *flags = shlex.split(command.format(start=inputs / f"{start}.pt"))
+            argv = [*flags, "--data", str(inputs / "latents"), *([] if start else ["--size", "tiny"]), "--batch_size", "1", "--precision", "fp32", "--out", str(tmp_path / "count"), "--resume", "no"]
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                found = reproduce.count(script[:-3], argv, 1, inputs / f"{'fm' if start == 'fm' or label == 'FM' else 'imf'}.pt")
+            assert 0.98 * claimed[label] < found["step"] / found["forward"] <= claimed[label], label
+            assert found["optimizer"] > 0
+
+
+def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs_again(tmp_path):
+    """A copy of the project, as a clone; the teacher row of Table 2 (a start of 200 steps, and its evaluation) on a small image set."""
+    for file in [*HERE.glob("*.py"), HERE / "results" / "paper_tables.json"]:
+        target = tmp_path / file.relative_to(HERE)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(file, target)
+    g, y = np.random.default_rng(0), np.arange(60) % 3
+    np.savez(tmp_path / "toy.npz", images=np.clip(np.array([40, 120, 200])[y][:, None, None] + g.normal(0, 40, (60, 4, 4)), 0, 255).astype(np.uint8), labels=y)
+
+    def start(*flags):
+        return subprocess.Popen([sys.executable, "reproduce.py", "2", "--data", "toy.npz", "--row", "2", "--seeds", "1", *flags], cwd=tmp_path, env=environment(),
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    first = start()
+    metrics = tmp_path / "runs" / "reproduce" / "toy" / "consistency-lossimf-seed0" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 4) and first.poll() is None:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGINT)
+    printed, _ = first.communicate(timeout=60)
+    assert first.returncode == 130 and "the same command goes on" in printed and "Traceback" not in printed
+    stopped = torch.load(metrics.parent / "state.pt", weights_only=True)["step"]
+    assert 0 < stopped < 200
+    printed, _ = (second := start()).communicate(timeout=300)
+    assert second.returncode == 0 and "0 kept" in printed, printed
+    log = metrics.parent.with_name(metrics.parent.name + ".log").read_text()
+    assert f"resuming at step {stopped}" in log
+    out = tmp_path / "runs" / "reproduce" / "tables"
+    before = [(out / f"table2-toy-weak{end}").read_text() for end in (".md", ".csv")]
+    assert {f.name for f in out.iterdir()} == {f"table2-toy-weak{end}" for end in (".md", ".csv", ".json", ".png", "-samples.png")}
+    lines = list(csv.DictReader(io.StringIO(before[1])))
+    assert [(line["seed"], line["steps"]) for line in lines] == [("0", "25")] and float(lines[0]["fd"]) > 0
+    own = json.loads((tmp_path / "runs/reproduce/toy/evaluate-imf-velocity-seed0/evaluation.json").read_text())
+    assert float(lines[0]["fd"]) == pytest.approx(own["fd_25step"], abs=1e-4)                        # the number is the script's own
+    printed, _ = start().communicate(timeout=60)
+    assert "2 runs, 2 kept" in printed and [(out / f"table2-toy-weak{end}").read_text() for end in (".md", ".csv")] == before
+    with open(tmp_path / "consistency.py", "a") as file:
+        file.write("# changed\n")
+    printed, _ = (third := start()).communicate(timeout=300)
+    assert third.returncode == 0 and "consistency-lossimf-seed0: consistency.py changed since, the kept run is removed and runs again" in printed
+    assert "evaluate-imf-velocity-seed0: consistency.py changed since" in printed                     # what started from it too
+    assert f"| {reproduce.spread([float(lines[0]['fd'])], 1)} |" in (out / "table2-toy-weak.md").read_text()
+
+
+def test_bad_flags_of_reproduce_end_in_one_line(capsys, monkeypatch, inputs):
+    for command, words in (("reproduce.py 6", "invalid choice"), ("reproduce.py 2 --row 12", "expected 1 to 11"), ("reproduce.py 5 --start strong", "--start strong"), ("reproduce.py 2 --seeds 0", "--seeds"),
+                           (f"reproduce.py 2 --data {inputs}/latents", "needs --vae, --inception and --ref"), ("reproduce.py 2 --vae x", "does nothing"), ("reproduce.py cost --seeds 3", "does nothing"),
+                           (f"reproduce.py 5 --init {inputs}/imf.pt", "rows start from one network"), ("reproduce.py 2 --init nowhere.pt", "expected a file"), ("reproduce.py 2 --size tiny", "does nothing")):
+        assert words in refusal(command, capsys, monkeypatch)
+
+
+def test_tables_in_readme_are_those_of_the_results():
+    """Every table in results/ follows from its JSON, and README shows its first half word for word."""
+    readme, names = (HERE / "README.md").read_text(), []
+    for path in sorted((HERE / "results").glob("table*.json")):
+        stored = json.loads(path.read_text())
+        table = reproduce.TABLES[stored["table"]]
+        rows = reproduce.summary({row["number"]: table.rows[row["number"] - 1] for row in stored["rows"]}, {row["number"]: row["seeds"] for row in stored["rows"]})
+        text = reproduce.markdown(argparse.Namespace(data=stored["data"]), table, rows)
+        assert path.with_suffix(".md").read_text().endswith(f"\n\n{text}\n"), path
+        assert len(rows) == len(table.rows) and all(row["n"] == 5 for row in rows.values()), path
+        if path.stem in readme:
+            assert text.split("\n\n")[0] in readme, path
+            assert re.search(rf"results/{path.stem}\.png", readme), path
+            names.append(path.stem)
+    assert {"table2-digits-weak", "table2-digits-strong"} <= set(names)
