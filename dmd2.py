@@ -37,7 +37,7 @@ from vae import BadInput, load_data
 TABLE6 = dict(size="B/1", batch_size=128, precision="bf16", ema=0.99995, lr=6e-4, omega=6.0, guide_to=0.9, save_every=500, health_every=500)
 DIGITS = dict(size="tiny", lr=1e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=50, health_every=50)
 PRESETS = {
-    ("pixels", "imf"): DIGITS | dict(steps=100, M=2, lam=1.0),
+    ("pixels", "imf"): DIGITS | dict(steps=100, M=2, lr=3e-4, fake_lr=3e-3, lam=1.0),
     ("pixels", "fm"): DIGITS | dict(steps=100, M=2, lam=1.0),
     ("pixels", "scratch"): DIGITS | dict(steps=400, M=1, cd=1, ttur=1, lam=0.1, lr=6e-3),
     ("latents", "imf"): TABLE6 | dict(steps=15_000, M=2),

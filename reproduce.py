@@ -61,13 +61,13 @@ METRICS = ("fd", "is", "precision", "recall", "acc")                          # 
 # The same rows on two kinds of data; where the flags differ, a name in braces stands for them.
 STARTS = dict(imf="consistency.py --loss imf", fm="consistency.py --loss fm")
 FLAGS = dict(
-    pixels=dict(strong=" --steps 800", m1=" --lam 0.05", lam8="0.5", fm_all="", fm_few=" --cfg_channels 1", long=" --steps 400"),
-    latents=dict(strong="", m1="", lam8="0.05", fm_all=" --cfg_channels 0", fm_few=" --cfg_channels 3", long=""))
+    pixels=dict(strong=" --steps 800", m1=" --lam 0.05", cd1=" --lr 1e-3 --fake_lr 1e-3", lam8="0.5", fm_all="", fm_few=" --cfg_channels 1", long=" --steps 400"),
+    latents=dict(strong="", m1="", cd1="", lam8="0.05", fm_all=" --cfg_channels 0", fm_few=" --cfg_channels 3", long=""))
 CONTROL = {("pixels", "weak"): 400, ("pixels", "strong"): 1000, ("latents", "weak"): 404_000}                 # steps of the start and of a distillation
 CD, CD_MASKED = "consistency.py --loss cd --init {start} --mask_prob 0", "consistency.py --loss cd --init {start}"
 FSF, DMD2, TEACHER = "fsf_dmd.py --init {start}", "dmd2.py --init {start}", "evaluate.py {start} --velocity"
 EARLY = " --weight one --shift 1 --lam 0.1 --mask_prob 0"                     # Table 3 before "+ hyperparameter tuning"
-TTUR = [" --ttur 1", " --ttur 2", " --ttur 3", " --ttur 4", "", " --ida 0.97", " --cd 1 --mask_prob 0", " --cd 1"]
+TTUR = [" --ttur 1", " --ttur 2", " --ttur 3", " --ttur 4", "", " --ida 0.97", " --cd 1 --mask_prob 0{cd1}", " --cd 1{cd1}"]
 WEIGHTS = [" --weight one", "", " --weight one --clip 1"]                      # adaptive is the default
 
 Row = namedtuple("Row", "label paper start command")          # paper: {column: value}; start: imf, fm or None (from scratch); command None: the start itself
@@ -84,7 +84,7 @@ def rows(name, start, commands):
     return [Row(label, values, start, command) for (label, values), command in zip(paper(name), commands, strict=True)]
 
 
-TWO = [None, TEACHER, CD, DMD2, DMD2 + " --ida 0.97", DMD2 + " --cd 1 --mask_prob 0", FSF + " --M 2", FSF + " --M 1{m1}"]
+TWO = [None, TEACHER, CD, DMD2, DMD2 + " --ida 0.97", DMD2 + " --cd 1 --mask_prob 0{cd1}", FSF + " --M 2", FSF + " --M 1{m1}"]
 FOUR = ["evaluate.py {start}{fm_all}", "evaluate.py {start}{fm_few}", CD, DMD2, DMD2 + " --cd 1 --mask_prob 0", FSF]
 NOT_IN_PAPER = [                                                # at the end of our Table 2
     Row("Consistency distillation + random masking (Table 3)", dict(fid=4.98), "imf", CD_MASKED), Row("SiD", {}, "imf", "sid.py --init {start}"),
@@ -109,7 +109,11 @@ TABLES["10"] = TABLES["10"]._replace(rows=[row._replace(start=row.label.split(":
 
 # ---- the runs ----------------------------------------------------------------------------------------------------------------
 
-Job = namedtuple("Job", "folder command start")                               # start: the Job that has to end first, or None
+Job = namedtuple("Job", "folder command measure start")       # measure: evaluate.py's flags for latents; start: the Job that has to end first, or None
+
+
+def init_name(args):
+    return Path(args.init).parent.name if Path(args.init).name == "model.pt" else Path(args.init).stem
 
 
 def job(args, command, seed, start=None):
@@ -117,12 +121,15 @@ def job(args, command, seed, start=None):
     kind = data_kind(args.data)
     script, *flags = shlex.split(command.format(start="START", control=CONTROL[kind, args.start], **FLAGS[kind]))
     name = "".join(flag for flag in flags if flag not in ("--init", "START")).replace("--", "-").replace("/", "_")
-    origin = "" if start is None else "-" + (Path(args.init).parent.name if args.init else start.folder.name.removeprefix("consistency-loss").removesuffix(f"-seed{seed}"))
+    origin = "" if start is None else "-" + (init_name(args) if args.init else start.folder.name.removeprefix("consistency-loss").removesuffix(f"-seed{seed}"))
     folder = args.runs / Path(args.data).stem / f"{Path(script).stem}{origin}{name if name[:1] in ('', '-') else '-' + name}-seed{seed}"
     model = str(args.init or start.folder / "model.pt") if start else ""
     argv = [script] + [model if flag == "START" else flag for flag in flags] + ["--data", args.data] * (args.data != "digits")
     argv += ["--seed", str(seed)] * (script != "evaluate.py") + ["--out", str(folder)]
-    return Job(folder, tuple(argv), None if args.init else start)
+    measure = []
+    if kind == "latents":
+        measure = ["--vae", args.vae, "--inception", args.inception, "--ref", args.ref, "--n", str(args.n or 50_000)] + ["--few", "1"] * bool(args.n and args.n <= 2048)
+    return Job(folder, tuple(argv), tuple(measure), None if args.init else start)
 
 
 def jobs_of(args, rows, seed):
@@ -151,6 +158,11 @@ def sources_of(job):
     return sources(*(j.command[0] for j in (job, job.start) if j))
 
 
+def identity(job):
+    """What a kept run has to agree in."""
+    return dict(command=list(job.command), measure=list(job.measure), sources=sources_of(job))
+
+
 def beside(job, suffix):
     return job.folder.with_name(job.folder.name + suffix)                     # a name may hold a dot: lam0.05
 
@@ -162,8 +174,7 @@ def record(job):
 
 
 def is_done(job):
-    known = record(job)
-    return known.get("done", False) and known["command"] == list(job.command) and known["sources"] == sources_of(job)
+    return record(job) == identity(job) | dict(done=True)
 
 
 class Stopped(Exception):
@@ -216,38 +227,40 @@ class Runner:
                 raise Stopped
             if is_done(job):
                 return
-            known, now, log = record(job), sources_of(job), beside(job, ".log")
-            changed = [file for file, h in now.items() if known.get("sources", {}).get(file) != h] + ["the command"] * (known.get("command") != list(job.command))
+            known, now, log, path = record(job), identity(job), beside(job, ".log"), beside(job, ".json")
+            changed = [file for file, h in now["sources"].items() if known.get("sources", {}).get(file) != h] + [f"the {k}" for k in ("command", "measure") if known.get(k) != now[k]]
             if changed and job.folder.exists():
                 tqdm.write(f"{job.folder.name}: {', '.join(changed)} changed since, the kept run is removed and runs again")
                 shutil.rmtree(job.folder)
             if changed:
                 log.unlink(missing_ok=True)
-            path = beside(job, ".json")
-            path.write_text(json.dumps(dict(command=job.command, sources=now, done=False), indent=1))
+            path.write_text(json.dumps(now | dict(done=False), indent=1))
             for command in self.commands(job):
                 self.call(command, log, lock.fileno())
-            path.write_text(json.dumps(dict(command=job.command, sources=now, done=True), indent=1))
+                for features in job.folder.glob("fid_*/features"):            # 600 MB each
+                    shutil.rmtree(features)
+            path.write_text(json.dumps(now | dict(done=True), indent=1))
 
     def commands(self, job):
-        """The command lines of a job: with pixels its own; with latents training in pieces, each followed by an FID."""
-        args = self.args
-        if data_kind(args.data) == "pixels":
+        """The command lines of a job that are still to do: with pixels its own; with latents training in pieces, each followed by FIDs of 2 (and 1) steps."""
+        if not job.measure:
             return [job.command]
-        few = ["--n", str(args.n)] * bool(args.n) + ["--few", "1"] * bool(args.n and args.n <= 2048)
 
-        def fid(line, at, N):
-            return [*line, "--steps", str(N), "--vae", args.vae, "--inception", args.inception, "--ref", args.ref, *few, "--out", str(job.folder / f"fid_{at:06d}_{N}step")]
+        def fids(line, at, steps):
+            todo = [(N, job.folder / f"fid_{at:06d}_{N}step") for N in steps]
+            return [[*line, "--steps", str(N), *job.measure, "--out", str(out)] for N, out in todo if not (out / "fid.json").exists()]
 
         if job.command[0] == "evaluate.py":
-            return [fid(job.command[:-2], 0, 25 if "--velocity" in job.command or "-fm" in job.folder.name else 2)]
+            return fids(job.command[:-2], 0, [25 if "--velocity" in job.command or "lossfm" in job.command[1] or self.args.table == "4" else 2])
         text = subprocess.run([sys.executable, str(HERE / job.command[0]), *job.command[1:], "--dry_run"], capture_output=True, text=True).stdout
-        steps = int(re.search(r"--steps +(\d+)", text)[1])
-        pieces, lines = [*range(args.fid_every, steps, args.fid_every), steps] if args.fid_every else [steps], []
-        for at in pieces:
-            lines.append([*job.command, "--steps", str(at)])
-            if "--loss fm" not in " ".join(job.command):                      # of that start, Table 4 measures the samples itself
-                lines += [fid(["evaluate.py", str(job.folder / "model.pt"), "--data", args.data], at, N) for N in ((2, 1) if args.table == "5" else (2,))]
+        total, every = int(re.search(r"--steps +(\d+)", text)[1]), self.args.fid_every
+        lines = []
+        for at in [*range(every, total, every), total] if every else [total]:
+            measure = fids(["evaluate.py", str(job.folder / "model.pt"), "--data", self.args.data], at, [2, 1] if self.args.table == "5" else [2])
+            if "--loss fm" in " ".join(job.command):                          # a start of Table 4, which measures its samples itself
+                measure = []
+            if measure or at == total:                                        # else done before an interruption, and training is past it
+                lines += [[*job.command, "--steps", str(at)], *measure]
         return lines
 
 
@@ -257,7 +270,7 @@ def run_all(args, wanted):
     open_jobs = [j for j in unique if not is_done(j)]
     runner, failed, futures = Runner(args), {}, {}
     pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
-    before = signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)        # as Ctrl-C
     print(f"{len(unique)} runs, {len(unique) - len(open_jobs)} kept from before; {args.jobs} at a time, in {args.runs}")
     try:
         for j in sorted(open_jobs, key=lambda j: j.start is not None):        # starts first: nothing in the queue waits for what comes after it
@@ -382,7 +395,8 @@ def figure(args, table, rows, path):
     """Metric against step, mean over seeds with the range as a band: Frechet distance and IS at 2 steps (the paper's Fig. 3)."""
     import matplotlib.figure
     drawing = matplotlib.figure.Figure(figsize=(10, 4.2), layout="constrained")
-    styles, handles = ["-", "--", ":", "-."], {}
+    styles, handles, mixed = ["-", "--", ":", "-."], {}, any(row.start for row in table.rows)
+    levels = {r for r, row in enumerate(table.rows, 1) if row.command is None or mixed and row.start is None}       # the start, and the control
     for axis, metric, title in zip(drawing.subplots(1, 2), ("fd", "is"), (f"{'FID' if data_kind(args.data) == 'latents' else 'Frechet distance'}, 2 steps", "Inception Score, 2 steps")):
         for i, row in enumerate(rows.values()):
             key, seeds = f"{metric}_{row['N']}step", [run["evaluations"] for run in row["seeds"].values()]
@@ -390,11 +404,11 @@ def figure(args, table, rows, path):
                 continue
             steps = sorted(set.intersection(*({e["step"] for e in run} for run in seeds)))
             values = np.array([[e[key] for e in run if e["step"] in steps] for run in seeds])         # [seeds, steps]
-            label, style = f"{row['number']} {row['label']}", dict(color=f"C{i % 10}", linestyle=styles[i // 10 if len(steps) > 1 else 1])
-            if len(steps) == 1:                                                                       # not trained: a level
-                handles[label] = axis.axhline(values.mean(), linewidth=1, **style)
+            label, style = f"{row['number']} {row['label']}", dict(color=f"C{i % 10}", linestyle=styles[1 if len(steps) == 1 or row["number"] in levels else i // 10])
+            if len(steps) == 1 or row["number"] in levels:                                            # not trained, or the control: a level
+                handles[label] = axis.axhline(values[:, -1].mean(), linewidth=1, **style)
                 continue
-            if table.rows[0].start is None:                                                           # step 0 is noise there
+            if not mixed:                                                                             # from scratch: step 0 is noise
                 steps, values = steps[1:], values[:, 1:]
             handles[label] = axis.plot(steps, values.mean(0), marker=".", **style)[0]
             axis.fill_between(steps, values.min(0), values.max(0), color=f"C{i % 10}", alpha=0.08, linewidth=0)
@@ -428,7 +442,7 @@ def samples(args, rows, jobs, path):
 def report(args, table, table_rows, jobs, runs):
     """Write and print the table of a {row number: Row}, from jobs and runs, {row number: {seed: ...}}."""
     rows = summary(table_rows, runs)
-    regime = Path(args.init).parent.name if args.init else args.start if "imf" in {row.start for row in table.rows} else ""
+    regime = init_name(args) if args.init else args.start if "imf" in {row.start for row in table.rows} else ""
     name = "-".join(part for part in (f"table{args.table}", Path(args.data).stem, regime) if part)
     text = markdown(args, table, rows)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -551,7 +565,7 @@ def time_steps(args, command, folder, steps):
 def cost(args):
     """Seconds, memory, FLOPs and forward passes of one step of every method, on random latents; reference of the ratios: FSF-DMD M=2."""
     folder, on_gpu = args.runs / "cost", torch.cuda.is_available()
-    B, precision, steps = args.batch_size or (128 if on_gpu else 2), "bf16" if on_gpu else "fp32", 24 if on_gpu else 4
+    B, precision, steps = args.batch_size or (128 if on_gpu else 1), "bf16" if on_gpu else "fp32", 24 if on_gpu else 3
     data = random_inputs(folder, args.size)
     chosen = [row for i, row in enumerate(COST, 1) if args.row in (None, i)]
     seconds = {label: values["sec_per_step_b200"] for label, values in paper("table10")} | {label: values["sec_per_step_a100"] for label, values in paper("table5")}
@@ -597,7 +611,7 @@ def parse_args(argv=None):
     p.add_argument("--n", type=number(int, 4), help="latents: images of an FID (default: 50,000)")
     p.add_argument("--fid_every", type=number(int, 0), default=0, help="latents: steps between FIDs; 0: at the end only (the paper reports the best found: 1000)")
     p.add_argument("--size", default="B/1", help="cost: network size (default: B/1, the paper's)")
-    p.add_argument("--batch_size", type=number(int, 1), help="cost: batch of the timing (default: 128 on a GPU, 2 on a CPU); FLOPs are counted at 1")
+    p.add_argument("--batch_size", type=number(int, 1), help="cost: batch of the timing (default: 128 on a GPU, 1 on a CPU); FLOPs are counted at 1")
     p.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
     p.add_argument("--out", type=Path, default=Path("runs/reproduce/tables"), help="folder of the tables and pictures")
     args = p.parse_args(argv)

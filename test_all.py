@@ -1,6 +1,6 @@
-"""python -m pytest -q test_all.py test_data.py        the whole suite, CPU only, under 10 minutes on 2 cores
+"""python -m pytest -q -n 2        the whole suite, CPU only, under 10 minutes on 2 cores
 
-Here: networks, optimizer, methods, command lines, README.  test_data.py: data, autoencoder, official weights, metrics.
+Here: networks, optimizer, methods, command lines, README.  test_data.py: data, autoencoder, official weights, metrics.  test_reproduce.py: the tables.
 
 Facts, not shapes: outputs of the official implementations (golden/), closed forms, identities between methods, exact resume, real
 command lines in a subprocess.
@@ -33,6 +33,7 @@ import evaluate
 import fsf_dmd
 import model
 import normuon
+import reproduce
 import sid
 import twinflow
 import vae
@@ -41,6 +42,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "golden"))
 from golden_weights import fingerprint, golden_input, golden_state, golden_tensor  # noqa: E402
 
+torch.set_num_threads(1)                                                                     # the two workers of pytest -n 2 have a core each
 METHODS = ("consistency.py", "dmd2.py", "fsf_dmd.py", "sid.py", "twinflow.py")
 
 
@@ -1423,9 +1425,9 @@ def test_readme_commands_exist_and_parse(monkeypatch, capsys):
     assert len(commands) >= 4
     for command in commands:
         script, *argv = shlex.split(command.replace('torchrun ', ''))[1:]
-        if script in ("evaluate.py", "vae.py"):
+        if script in ("evaluate.py", "vae.py", "reproduce.py"):
             sys.modules[script[:-3]].parse_args(argv)
-        elif script != "test_all.py":
+        else:
             with pytest.raises(SystemExit) as stop:
                 sys.modules[script[:-3]].parse_args([*argv, "--dry_run"])
             assert stop.value.code == 0, command
@@ -1440,7 +1442,7 @@ def test_every_unsettled_choice_of_the_paper_is_a_flag_in_readme():
                  "cfg_channels"):
         assert f"--{flag}" in silent, flag
     for name in re.findall(r"`--(\w+)", readme):
-        assert any(f'"--{name}"' in (HERE / f).read_text() for f in ("common.py", "evaluate.py", "vae.py", *METHODS)), f"README names --{name}, no script has it"
+        assert any(f'"--{name}"' in (HERE / f).read_text() for f in ("common.py", "evaluate.py", "vae.py", "reproduce.py", *METHODS)), f"README names --{name}, no script has it"
     for name in re.findall(r"\]\(([\w/.-]+\.(?:png|json|md|py))\)", readme):
         assert (HERE / name).exists(), name
 

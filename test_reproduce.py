@@ -94,6 +94,7 @@ def test_latents_are_trained_in_pieces_and_the_best_fid_is_found(inputs, tmp_pat
     for at, fid in ((1500, 5.0), (3000, 4.0), (4000, 4.5)):
         (jobs[7].folder / f"fid_{at:06d}_2step").mkdir(parents=True)
         (jobs[7].folder / f"fid_{at:06d}_2step" / "fid.json").write_text(json.dumps({"fid": fid, "is": 200.0, "precision_inception": 0.6, "recall_inception": 0.5, "n": 2000}))
+    assert reproduce.Runner(args).commands(jobs[7]) == [[*jobs[7].command, "--steps", "4000"]]         # interrupted and restarted: no FID is measured twice
     run = reproduce.collect(args, jobs[7])
     assert [e["fd_2step"] for e in run["evaluations"]] == [5.0, 4.0, 4.5] and run["evaluations"][2] == dict(step=4000, fd_2step=4.5, is_2step=200.0, precision_2step=0.6, recall_2step=0.5)
     row = reproduce.summary({7: reproduce.TABLES["2"].rows[6]}, {7: {0: run}})[7]
@@ -112,6 +113,18 @@ def test_forward_passes_that_the_scripts_claim_are_what_the_code_does(inputs, tm
                 found = reproduce.count(script[:-3], argv, 1, inputs / f"{'fm' if start == 'fm' or label == 'FM' else 'imf'}.pt")
             assert 0.98 * claimed[label] < found["step"] / found["forward"] <= claimed[label], label
             assert found["optimizer"] > 0
+
+
+def test_cost_measures_a_step_of_a_method(tmp_path):
+    """The first row of `reproduce.py cost`, of a small network: seconds and memory of a process of its own, and counted passes."""
+    printed = subprocess.run([sys.executable, str(HERE / "reproduce.py"), "cost", "--size", "tiny", "--row", "1", "--out", "."], cwd=tmp_path, env=environment() | dict(CUDA_VISIBLE_DEVICES=""),
+                             capture_output=True, text=True, check=True).stdout
+    found = json.loads((tmp_path / "cost-cpu.json").read_text())
+    [row] = found["rows"]
+    assert row["label"] == "imf: Consistency distillation" and row["paper_sec_per_step"] == 0.23 and 5.9 < row["passes"] <= 6
+    assert 0 < row["sec_per_step"] < 60 and 0.1 < row["memory_gb"] < 20 and not (tmp_path / "runs/reproduce/cost").exists()
+    assert row["hours_modelled"] == pytest.approx(40_000 * (128 * row["gflop_per_image"] + row["gflop_optimizer"]) * 1e9 / found["flop_per_second_modelled"] / 3600)
+    assert "| imf: Consistency distillation | 6.0 |" in printed
 
 
 def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs_again(tmp_path):
