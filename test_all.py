@@ -665,7 +665,7 @@ def test_discriminator_has_the_papers_size_and_feeds_the_generator_at_step_0():
 def test_every_turn_leaves_the_other_networks_alone(home, monkeypatch, capsys, script, order):
     """Around each optimizer step all parameters and states of the other side are bit-identical, and have no gradient."""
     monkeypatch.chdir(home)
-    monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0))
+    monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0, False))
     sides, turns = [], []
 
     class Spy(normuon.NorMuon):
@@ -703,7 +703,7 @@ def test_every_turn_leaves_the_other_networks_alone(home, monkeypatch, capsys, s
 def test_without_gan_the_real_images_are_never_seen(home, monkeypatch, capsys, script):
     """The rollout and the fake loss need noise and labels only: other images, the same weights."""
     monkeypatch.chdir(home)
-    monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0))
+    monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0, False))
     with np.load("toy.npz") as toy:
         np.savez("negative_toy.npz", images=255 - toy["images"], labels=toy["labels"])
     weights, module = {}, sys.modules[script]
@@ -1102,7 +1102,7 @@ FLAGS = {  # base command: each of these flips one flag of it, and the trained w
                             "--batch_size 64", "--tangent_norm 0.1", "--tangent_norm 1", "--init fm/model.pt", "--init fm/model.pt --omega 3", "--init fm/model.pt --omega 3 --guide_to 0.5"],
     "consistency.py --loss rcgm --data toy.npz": ["--delta 0.1", "--order 1", "--clamp 0.2", "--clamp 0", "--omega_max 5", "--mask_prob 0", "--huber_c 1"],
     "consistency.py --loss isg --init imf/model.pt --data toy.npz": ["--M 1", "--huber_c 1", "--omega 3", "--cd_guidance drawn --omega_max 3", "--init fm/model.pt"],
-    TOY["dmd2.py"]: ["--M 1", "--ttur 3", "--fake_lr 1e-2", "--lambda_g 0", "--lambda_g 1", "--lambda_d 1", "--disc_trunk teacher", "--ida 1", "--ida 0.5", "--cd 0", "--lam 1",
+    TOY["dmd2.py"]: ["--M 1", "--ttur 3", "--fake_lr 1e-2", "--lambda_g 0", "--lambda_g 1", "--lambda_d 1", "--disc_trunk teacher", "--ida 1", "--ida 0.5", "--cd 0", "--lam 0.3",
                      "--cd 1 --mask_prob 0"],
     f"dmd2.py {FM} --ttur 1": ["--cd 1", "--omega 3"],
     f"dmd2.py {SCRATCH}": ["--lam 1", "--ttur 2", "--omega_max 3"],
@@ -1123,7 +1123,7 @@ def test_every_flag_changes_what_is_trained(home, monkeypatch, capsys, command):
     monkeypatch.chdir(home)
     script, *base = f"{command} --steps 3".split()
     module, flags = sys.modules[script[:-3]], FLAGS[command]
-    monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0))                   # few samples: the metrics are not asked here
+    monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0, False))                   # few samples: the metrics are not asked here
     def weights(extra, out):
         module.train(module.parse_args([*base, *shlex.split(extra), "--out", out]))
         return torch.cat([p.flatten() for p in torch.load(home / out / "model.pt", weights_only=True)["weights"].values()])
@@ -1156,7 +1156,7 @@ def test_the_run_folder_is_named_after_what_differs_from_the_preset():
 
 def test_pretraining_flags_and_the_other_losses(home, monkeypatch, capsys):
     monkeypatch.chdir(home)
-    monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0))
+    monkeypatch.setattr(evaluate.evaluate, "__defaults__", (None, 60, 0, False))
     nets = {}
     for extra in ("--loss imf", "--loss imf --omega_max 5", "--loss imf --n_tokens 3", "--loss imf --token_block 0", "--loss fm", "--loss ct", "--loss imf --size B/1 --batch_size 2 --micro_batch 1 --dry_run"):
         args = [*extra.split(), "--data", "toy.npz", "--steps", "3", "--out", f"pre{len(nets)}"]
@@ -1180,7 +1180,7 @@ def test_pretraining_flags_and_the_other_losses(home, monkeypatch, capsys):
 def test_without_its_own_term_fsf_dmd_is_its_baseline(home, monkeypatch, capsys):
     """During --warmup FSF-DMD is consistency distillation (from a flow map and from flow matching); from scratch, with lambda 0, it is iMF."""
     monkeypatch.chdir(home)
-    monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0))
+    monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0, False))
     pairs = [("--init imf/model.pt --warmup 3", "--loss cd --init imf/model.pt"), ("--init fm/model.pt --warmup 3 --omega 2", "--loss cd --init fm/model.pt --omega 2"),
              ("--init scratch --lam 0", "--loss imf")]
     for i, (ours, baseline) in enumerate(pairs):
@@ -1210,7 +1210,7 @@ def test_a_velocity_network_becomes_a_flow_map_and_stays_the_teacher(home, monke
 
 def test_cosine_reaches_multi_channel_data(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0))
+    monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0, False))
     y = np.arange(60) % 2
     np.savez("rgb.npz", images=np.random.default_rng(0).integers(0, 256, (60, 4, 4, 3)).astype(np.uint8), labels=y)
     weights = []

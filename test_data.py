@@ -367,7 +367,7 @@ def test_small_images_in_folders_are_pixel_data(tmp_path, monkeypatch, capsys):
         for i in range(8):
             Image.fromarray(np.random.default_rng(9 * c + i).integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(tmp_path / "mine" / f"class{c}" / f"{i}.png")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0))
+    monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((1,), 60, 0, False))
     consistency.train(consistency.parse_args("--loss imf --data mine --steps 2 --out run".split()))
     checkpoint = common.load_checkpoint("run/model.pt")
     assert checkpoint["config"]["num_classes"] == 3 and checkpoint["data"]["shape"] == [3, 8, 8] and checkpoint["data"]["kind"] == "pixels"
