@@ -253,7 +253,8 @@ class Runner:
         if job.command[0] == "evaluate.py":
             return fids(job.command[:-2], 0, [25 if "--velocity" in job.command or "lossfm" in job.command[1] or self.args.table == "4" else 2])
         text = subprocess.run([sys.executable, str(HERE / job.command[0]), *job.command[1:], "--dry_run"], capture_output=True, text=True).stdout
-        total, every = int(re.search(r"--steps +(\d+)", text)[1]), self.args.fid_every
+        total, distils = int(re.search(r"--steps +(\d+)", text)[1]), "--init" in job.command and "scratch" not in job.command
+        every = self.args.fid_every * distils                                 # the paper's "best found" is of the distillations
         lines = []
         for at in [*range(every, total, every), total] if every else [total]:
             measure = fids(["evaluate.py", str(job.folder / "model.pt"), "--data", self.args.data], at, [2, 1] if self.args.table == "5" else [2])
@@ -404,13 +405,13 @@ def figure(args, table, rows, path):
                 continue
             steps = sorted(set.intersection(*({e["step"] for e in run} for run in seeds)))
             values = np.array([[e[key] for e in run if e["step"] in steps] for run in seeds])         # [seeds, steps]
-            label, style = f"{row['number']} {row['label']}", dict(color=f"C{i % 10}", linestyle=styles[1 if len(steps) == 1 or row["number"] in levels else i // 10])
+            label = f"{row['number']} {row['label']}"
             if len(steps) == 1 or row["number"] in levels:                                            # not trained, or the control: a level
-                handles[label] = axis.axhline(values[:, -1].mean(), linewidth=1, **style)
+                handles[label] = axis.axhline(values[:, -1].mean(), linewidth=1, color="black", linestyle=styles[1 + i % 3])
                 continue
             if not mixed:                                                                             # from scratch: step 0 is noise
                 steps, values = steps[1:], values[:, 1:]
-            handles[label] = axis.plot(steps, values.mean(0), marker=".", **style)[0]
+            handles[label] = axis.plot(steps, values.mean(0), marker=".", color=f"C{i % 10}", linestyle=styles[i // 10])[0]
             axis.fill_between(steps, values.min(0), values.max(0), color=f"C{i % 10}", alpha=0.08, linewidth=0)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
@@ -609,7 +610,7 @@ def parse_args(argv=None):
     p.add_argument("--inception", help="latents: weight file of FID's Inception network, as in evaluate.py")
     p.add_argument("--ref", help="latents: reference statistics, as in evaluate.py")
     p.add_argument("--n", type=number(int, 4), help="latents: images of an FID (default: 50,000)")
-    p.add_argument("--fid_every", type=number(int, 0), default=0, help="latents: steps between FIDs; 0: at the end only (the paper reports the best found: 1000)")
+    p.add_argument("--fid_every", type=number(int, 0), default=0, help="latents: steps of a distillation between FIDs; 0: at the end only (the paper reports the best found)")
     p.add_argument("--size", default="B/1", help="cost: network size (default: B/1, the paper's)")
     p.add_argument("--batch_size", type=number(int, 1), help="cost: batch of the timing (default: 128 on a GPU, 1 on a CPU); FLOPs are counted at 1")
     p.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs that are kept")

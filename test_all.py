@@ -33,7 +33,7 @@ import evaluate
 import fsf_dmd
 import model
 import normuon
-import reproduce
+import reproduce  # noqa: F401  (its commands in README are parsed)
 import sid
 import twinflow
 import vae

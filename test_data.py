@@ -596,3 +596,17 @@ def test_fid_of_a_checkpoint_and_its_raw_weights(photos, monkeypatch, capsys):
     common.main(evaluate.run, lambda: evaluate.parse_args("grid metric/model.pt --vae vae.pt --out pictures2".split()))
     assert Path("pictures2/samples.png").exists() and not Path("pictures2/evaluation.json").exists()
     capsys.readouterr()
+
+
+def test_velocity_of_a_flow_map_is_sampled_by_euler_steps():
+    """--velocity: x - dt u(x, t, t), asked as iMF trains it (omega inside its interval, 1 outside); with few steps it is another sampler than the flow map."""
+    net = small_net("in_context", dtype=torch.float32)
+    found, y = evaluate.generate(net, 6, (2, 4, 4), 4, omega=3.0, guide_to=0.6, velocity=True)
+    x = common.noise_by_index(evaluate.EVAL_SEED, range(6), (2, 4, 4))
+    with torch.no_grad():
+        for t in (1.0, 0.75, 0.5, 0.25):
+            guidance = torch.tensor([[3.0 if t <= 0.6 else 1.0, 0.0, 1.0]]).expand(6, 3)
+            x = x - 0.25 * net(x, torch.full((6,), t), y, torch.full((6,), t), guidance)
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-5)
+    assert (found - evaluate.generate(net, 6, (2, 4, 4), 4, omega=3.0, guide_to=0.6)[0]).abs().max() > 1e-3
+    assert evaluate.sampler_steps(net) == [1, 2, 4] and evaluate.sampler_steps(net, velocity=True) == [25] and evaluate.sampler_steps(net, [250], True) == [250]
