@@ -2,7 +2,7 @@
 
 Paper: Kim, Lee, Park, "Distribution Matching Distillation without Fake Score Network", arXiv 2605.19256; its numbers: results/paper_tables.json.
 
-    python reproduce.py 2                    # Table 2 on digits: 8 rows x 5 seeds, 40 minutes on 2 CPU cores; also 3 4 5 7 8 9, and 10 (Table 2 and 4's metrics)
+    python reproduce.py 2                    # Table 2 on digits: 11 rows x 5 seeds, 45 minutes on 2 CPU cores; also 3 4 5 7 8 9, and 10 (rows of 2 and 4)
     python reproduce.py 2 --start strong     # from an iMF trained four times as long
     python reproduce.py 2 --list             # the commands, to paste
     python reproduce.py 2 --row 7 --seeds 1  # one row
@@ -14,7 +14,7 @@ runs/reproduce/ under its arguments and runs again only if a file that it execut
 command goes on, and ends with the same table.  Leaves table<N>-<data>-<start>.md, .csv, .json, .png (metric against step) and
 -samples.png (the same noise in every row) in --out.
 
-Protocol (digits).  Settings were chosen on seeds 100 and 101 (results/search_digits.json), three a method; reported are seeds 0 to 4.  `last`:
+Protocol (digits).  Settings were chosen on seeds 100 and 101, as many for each method (README, results/search_digits.json); reported are 0 to 4.  `last`:
 after the preset's steps; `best`: the best of the evaluations on the way, at `step`.  Values are mean +- standard deviation over seeds.
 A difference to the table's reference row is the mean of the paired differences over seeds; * marks p < 0.05 in a paired t-test after
 Holm's correction over the rows of the table.  Five seeds see large effects only.
@@ -393,7 +393,7 @@ def markdown(args, table, rows):
 
 
 def figure(args, table, rows, path):
-    """Metric against step, mean over seeds with the range as a band: Frechet distance and IS at 2 steps (the paper's Fig. 3)."""
+    """Metric against step (the paper's Fig. 3): Frechet distance and IS at 2 steps, mean over seeds; band: the standard error of the change since the start."""
     import matplotlib.figure
     drawing = matplotlib.figure.Figure(figsize=(10, 4.2), layout="constrained")
     styles, handles, mixed = ["-", "--", ":", "-."], {}, any(row.start for row in table.rows)
@@ -407,12 +407,13 @@ def figure(args, table, rows, path):
             values = np.array([[e[key] for e in run if e["step"] in steps] for run in seeds])         # [seeds, steps]
             label = f"{row['number']} {row['label']}"
             if len(steps) == 1 or row["number"] in levels:                                            # not trained, or the control: a level
-                handles[label] = axis.axhline(values[:, -1].mean(), linewidth=1, color="black", linestyle=styles[1 + i % 3])
+                handles[label] = axis.axhline(values[:, -1].mean(), linewidth=1, color=("black", "gray")[i % 2], linestyle=styles[1 + i % 3])
                 continue
-            if not mixed:                                                                             # from scratch: step 0 is noise
-                steps, values = steps[1:], values[:, 1:]
-            handles[label] = axis.plot(steps, values.mean(0), marker=".", color=f"C{i % 10}", linestyle=styles[i // 10])[0]
-            axis.fill_between(steps, values.min(0), values.max(0), color=f"C{i % 10}", alpha=0.08, linewidth=0)
+            error = (values - values[:, :1] * mixed).std(0) / max(1, len(values) - 1) ** 0.5
+            shown = slice(0 if mixed else 1, None)                                                    # from scratch: step 0 is noise
+            mean, error, steps = values.mean(0)[shown], error[shown], steps[shown]
+            handles[label] = axis.plot(steps, mean, marker=".", color=f"C{i % 10}", linestyle=styles[i % 4])[0]
+            axis.fill_between(steps, mean - error, mean + error, color=f"C{i % 10}", alpha=0.1, linewidth=0)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         if metric == "fd":
@@ -539,7 +540,7 @@ def count(script, argv, steps, forward_of):
     return dict(step=(marks[-1] - optimizer) / steps, optimizer=optimizer / steps, forward=one.get_total_flops(), preset=args.steps)
 
 
-def time_steps(args, command, folder, steps):
+def time_steps(command, folder, steps):
     """(median seconds of a step without the first ones, peak memory in GB) of a script in a process of its own, killed after so many steps."""
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, str(HERE / command[0]), *command[1:], "--log_every", "1", "--save_every", "0", "--health_every", "0", "--out", str(folder)]
@@ -564,33 +565,44 @@ def time_steps(args, command, folder, steps):
 
 
 def cost(args):
-    """Seconds, memory, FLOPs and forward passes of one step of every method, on random latents; reference of the ratios: FSF-DMD M=2."""
+    """Seconds, memory, FLOPs and forward passes of one step of every method, on random latents; a measured row is kept, as the tables' runs are."""
     folder, on_gpu = args.runs / "cost", torch.cuda.is_available()
     B, precision, steps = args.batch_size or (128 if on_gpu else 1), "bf16" if on_gpu else "fp32", 24 if on_gpu else 3
-    data = random_inputs(folder, args.size)
     chosen = [row for i, row in enumerate(COST, 1) if args.row in (None, i)]
     seconds = {label: values["sec_per_step_b200"] for label, values in paper("table10")} | {label: values["sec_per_step_a100"] for label, values in paper("table5")}
     twin = {"imf: DMD2 1:5": "imf: DMD2", "fm: DMD2 1:5": "fm: DMD2 (TTUR 1:5)", "FSF-DMD from scratch": "FSF-DMD"}
-    rows = []
+    setting = dict(device=torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores", size=args.size, batch=B, precision=precision)
+    path = args.runs / "cost.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
     for label, start, command in tqdm(chosen, unit="method", dynamic_ncols=True):
         script, *flags = shlex.split(command.format(start=folder / f"{start}.pt"))
-        fixed = ["--data", str(data), "--size", args.size] if not start else ["--data", str(data)]
-        sec, memory = time_steps(args, [script, *flags, *fixed, "--batch_size", str(B), "--precision", precision], folder / "run", steps)
+        identity = setting | dict(command=command, sources=sources(script))
+        if kept.get(label, {}).get("identity") == identity:
+            continue
+        if label in kept:
+            tqdm.write(f"{label}: its setting or sources changed since, measured again")
+        data = random_inputs(folder, args.size)
+        flags += ["--data", str(data)] + ["--size", args.size] * (start is None)
+        sec, memory = time_steps([script, *flags, "--batch_size", str(B), "--precision", precision], folder / "run", steps)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            flops = count(script[:-3], [*flags, *fixed, "--batch_size", "1", "--precision", "fp32", "--out", str(folder / "count"), "--resume", "no"], 2, folder / f"{'fm' if start == 'fm' or label == 'FM' else 'imf'}.pt")
+            flops = count(script[:-3], [*flags, "--batch_size", "1", "--precision", "fp32", "--out", str(folder / "count"), "--resume", "no"], 2 if script == "dmd2.py" else 1,
+                          folder / f"{'fm' if start == 'fm' or label == 'FM' else 'imf'}.pt")
         hours = flops["preset"] * (128 * flops["step"] + flops["optimizer"]) / RATE / 3600
-        rows.append(dict(label=label, command=command.format(start=f"{str(start).upper()}.pt"), sec_per_step=sec, memory_gb=memory, passes=flops["step"] / flops["forward"], gflop_per_image=flops["step"] / 1e9,
-                         gflop_optimizer=flops["optimizer"] / 1e9, preset_steps=flops["preset"], hours_modelled=hours, paper_sec_per_step=seconds.get(twin.get(label, label))))
+        row = dict(label=label, command=command.format(start=f"{str(start).upper()}.pt"), sec_per_step=sec, memory_gb=memory, passes=flops["step"] / flops["forward"], gflop_per_image=flops["step"] / 1e9,
+                   gflop_optimizer=flops["optimizer"] / 1e9, preset_steps=flops["preset"], hours_modelled=hours, paper_sec_per_step=seconds.get(twin.get(label, label)))
+        kept[label] = dict(identity=identity, row=row)
+        path.write_text(json.dumps(kept, indent=1))
+        shutil.rmtree(folder)
+    rows = [kept[label]["row"] for label, *_ in chosen]
     base = next((row for row in rows if row["label"] == "imf: FSF-DMD M=2"), rows[0])
     lines = [f"| one step, {args.size}, batch {B}, {precision} | forward passes | GFLOP an image | GFLOP optimizer | s/step | times {base['label']} | GB | times | paper: s/step | steps | H100 hours, modelled |", "|" + "---|" * 11]
     for row in rows:
         lines.append(f"| {row['label']} | {row['passes']:.1f} | {row['gflop_per_image']:.0f} | {row['gflop_optimizer']:.0f} | {row['sec_per_step']:.3g} | {row['sec_per_step'] / base['sec_per_step']:.2f} | {row['memory_gb']:.2f} | "
                      f"{row['memory_gb'] / base['memory_gb']:.2f} | {row['paper_sec_per_step'] or '-'} | {row['preset_steps']} | {row['hours_modelled']:.1f} |")
     args.out.mkdir(parents=True, exist_ok=True)
-    name, device = f"cost-{'cuda' if on_gpu else 'cpu'}", torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores"
-    (args.out / f"{name}.json").write_text(json.dumps(dict(device=device, torch=torch.__version__, size=args.size, batch=B, precision=precision, flop_per_second_modelled=RATE, rows=rows), indent=1))
-    (args.out / f"{name}.md").write_text(f"{device}, torch {torch.__version__}\n\n" + "\n".join(lines) + "\n")
-    shutil.rmtree(folder)
+    name = f"cost-{'cuda' if on_gpu else 'cpu'}"
+    (args.out / f"{name}.json").write_text(json.dumps(setting | dict(torch=torch.__version__, flop_per_second_modelled=RATE, rows=rows), indent=1))
+    (args.out / f"{name}.md").write_text(f"{setting['device']}, torch {torch.__version__}\n\n" + "\n".join(lines) + "\n")
     print("\n".join(lines) + f"\n\nwrote {args.out / name}.md and .json")
 
 

@@ -1448,21 +1448,15 @@ def test_every_unsettled_choice_of_the_paper_is_a_flag_in_readme():
 
 
 def test_readme_numbers_come_from_the_results():
+    """Tables 4 and 5 (those of reproduce.py: test_reproduce.py)."""
     readme, results = (HERE / "README.md").read_text(), json.loads((HERE / "results" / "digits.json").read_text())
     columns = (("fd_1step", ".1f"), ("fd_2step", ".1f"), ("is_2step", ".2f"), ("precision_2step", ".3f"), ("recall_2step", ".3f"), ("acc_1step", ".3f"), ("acc_2step", ".3f"))
     last = {row["name"]: [e[-1] for e in row["evaluations"].values()] for row in results["rows"]}
+    collapsed = last.pop("FSF-DMD, M = 1 with M = 2's lambda 0.5")
+    assert f"(distance {statistics.mean(e['fd_1step'] for e in collapsed):.0f}, accuracy {statistics.mean(e['acc_1step'] for e in collapsed):.3f};" in readme
     for runs in last.values():
         cells = [f"{statistics.mean(v):{f}} ± {statistics.stdev(v):{f}}" for k, f in columns for v in [[e[k] for e in runs]]]
         assert len(runs) == 5 and " | ".join(cells) in readme, cells
-    cd, fsf = last["+ CD with random masking"], last["+ FSF-DMD, M = 2 (lambda 0.5)"]
-    for metric, words in (("fd_2step", "-0.0 ± 2.7"), ("acc_2step", "+0.024 ± 0.009"), ("is_2step", "+0.15 ± 0.03"), ("precision_2step", "+0.071 ± 0.019"), ("recall_2step", "-0.083 ± 0.012")):
-        gain = np.array([b[metric] - a[metric] for a, b in zip(cd, fsf)])
-        digits = len(words.split(".")[-1])
-        assert f"{gain.mean():+.{digits}f} ± {gain.std(ddof=1):.{digits}f}" == words and words in readme
-        if metric != "fd_2step":
-            assert (np.sign(gain) == np.sign(gain[0])).all() and scipy.stats.ttest_1samp(gain, 0).pvalue < 0.01
-    ahead = [b["acc_2step"] - a["acc_2step"] for a, b in zip(last["+ DMD2, TTUR 1:5, GAN (100 steps)"], fsf)]
-    assert min(ahead) > 0
     def difference(a, b, metric):
         d = np.array([y[metric] - x[metric] for x, y in zip(last[a], last[b])])
         return d, f"{d.mean():+.{1 if metric.startswith('fd') else 3}f} ± {d.std(ddof=1):.{1 if metric.startswith('fd') else 3}f}"
@@ -1474,19 +1468,12 @@ def test_readme_numbers_come_from_the_results():
     scratch = ("iMF trained on to 400 steps", "FSF-DMD from scratch, M = 1")
     d, words = difference(*scratch, "acc_1step")
     assert (d > 0).all() and f"in all five seeds ({words})" in readme and f"distance by {difference(*scratch, 'fd_1step')[1].lstrip('+')}" in readme
-    first_table = [name for name in last if not name.endswith(("from FM", "from scratch", "400 steps")) and "from FM" not in name and "from scratch" not in name]
-    for i, e in enumerate(last["+ SiD"]):
-        assert all(e["recall_2step"] > last[name][i]["recall_2step"] for name in first_table if name != "+ SiD")
-        assert all(e["precision_2step"] < last[name][i]["precision_2step"] for name in first_table if name != "+ SiD"), i
-    assert (difference("+ CD with random masking", "+ SiD", "fd_2step")[0] > 0).sum() == 4
     teacher = list(results["velocity_network"]["last"].values())
     for k, f in (("fd", ".1f"), ("is", ".2f"), ("precision", ".3f"), ("recall", ".3f"), ("acc", ".3f")):
         v = [e[f"{k}_25step"] for e in teacher]
         assert f"{statistics.mean(v):{f}} ± {statistics.stdev(v):{f}}" in readme, k
     ratio = json.loads((HERE / "results" / "frechet_benchmark.json").read_text())
     assert f"{ratio['ratio']} times less CPU" in readme and ratio["relative_difference"] < 1e-9 and ratio["ratio"] >= 5
-    masked = np.array([b["fd_2step"] - a["fd_2step"] for a, b in zip(last["+ CD"], cd)])
-    assert (masked < 0).all() and f"{masked.mean():.1f} ± {masked.std(ddof=1):.1f}" == "-4.2 ± 0.8"
     for row in results["rows"]:                                                             # the commands still parse
         script, *argv = shlex.split(row["command"].replace(" S", " 0"))[1:]
         sys.modules[script[:-3]].parse_args(argv)
