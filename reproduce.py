@@ -47,9 +47,9 @@ import torch
 from scipy.stats import ttest_rel
 from tqdm import tqdm
 
-from common import BadInput, Parser, load_network, main, number, preview, save_atomic
+from common import BadInput, Parser, load_checkpoint, load_network, main, number, preview, save_atomic
 from evaluate import decoder, generate, sampling
-from model import fixed_guidance, guided_map
+from model import SIZES, fixed_guidance, guided_map
 from vae import data_kind, load_data
 
 HERE = Path(__file__).resolve().parent
@@ -623,7 +623,7 @@ def parse_args(argv=None):
     p.add_argument("--ref", help="latents: reference statistics, as in evaluate.py")
     p.add_argument("--n", type=number(int, 4), help="latents: images of an FID (default: 50,000)")
     p.add_argument("--fid_every", type=number(int, 0), default=0, help="latents: steps of a distillation between FIDs; 0: at the end only (the paper reports the best found)")
-    p.add_argument("--size", default="B/1", help="cost: network size (default: B/1, the paper's)")
+    p.add_argument("--size", default="B/1", choices=list(SIZES), help="cost: network size (default: B/1, the paper's)")
     p.add_argument("--batch_size", type=number(int, 1), help="cost: batch of the timing (default: 128 on a GPU, 1 on a CPU); FLOPs are counted at 1")
     p.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
     p.add_argument("--out", type=Path, default=Path("runs/reproduce/tables"), help="folder of the tables and pictures")
@@ -639,8 +639,10 @@ def parse_args(argv=None):
     starts = {row.start for row in TABLES[args.table].rows} if args.table != "cost" else set()
     if args.start == "strong" and ("imf" not in starts or latents or args.init):
         raise BadInput("--start strong: the two regimes are iMFs of pixels, trained here; on latents pass --init with a network trained longer")
-    if args.init and (starts not in ({"imf"}, {"fm"}) or not Path(args.init).is_file()):
-        raise BadInput(f"--init {args.init}: expected a file, and a table whose rows start from one network (2, 3, 4, 7, 8 or 9)")
+    if args.init:
+        found = {"in_context": "imf", "plain": "fm"}.get(load_checkpoint(args.init)["config"]["conditioning"])
+        if starts - {None} != {found}:
+            raise BadInput(f"--init {args.init}: holds the start of {found or 'no'} rows, but those of table {args.table} start from {' and '.join(sorted(filter(None, starts))) or 'scratch'}")
     if latents and not args.list and not (args.vae and args.inception and args.ref):
         raise BadInput(f"--data {args.data}: FID of latents needs --vae, --inception and --ref (see evaluate.py)")
     return args
@@ -650,7 +652,7 @@ def run(args):
     if args.table == "cost":
         return cost(args)
     table = TABLES[args.table]
-    rows = {r: row for r, row in enumerate(table.rows, 1) if args.row in (None, r)}
+    rows = {r: row for r, row in enumerate(table.rows, 1) if args.row in (None, r) and not (args.init and row.start is None)}       # no control of a start that is given
     jobs = {r: {} for r in rows}
     for seed in range(args.seeds):
         for r, each in jobs_of(args, rows, seed).items():
@@ -658,7 +660,7 @@ def run(args):
     if args.list:
         starts = dict.fromkeys(j.start for each in jobs.values() for j in each.values() if j.start)
         for start in starts:
-            print(f"# start\npython {shlex.join(start.command)}")
+            print(f"# a start\npython {shlex.join(start.command)}")
         for r, row in rows.items():
             print(f"# row {r}: {row.label} (the paper: {paper_text(row.paper)})")
             for each in jobs[r].values():

@@ -1070,7 +1070,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(home):
 
 def test_the_main_command_leaves_a_picture_a_table_and_a_checkpoint(tmp_path):
     """`python fsf_dmd.py --init imf --M 2` on the digits, shortened: pretrains once, distils, evaluates; then resumes from there."""
-    printed = run(tmp_path, "fsf_dmd.py --init imf --M 2 --steps 3", threads=2)
+    printed = run(tmp_path, "fsf_dmd.py --init imf --M 2 --steps 3")
     assert "consistency.py --loss imf" in printed and "real images, half against half" in printed and "after 3 steps" in printed
     out = tmp_path / "runs" / "fsf_dmd-digits-imf"
     result = json.loads((out / "result.json").read_text())

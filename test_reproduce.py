@@ -174,7 +174,8 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
 def test_bad_flags_of_reproduce_end_in_one_line(capsys, monkeypatch, inputs):
     for command, words in (("reproduce.py 6", "invalid choice"), ("reproduce.py 2 --row 12", "expected 1 to 11"), ("reproduce.py 5 --start strong", "--start strong"), ("reproduce.py 2 --seeds 0", "--seeds"),
                            (f"reproduce.py 2 --data {inputs}/latents", "needs --vae, --inception and --ref"), ("reproduce.py 2 --vae x", "does nothing"), ("reproduce.py cost --seeds 3", "does nothing"),
-                           (f"reproduce.py 5 --init {inputs}/imf.pt", "rows start from one network"), ("reproduce.py 2 --init nowhere.pt", "expected a file"), ("reproduce.py 2 --size tiny", "does nothing")):
+                           (f"reproduce.py 5 --init {inputs}/imf.pt", "start from scratch"), (f"reproduce.py 10 --init {inputs}/imf.pt", "start from fm and imf"), (f"reproduce.py 4 --init {inputs}/imf.pt", "start from fm"),
+                           ("reproduce.py 2 --init nowhere.pt", "no such file"), (f"reproduce.py 2 --init {HERE}/README.md", "not a model.pt"), ("reproduce.py cost --size huge", "invalid choice"), ("reproduce.py 2 --size tiny", "does nothing")):
         assert words in refusal(command, capsys, monkeypatch)
 
 
