@@ -393,7 +393,7 @@ def markdown(args, table, rows):
 
 
 def figure(args, table, rows, path):
-    """Metric against step (the paper's Fig. 3): Frechet distance and IS at 2 steps, mean over seeds; band: the standard error of the change since the start."""
+    """Metric against step (the paper's Fig. 3): Frechet distance and IS at 2 steps, mean over seeds; band: the standard error of the paired difference to the reference row."""
     import matplotlib.figure
     drawing = matplotlib.figure.Figure(figsize=(10, 4.2), layout="constrained")
     styles, handles, mixed = ["-", "--", ":", "-."], {}, any(row.start for row in table.rows)
@@ -409,7 +409,9 @@ def figure(args, table, rows, path):
             if len(steps) == 1 or row["number"] in levels:                                            # not trained, or the control: a level
                 handles[label] = axis.axhline(values[:, -1].mean(), linewidth=1, color=("black", "gray")[i % 2], linestyle=styles[1 + i % 3])
                 continue
-            error = (values - values[:, :1] * mixed).std(0) / max(1, len(values) - 1) ** 0.5
+            base = [{e["step"]: e.get(key) for e in rows[table.reference]["seeds"].get(seed, dict(evaluations=[]))["evaluations"]} if table.reference in rows else {} for seed in row["seeds"]]
+            paired = all(step in each for each in base for step in steps)
+            error = (values - np.array([[each[step] for step in steps] for each in base])).std(0) / max(1, len(values) - 1) ** 0.5 if paired else 0 * values[0]
             shown = slice(0 if mixed else 1, None)                                                    # from scratch: step 0 is noise
             mean, error, steps = values.mean(0)[shown], error[shown], steps[shown]
             handles[label] = axis.plot(steps, mean, marker=".", color=f"C{i % 10}", linestyle=styles[i % 4])[0]

@@ -1448,7 +1448,7 @@ def test_every_unsettled_choice_of_the_paper_is_a_flag_in_readme():
 
 
 def test_readme_numbers_come_from_the_results():
-    """Tables 4 and 5 (those of reproduce.py: test_reproduce.py)."""
+    """Table 5 (those of reproduce.py: test_reproduce.py)."""
     readme, results = (HERE / "README.md").read_text(), json.loads((HERE / "results" / "digits.json").read_text())
     columns = (("fd_1step", ".1f"), ("fd_2step", ".1f"), ("is_2step", ".2f"), ("precision_2step", ".3f"), ("recall_2step", ".3f"), ("acc_1step", ".3f"), ("acc_2step", ".3f"))
     last = {row["name"]: [e[-1] for e in row["evaluations"].values()] for row in results["rows"]}
@@ -1460,18 +1460,9 @@ def test_readme_numbers_come_from_the_results():
     def difference(a, b, metric):
         d = np.array([y[metric] - x[metric] for x, y in zip(last[a], last[b])])
         return d, f"{d.mean():+.{1 if metric.startswith('fd') else 3}f} ± {d.std(ddof=1):.{1 if metric.startswith('fd') else 3}f}"
-    fm, ours, theirs = "CD from FM", "FSF-DMD from FM, M = 2 (100 + 100 steps)", "DMD2 from FM, TTUR 1:5, GAN (100 steps)"
-    d, words = difference(fm, ours, "fd_2step")
-    assert (d > 0).all() and scipy.stats.ttest_1samp(d, 0).pvalue < 0.01 and f"({words}, p < 0.01)" in readme
-    assert all((difference(fm, ours, k)[0] > 0).all() for k in ("precision_2step", "is_2step", "acc_1step")) and f"(precision {difference(fm, ours, 'precision_2step')[1]})" in readme
-    assert (difference(fm, theirs, "fd_1step")[0] < 0).all() and f"1-step accuracy {difference(fm, theirs, 'acc_1step')[1]})" in readme
     scratch = ("iMF trained on to 400 steps", "FSF-DMD from scratch, M = 1")
     d, words = difference(*scratch, "acc_1step")
     assert (d > 0).all() and f"in all five seeds ({words})" in readme and f"distance by {difference(*scratch, 'fd_1step')[1].lstrip('+')}" in readme
-    teacher = list(results["velocity_network"]["last"].values())
-    for k, f in (("fd", ".1f"), ("is", ".2f"), ("precision", ".3f"), ("recall", ".3f"), ("acc", ".3f")):
-        v = [e[f"{k}_25step"] for e in teacher]
-        assert f"{statistics.mean(v):{f}} ± {statistics.stdev(v):{f}}" in readme, k
     ratio = json.loads((HERE / "results" / "frechet_benchmark.json").read_text())
     assert f"{ratio['ratio']} times less CPU" in readme and ratio["relative_difference"] < 1e-9 and ratio["ratio"] >= 5
     for row in results["rows"]:                                                             # the commands still parse
