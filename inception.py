@@ -162,10 +162,15 @@ def load_inception(path, pipeline="adm"):
         state |= {k.replace("running_mean", "weight"): torch.ones_like(v) for k, v in state.items() if k.endswith("running_mean")}      # no gamma
     net = Inception(pipeline)
     state |= {k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}         # counters, not in every file
+    return fill(net, state, path, "Inception network", INCEPTION_FILES)
+
+
+def fill(net, state, path, what, expected):
+    """(net with these weights, frozen and in eval mode, their hash); BadInput says which tensors of the file differ."""
     try:
-        refuse_differences(net, state, "Inception network")
+        refuse_differences(net, state, what)
     except ValueError as error:
-        raise BadInput(f"{path}: {error}; expected {INCEPTION_FILES}") from None
+        raise BadInput(f"{path}: {error}; expected {expected}") from None
     net.load_state_dict(state)
     return net.requires_grad_(False).eval(), weights_hash(net)
 
@@ -192,10 +197,5 @@ class VGG16(nn.Module):
 
 def load_vgg16(path):
     """(VGG16 in eval mode, hash of its weights) from torchvision's vgg16 state dict; its last layer is left out."""
-    state, net = {k: v for k, v in read_weights(path).items() if not k.startswith("classifier.6.")}, VGG16()
-    try:
-        refuse_differences(net, state, "VGG16")
-    except ValueError as error:
-        raise BadInput(f"{path}: {error}; expected torchvision's vgg16 weights") from None
-    net.load_state_dict(state)
-    return net.requires_grad_(False).eval(), weights_hash(net)
+    state = {k: v for k, v in read_weights(path).items() if not k.startswith("classifier.6.")}
+    return fill(VGG16(), state, path, "VGG16", "torchvision's vgg16 weights")

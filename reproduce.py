@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 from common import BadInput, Parser, load_checkpoint, load_network, main, number, preview, save_atomic
 from evaluate import decoder, generate, sampling
-from model import SIZES, fixed_guidance, guided_map
+from model import SIZES, fixed_guidance
 from vae import data_kind, load_data
 
 HERE = Path(__file__).resolve().parent
@@ -477,7 +477,7 @@ COST = [(f"{start}: {label}" if start else label, start, command) for start, lab
     ("imf", "SiD", "sid.py --init {start}"), ("fm", "Consistency distillation", CD_MASKED), ("fm", "DMD2 1:5", DMD2), ("fm", "DMD2 + L_CD", DMD2 + " --cd 1"), ("fm", "FSF-DMD", FSF + " --warmup 0"),
     (None, "FM", "consistency.py --loss fm"), (None, "iMF", "consistency.py --loss imf"), (None, "iMF + DMD2", "dmd2.py --init scratch"), (None, "iMF + TwinFlow", "twinflow.py --base imf"),
     (None, "RCGM", "consistency.py --loss rcgm"), (None, "RCGM + TwinFlow", "twinflow.py --base rcgm"), (None, "FSF-DMD from scratch", "fsf_dmd.py --init scratch")]]
-RATE = 2e14                     # FLOP/s assumed for hours on an H100: a fifth of its 989e12 in bf16; the paper's times make a quarter of an A100's 312e12 and a seventh of a B200's
+RATE = 2e14                     # FLOP/s assumed for hours on an H100: a fifth of its 989e12 in bf16, as iMF in the paper on an A100 (21% of 312e12); FSF-DMD there on a B200 12% of 2250e12
 
 
 def random_inputs(folder, size):
@@ -537,8 +537,9 @@ def count(script, argv, steps, forward_of):
     optimizer = sum(b - a for a, b in zip(marks[::2], marks[1::2]))
     net, _ = load_network(forward_of)
     x, t = torch.randn(args.batch_size, *(net.config[k] for k in ("in_channels", "input_size", "input_size"))), torch.full((args.batch_size,), 0.5)
+    guidance = fixed_guidance(1.0, 0.0, 1.0, x) if net.conditioning == "in_context" else None
     with FlopCounterMode(display=False) as one, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        guided_map(net, x, t, 0.5 * t, torch.zeros(args.batch_size, dtype=torch.int64), fixed_guidance(1.0, 0.0, 1.0, x)) if net.conditioning != "plain" else net(x, t, torch.zeros(args.batch_size, dtype=torch.int64))
+        net(x, t, t.long(), None, guidance)                                   # of class 0
     return dict(step=(marks[-1] - optimizer) / steps, optimizer=optimizer / steps, forward=one.get_total_flops(), preset=args.steps)
 
 
@@ -630,14 +631,14 @@ def parse_args(argv=None):
     p.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
     p.add_argument("--out", type=Path, default=Path("runs/reproduce/tables"), help="folder of the tables and pictures")
     args = p.parse_args(argv)
-    args.jobs = args.jobs or (1 if torch.cuda.is_available() else min(8, os.cpu_count() or 1))
     given = {flag for flag in vars(args) if getattr(args, flag) != p.get_default(flag)}
     count, latents = len(COST if args.table == "cost" else TABLES[args.table].rows), args.table != "cost" and data_kind(args.data) == "latents"
     if args.row and args.row > count:
         raise BadInput(f"--row {args.row}: expected 1 to {count}")
     idle = given & (dict(cost={"data", "start", "init", "seeds", "list", "jobs"}).get(args.table, {"size", "batch_size"}) | (set() if latents else {"vae", "inception", "ref", "n", "fid_every"}))
-    if idle - {"jobs"}:
-        raise BadInput(f"{', '.join(f'--{flag}' for flag in sorted(idle - {'jobs'}))}: does nothing for {'cost' if args.table == 'cost' else f'table {args.table} on {args.data}'}; leave that out")
+    if idle:
+        raise BadInput(f"{', '.join(f'--{flag}' for flag in sorted(idle))}: does nothing for {'cost' if args.table == 'cost' else f'table {args.table} on {args.data}'}; leave that out")
+    args.jobs = args.jobs or (1 if torch.cuda.is_available() else min(8, os.cpu_count() or 1))
     starts = {row.start for row in TABLES[args.table].rows} if args.table != "cost" else set()
     if args.start == "strong" and ("imf" not in starts or latents or args.init):
         raise BadInput("--start strong: the two regimes are iMFs of pixels, trained here; on latents pass --init with a network trained longer")

@@ -960,14 +960,18 @@ def test_without_consistency_distillation_the_generator_collapses():
 
 # ---- real command lines -------------------------------------------------------------------------------------------------------
 
+def small_images(path, n):
+    """n images of 4 x 4 pixels in 3 classes: three greys with noise."""
+    y = np.arange(n) % 3
+    images = np.clip(np.array([40, 120, 200])[y][:, None, None] + np.random.default_rng(0).normal(0, 40, (n, 4, 4)), 0, 255).astype(np.uint8)
+    np.savez(path, images=images, labels=y)
+
+
 @pytest.fixture(scope="session")
 def home(tmp_path_factory):
     """A working folder with a small image set of 3 classes, with an iMF and a velocity network trained on it for 8 steps."""
     folder = tmp_path_factory.mktemp("home")
-    y = np.arange(90) % 3
-    g = np.random.default_rng(0)
-    images = np.clip(np.array([40, 120, 200])[y][:, None, None] + g.normal(0, 40, (90, 4, 4)), 0, 255).astype(np.uint8)
-    np.savez(folder / "toy.npz", images=images, labels=y)
+    small_images(folder / "toy.npz", 90)
     run(folder, "consistency.py --loss imf --data toy.npz --steps 8 --out imf")             # alone: it trains the classifier of the metrics
     run(folder, "consistency.py --loss fm --data toy.npz --steps 8 --out fm")
     return folder

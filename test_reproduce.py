@@ -21,7 +21,7 @@ import scipy.stats
 import torch
 
 import reproduce
-from test_all import HERE, environment, refusal
+from test_all import HERE, environment, refusal, small_images
 
 PAPER = json.loads((HERE / "results" / "paper_tables.json").read_text())
 
@@ -51,6 +51,16 @@ def test_every_row_is_a_command_that_its_script_accepts(inputs, data, monkeypatc
             argv = [str(inputs / ("fm.pt" if "lossfm" in flag else "imf.pt")) if flag.endswith("model.pt") else flag for flag in argv]
             parsed = importlib.import_module(script[:-3]).parse_args(argv)
             assert script == "evaluate.py" or parsed.seed == 3
+
+
+def test_list_prints_what_would_run(capsys):
+    """Starts first, each row's command for each seed; the strong start is four times as long, and its control as much longer as a distillation."""
+    reproduce.run(arguments("2", "--start", "strong", "--seeds", "2"))
+    lines = capsys.readouterr().out.splitlines()
+    commands = [line for line in lines if not line.startswith("#")]
+    assert len(commands) == 2 + 11 * 2 and all(re.match(r"python \w+\.py .* --out runs/reproduce/digits/\S+-seed[01]$", line) for line in commands)
+    assert commands[0] == "python consistency.py --loss imf --steps 800 --seed 0 --out runs/reproduce/digits/consistency-lossimf-steps800-seed0"
+    assert "--steps 1000 --seed 1" in commands[-1] and "# row 7: FSF-DMD M=2 (the paper: 3.85, at 4000)" in lines
 
 
 def test_rows_are_the_papers_and_its_lost_numbers_stay_lost():
@@ -118,12 +128,13 @@ def test_forward_passes_that_the_scripts_claim_are_what_the_code_does(inputs, tm
 
 def test_cost_measures_a_step_of_a_method(tmp_path):
     """The first row of `reproduce.py cost`, of a small network: seconds and memory of a process of its own, and counted passes."""
-    printed = subprocess.run([sys.executable, str(HERE / "reproduce.py"), "cost", "--size", "tiny", "--row", "1", "--out", "."], cwd=tmp_path, env=environment() | dict(CUDA_VISIBLE_DEVICES=""),
+    printed = subprocess.run([sys.executable, str(HERE / "reproduce.py"), "cost", "--size", "tiny", "--row", "1", "--batch_size", "2", "--runs", "kept", "--out", "."], cwd=tmp_path, env=environment() | dict(CUDA_VISIBLE_DEVICES=""),
                              capture_output=True, text=True, check=True).stdout
     found = json.loads((tmp_path / "cost-cpu.json").read_text())
     [row] = found["rows"]
     assert row["label"] == "imf: Consistency distillation" and row["paper_sec_per_step"] == 0.23 and 5.9 < row["passes"] <= 6
-    assert 0 < row["sec_per_step"] < 60 and 0.1 < row["memory_gb"] < 20 and not (tmp_path / "runs/reproduce/cost").exists()
+    assert 0 < row["sec_per_step"] < 60 and 0.1 < row["memory_gb"] < 20 and found["batch"] == 2
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["cost.json"]                    # its random inputs are gone
     assert row["hours_modelled"] == pytest.approx(40_000 * (128 * row["gflop_per_image"] + row["gflop_optimizer"]) * 1e9 / found["flop_per_second_modelled"] / 3600)
     assert "| imf: Consistency distillation | 6.0 |" in printed
 
@@ -134,11 +145,10 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
         target = tmp_path / file.relative_to(HERE)
         target.parent.mkdir(exist_ok=True)
         shutil.copy(file, target)
-    g, y = np.random.default_rng(0), np.arange(60) % 3
-    np.savez(tmp_path / "toy.npz", images=np.clip(np.array([40, 120, 200])[y][:, None, None] + g.normal(0, 40, (60, 4, 4)), 0, 255).astype(np.uint8), labels=y)
+    small_images(tmp_path / "toy.npz", 60)
 
     def start(*flags):
-        return subprocess.Popen([sys.executable, "reproduce.py", "2", "--data", "toy.npz", "--row", "2", "--seeds", "1", *flags], cwd=tmp_path, env=environment(),
+        return subprocess.Popen([sys.executable, "reproduce.py", "2", "--data", "toy.npz", "--row", "2", "--seeds", "1", "--jobs", "1", *flags], cwd=tmp_path, env=environment(),
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     first = start()
@@ -151,7 +161,7 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
     stopped = torch.load(metrics.parent / "state.pt", weights_only=True)["step"]
     assert 0 < stopped < 200
     printed, _ = (second := start()).communicate(timeout=300)
-    assert second.returncode == 0 and "0 kept" in printed, printed
+    assert second.returncode == 0 and "0 kept from before; 1 at a time" in printed, printed
     log = metrics.parent.with_name(metrics.parent.name + ".log").read_text()
     assert f"resuming at step {stopped}" in log
     out = tmp_path / "runs" / "reproduce" / "tables"
@@ -173,7 +183,7 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
 
 def test_bad_flags_of_reproduce_end_in_one_line(capsys, monkeypatch, inputs):
     for command, words in (("reproduce.py 6", "invalid choice"), ("reproduce.py 2 --row 12", "expected 1 to 11"), ("reproduce.py 5 --start strong", "--start strong"), ("reproduce.py 2 --seeds 0", "--seeds"),
-                           (f"reproduce.py 2 --data {inputs}/latents", "needs --vae, --inception and --ref"), ("reproduce.py 2 --vae x", "does nothing"), ("reproduce.py cost --seeds 3", "does nothing"),
+                           (f"reproduce.py 2 --data {inputs}/latents", "needs --vae, --inception and --ref"), ("reproduce.py 2 --vae x", "does nothing"), ("reproduce.py cost --seeds 3 --jobs 2", "--jobs, --seeds: does nothing for cost"),
                            (f"reproduce.py 5 --init {inputs}/imf.pt", "start from scratch"), (f"reproduce.py 10 --init {inputs}/imf.pt", "start from fm and imf"), (f"reproduce.py 4 --init {inputs}/imf.pt", "start from fm"),
                            ("reproduce.py 2 --init nowhere.pt", "no such file"), (f"reproduce.py 2 --init {HERE}/README.md", "not a model.pt"), ("reproduce.py cost --size huge", "invalid choice"), ("reproduce.py 2 --size tiny", "does nothing")):
         assert words in refusal(command, capsys, monkeypatch)
