@@ -244,6 +244,24 @@ def test_what_readme_says_of_table_4_is_in_the_numbers():
     assert statistics.stdev(e["fd_2step"] for e in told.last[BOTH]) < 2 < statistics.stdev(e["fd_2step"] for e in told.last[DMD2])
 
 
+def test_what_readme_says_of_table_3_is_in_the_numbers():
+    told = Told("table3-digits-weak")
+    gain, mean, CD, EQ14, DMD2S, EQ22, TUNED, MASKED, M1, DMD2, CD_MASKED = told.gain, told.mean, 1, 2, 3, 4, 5, 6, 7, 8, 9
+    distances = [float(mean(row, "fd_2step", 4)) for row in (EQ14, DMD2S, EQ22, TUNED, MASKED)]
+    assert distances == sorted(distances, reverse=True) and [row.paper["fid"] for row in reproduce.TABLES["3"].rows[1:6]] == [5.70, 5.81, 5.34, 4.45, 3.85]
+    called = [row for row, (_, p) in told.differences("fd").items() if p < 0.05]
+    assert called == [M1, CD_MASKED]                                                                  # of rows 2 to 6 none
+    assert {row for row, (_, p) in told.differences("is").items() if p < 0.05} >= {EQ22, TUNED, MASKED}
+    for a, b, metric, words in ((EQ22, TUNED, "fd_2step", "-2.4 ± 1.2"), (EQ22, TUNED, "is_2step", "+0.085 ± 0.020"), (TUNED, MASKED, "is_2step", "+0.093 ± 0.022"), (TUNED, MASKED, "fd_4step", "-6.0 ± 1.5"),
+                                (TUNED, MASKED, "fd_1step", "+5.1 ± 3.1"), (CD, EQ14, "acc_1step", "+0.008 ± 0.002"), (EQ14, EQ22, "fd_2step", "-0.5 ± 0.4"), (EQ14, EQ22, "is_2step", "+0.011 ± 0.003"),
+                                (DMD2S, EQ22, "is_2step", "+0.007 ± 0.001"), (EQ14, DMD2S, "fd_2step", "0.4 ± 0.2")):
+        gain(a, b, metric, words)
+    assert (gain(TUNED, MASKED, "fd_2step", "-1.3 ± 1.4", all_five=False) < 0).sum() == 4 and (gain(CD, DMD2, "fd_1step", all_five=False) < 0).sum() == 4
+    assert -gain(EQ14, EQ22, "acc_1step").mean() > gain(CD, EQ14, "acc_1step").mean() / 2
+    assert gain(EQ14, DMD2S, "fd_2step").max() < 0 and max(told.last, key=lambda row: float(mean(row, "fd_2step", 4))) == DMD2
+    assert mean(DMD2, "fd_1step", 1) == "69.8" and min(told.last, key=lambda row: float(mean(row, "fd_1step", 4))) == DMD2 and mean(CD_MASKED, "fd_2step", 1) == mean(MASKED, "fd_2step", 1)
+
+
 def test_what_readme_says_of_table_2_is_in_the_numbers():
     told = Told("table2-digits-weak")
     gain, mean, last = told.gain, told.mean, told.last
