@@ -377,11 +377,12 @@ def markdown(args, table, rows):
     """The two tables as Markdown: the paper beside ours, and every metric at every number of steps."""
     name = "FID" if data_kind(args.data) == "latents" else "distance"
     differences = {metric: compare(rows, table.reference, metric) for metric in ("fd", "is")}
-    lines = [f"| | {table.title} | paper: FID | {name}, 2 steps: last | best | at step | against row {table.reference} | IS, 2 steps | against row {table.reference} | s/step | GB | n |", "|" + "---|" * 12]
+    one = any("fid_1step" in row["paper"] for row in rows.values())           # Table 5 has FIDs of 1 step and of 2
+    lines = [f"| | {table.title} | paper: FID{' of 1 / 2 steps' * one} | {f'{name}, 1 step | ' * one}{name}, 2 steps: last | best | at step | against row {table.reference} | IS, 2 steps | against row {table.reference} | s/step | GB | n |", "|" + "---|" * (12 + one)]
     for r, row in rows.items():
         against = {m: f"{d[r][0]:+.{1 if m == 'fd' else 2}f}{'*' if d[r][1] < 0.05 else ''} (p {d[r][1]:.2g})" if r in d else "-" for m, d in differences.items()}
         N, trained = row["N"], bool(row["sec_per_step"])
-        cells = [r, row["label"] + " (25 Euler steps)" * (N == 25), paper_text(row["paper"]), spread(row["last"].get(f"fd_{N}step"), 1), spread(row["best"], 1) if trained else "-",
+        cells = [r, row["label"] + " (25 Euler steps)" * (N == 25), paper_text(row["paper"]), *[spread(row["last"].get("fd_1step"), 1)] * one, spread(row["last"].get(f"fd_{N}step"), 1), spread(row["best"], 1) if trained else "-",
                  ", ".join(map(str, row["step"])) if trained else "-", against["fd"], spread(row["last"].get(f"is_{N}step"), 2), against["is"],
                  f"{np.median(row['sec_per_step']):.3f}" if trained else "-", f"{max(row['memory_gb']):.2f}" if trained else "-", row["n"] or "not run here"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
