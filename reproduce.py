@@ -29,6 +29,7 @@ import importlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
@@ -481,6 +482,9 @@ COST = [(f"{start}: {label}" if start else label, start, command) for start, lab
 RATE = 2e14                     # FLOP/s assumed for hours on an H100: a fifth of its 989e12 in bf16, as iMF in the paper on an A100 (21% of 312e12); FSF-DMD there on a B200 12% of 2250e12
 
 
+UPDATES = {}                    # {shapes of an optimizer's parameters: FLOPs of their update}, of this process
+
+
 def random_inputs(folder, size):
     """Latents drawn from N(0, 1) in the paper's shape, 32 x 16 x 16 with 1000 classes, and starts with random weights, nothing zero."""
     from safetensors.torch import save_file
@@ -507,45 +511,54 @@ def count(script, argv, steps, forward_of):
     """FLOPs of matrix products in one step of a script: dict(step, without the optimizers; optimizer; forward, one pass of a network; preset, its steps).
 
     Runs `steps` steps in this process, at the batch size in argv, and leaves at the last optimizer update.  forward_of: a model.pt.
+    An optimizer whose parameters have shapes that were counted before is not run again.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
     from torch.utils.flop_counter import FlopCounterMode
     module = importlib.import_module(script)
-    args = module.parse_args(argv)
+    with contextlib.redirect_stdout(io.StringIO()):                           # it prints what its flags resolve to
+        args = module.parse_args(argv)
     per_step = {"dmd2": 1 + getattr(args, "ttur", 0), "sid": 2}.get(script, 1)                        # optimizer updates in a step
 
     class Enough(Exception):
         pass
 
-    counter, marks = FlopCounterMode(display=False), []
+    counter, keys, marks, held = FlopCounterMode(display=False), [], [], []
 
-    def mark(*_):
+    def begin(optimizer, *_):
+        held[:] = [group["params"] for group in optimizer.param_groups]
+        keys.append(tuple(p.shape for params in held for p in params))
         marks.append(counter.get_total_flops())
+        for group in optimizer.param_groups if keys[-1] in UPDATES else []:
+            group["params"] = []                                              # nothing to update
 
-    def leave(*_):
-        mark()
-        if len(marks) == 2 * steps * per_step:
+    def end(optimizer, *_):
+        marks.append(counter.get_total_flops())
+        UPDATES.setdefault(keys[-1], marks[-1] - marks[-2])
+        for group, params in zip(optimizer.param_groups, held):
+            group["params"] = params
+        if len(keys) == steps * per_step:
             raise Enough
 
-    hooks = [register_optimizer_step_pre_hook(mark), register_optimizer_step_post_hook(leave)]
+    hooks = [register_optimizer_step_pre_hook(begin), register_optimizer_step_post_hook(end)]
     try:
-        with contextlib.suppress(Enough), counter, sdpa_kernel(SDPBackend.MATH):                      # the fused kernel of CPUs is not counted
-            module.train(args)
+        with contextlib.suppress(Enough), counter, sdpa_kernel(SDPBackend.MATH), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            module.train(args)                                                # MATH: the fused kernel of CPUs is not counted
     finally:
         for hook in hooks:
             hook.remove()
-    optimizer = sum(b - a for a, b in zip(marks[::2], marks[1::2]))
+    gradients = marks[-1] - sum(b - a for a, b in zip(marks[::2], marks[1::2]))
     net, _ = load_network(forward_of)
     x, t = torch.randn(args.batch_size, *(net.config[k] for k in ("in_channels", "input_size", "input_size"))), torch.full((args.batch_size,), 0.5)
     guidance = fixed_guidance(1.0, 0.0, 1.0, x) if net.conditioning == "in_context" else None
     with FlopCounterMode(display=False) as one, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         net(x, t, t.long(), None, guidance)                                   # of class 0
-    return dict(step=(marks[-1] - optimizer) / steps, optimizer=optimizer / steps, forward=one.get_total_flops(), preset=args.steps)
+    return dict(step=gradients / steps, optimizer=sum(UPDATES[key] for key in keys) / steps, forward=one.get_total_flops(), preset=args.steps)
 
 
-def time_steps(command, folder, steps):
-    """(median seconds of a step without the first ones, peak memory in GB) of a script in a process of its own, killed after so many steps."""
+def time_steps(command, folder, steps, seconds=60):
+    """(median seconds of a step without the first ones, peak memory in GB) of a script in a process of its own, killed after so many steps, or the first one past so many seconds."""
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, str(HERE / command[0]), *command[1:], "--log_every", "1", "--save_every", "0", "--health_every", "0", "--out", str(folder)]
     if command[1].endswith("consistency.py"):
@@ -554,7 +567,7 @@ def time_steps(command, folder, steps):
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(command, stdout=log, stderr=log)
         try:
-            while len(lines) < steps:
+            while len(lines) < steps and sum(line["sec_per_step"] for line in lines) < seconds:
                 time.sleep(0.2)
                 if child.poll() is not None:
                     log.seek(0)
@@ -564,20 +577,21 @@ def time_steps(command, folder, steps):
         finally:
             child.kill()                                                      # nothing of it is wanted: no checkpoint, no picture
             child.wait()
-    kept = lines[max(1, steps // 4):steps]
+    kept = lines[min(len(lines) - 1, max(1, steps // 4)):steps]
     return float(np.median([line["sec_per_step"] for line in kept])), max(line["memory_gb"] for line in kept)
 
 
 def cost(args):
     """Seconds, memory, FLOPs and forward passes of one step of every method, on random latents; a measured row is kept, as the tables' runs are."""
     folder, on_gpu = args.runs / "cost", torch.cuda.is_available()
-    B, precision, steps = args.batch_size or (128 if on_gpu else 1), "bf16" if on_gpu else "fp32", 24 if on_gpu else 3
+    B, precision, steps = args.batch_size or (128 if on_gpu else 1), "bf16" if on_gpu else "fp32", 24 if on_gpu else 4
     chosen = [row for i, row in enumerate(COST, 1) if args.row in (None, i)]
     seconds = {label: values["sec_per_step_b200"] for label, values in paper("table10")} | {label: values["sec_per_step_a100"] for label, values in paper("table5")}
     twin = {"imf: DMD2 1:5": "imf: DMD2", "fm: DMD2 1:5": "fm: DMD2 (TTUR 1:5)", "FSF-DMD from scratch": "FSF-DMD"}
     setting = dict(device=torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores", size=args.size, batch=B, precision=precision)
     path = args.runs / "cost.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
+    aside = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))           # this process stays small: on Linux a child's peak memory begins with its parent's
     for label, start, command in tqdm(chosen, unit="method", dynamic_ncols=True):
         script, *flags = shlex.split(command.format(start=folder / f"{start}.pt"))
         identity = setting | dict(command=command, sources=sources(script))
@@ -585,18 +599,18 @@ def cost(args):
             continue
         if label in kept:
             tqdm.write(f"{label}: its setting or sources changed since, measured again")
-        data = random_inputs(folder, args.size)
+        data = aside.submit(random_inputs, folder, args.size).result()
         flags += ["--data", str(data)] + ["--size", args.size] * (start is None)
         sec, memory = time_steps([script, *flags, "--batch_size", str(B), "--precision", precision], folder / "run", steps)
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            flops = count(script[:-3], [*flags, "--batch_size", "1", "--precision", "fp32", "--out", str(folder / "count"), "--resume", "no"], 2 if script == "dmd2.py" else 1,
-                          folder / f"{'fm' if start == 'fm' or label == 'FM' else 'imf'}.pt")
+        flops = aside.submit(count, script[:-3], [*flags, "--batch_size", "1", "--precision", "fp32", "--out", str(folder / "count"), "--resume", "no"], 2 if script == "dmd2.py" else 1,
+                             folder / f"{'fm' if start == 'fm' or label == 'FM' else 'imf'}.pt").result()
         hours = flops["preset"] * (128 * flops["step"] + flops["optimizer"]) / RATE / 3600
         row = dict(label=label, command=command.format(start=f"{str(start).upper()}.pt"), sec_per_step=sec, memory_gb=memory, passes=flops["step"] / flops["forward"], gflop_per_image=flops["step"] / 1e9,
                    gflop_optimizer=flops["optimizer"] / 1e9, preset_steps=flops["preset"], hours_modelled=hours, paper_sec_per_step=seconds.get(twin.get(label, label)))
         kept[label] = dict(identity=identity, row=row)
         path.write_text(json.dumps(kept, indent=1))
         shutil.rmtree(folder)
+    aside.shutdown()
     rows = [kept[label]["row"] for label, *_ in chosen]
     base = next((row for row in rows if row["label"] == "imf: FSF-DMD M=2"), rows[0])
     lines = [f"| one step, {args.size}, batch {B}, {precision} | forward passes | GFLOP an image | GFLOP optimizer | s/step | times {base['label']} | GB | times | paper: s/step | steps | H100 hours, modelled |", "|" + "---|" * 11]
