@@ -286,6 +286,23 @@ def test_what_readme_says_of_table_8_is_in_the_numbers():
         told.gain(1, 5, metric, words)
 
 
+def test_what_readme_says_of_table_9_is_in_the_numbers():
+    told = Told("table9-digits-weak")
+    gain, mean, ONE, ADAPTIVE, CLIPPED = told.gain, told.mean, (1, 2, 3, 4), (5, 6, 7, 8), 9                     # lambda 0.01, 0.05, 0.1, 0.5
+    distances = [float(mean(row, "fd_2step", 4)) for row in told.last]
+    assert sorted(distances)[-2] - min(distances) < 0.5 and distances.index(max(distances)) == ADAPTIVE[3] - 1 and mean(ADAPTIVE[3], "fd_2step", 1) == "73.0"
+    gain(ADAPTIVE[2], ADAPTIVE[3], "fd_2step", "+2.4 ± 1.7")
+    for rows in (ONE, ADAPTIVE):
+        for a, b in zip(rows, rows[1:]):
+            assert gain(a, b, "is_2step").min() > 0 and gain(a, b, "recall_2step").max() < 0
+    for rows, more, less in ((ADAPTIVE, "+0.155 ± 0.042", "-0.077 ± 0.013"), (ONE, "+0.065 ± 0.018", "-0.032 ± 0.008")):
+        gain(rows[0], rows[3], "is_2step", more)
+        gain(rows[0], rows[3], "recall_2step", less)
+    for a, b in ((ONE[2], ADAPTIVE[1]), (ONE[1], CLIPPED)):
+        assert all(scipy.stats.ttest_1samp(gain(a, b, metric, all_five=False), 0).pvalue > 0.05 for metric in ("is_2step", "fd_2step"))
+    assert all(scipy.stats.ttest_1samp(gain(ONE[1], CLIPPED, metric, all_five=False), 0).pvalue > 0.05 for metric in ("precision_2step", "recall_2step", "acc_2step"))
+
+
 def test_what_readme_says_of_table_2_is_in_the_numbers():
     told = Told("table2-digits-weak")
     gain, mean, last = told.gain, told.mean, told.last
