@@ -228,6 +228,27 @@ class Told:
         return reproduce.compare(reproduce.summary(dict(enumerate(table.rows, 1)), {row["number"]: row["seeds"] for row in self.stored["rows"]}), table.reference, metric)
 
 
+def test_the_digest_in_readme_is_of_its_tables():
+    """What its lines say beyond the paragraphs, whose tests follow."""
+    weak, strong, three, five = Told("table2-digits-weak"), Told("table2-digits-strong"), Told("table3-digits-weak"), Told("table5-digits")
+    CD, DMD2, DMD2_CD, M2, MASKED = 3, 4, 6, 7, 9
+    means = {row: float(weak.mean(row, "fd_2step", 4)) for row in (1, *range(CD, MASKED))}
+    assert sorted(means, key=means.get)[:2] == [M2, 8] and (weak.mean(DMD2, "fd_2step", 1), strong.mean(M2, "fd_2step", 1), strong.mean(CD, "fd_2step", 1)) == ("75.9", "29.5", "15.7")
+    for told in (weak, strong):
+        for row in set(range(CD, 11)) - {M2}:
+            assert told.gain(row, M2, "is_2step").min() > 0
+        assert told.gain(MASKED, M2, "recall_2step").max() < 0 and abs(told.gain(CD, DMD2_CD, "fd_2step", all_five=False).mean()) < 1
+    weak.gain(CD, MASKED, "fd_2step", "4.2 ± 0.8")
+    three.gain(3, 4, "is_2step", "+0.007 ± 0.001")
+    assert scipy.stats.ttest_1samp(three.gain(3, 4, "fd_2step", all_five=False), 0).pvalue > 0.05
+    assert [abs(five.gain(1, row, "fd_2step", all_five=False).mean()) < 1 for row in range(2, 7)] == [False] * 4 + [True]
+    seconds = {told: [statistics.median(run["sec_per_step"] for run in told.stored["rows"][row - 1]["seeds"].values()) for row in (DMD2, M2)] for told in (weak, strong)}
+    assert all(f"{dmd2 / fsf:.1f}" == "4.3" for dmd2, fsf in seconds.values())
+    cost = dict(reproduce.paper("table10"))
+    assert f"{cost['imf: DMD2']['sec_per_step_b200'] / cost['imf: FSF-DMD M=2']['sec_per_step_b200']:.1f}" == "3.8"
+    assert [[cost[row][metric] for row in ("imf: Consistency distillation", "imf: FSF-DMD M=2")] for metric in ("recall", "precision")] == [[0.47, 0.53], [0.65, 0.59]]
+
+
 def test_what_readme_says_of_table_4_is_in_the_numbers():
     told = Told("table4-digits")
     gain, mean, CD, DMD2, BOTH, FSF = told.gain, told.mean, 3, 4, 5, 6
