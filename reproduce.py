@@ -417,7 +417,7 @@ def figure(args, table, rows, path):
             shown = slice(0 if mixed else 1, None)                                                    # from scratch: step 0 is noise
             mean, error, steps = values.mean(0)[shown], error[shown], steps[shown]
             handles[label] = axis.plot(steps, mean, marker=".", color=f"C{i % 10}", linestyle=styles[i % 4])[0]
-            axis.fill_between(steps, mean - error, mean + error, color=f"C{i % 10}", alpha=0.1, linewidth=0)
+            axis.fill_between(steps, mean - error, mean + error, color=f"C{i % 10}", alpha=0.1 if len(rows) < 12 else 0.03, linewidth=0)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         if metric == "fd":

@@ -296,6 +296,30 @@ def test_what_readme_says_of_table_5_is_in_the_numbers():
     assert cost[FSF] == min(cost[row] for row in (DMD2, TWIN, RCGM_TWIN, FSF))
 
 
+def test_what_readme_says_of_table_7_is_in_the_numbers():
+    told, two = Told("table7-digits-weak"), Told("table2-digits-weak")
+    gain = told.gain
+    paper = [row.paper["fid"] for row in reproduce.TABLES["7"].rows]
+    pairs = [gain(row, row + 8, "fd_2step", all_five=False) for row in range(1, 9)]
+    assert all(a > b for a, b in zip(paper[:8], paper[8:])) and all(pair.mean() < 0 for pair in pairs) and [(pair < 0).all() for pair in pairs] == [False] + [True] * 7
+    gain(5, 13, "fd_2step", "2.5 ± 0.9")
+    gain(7, 15, "fd_2step", "0.2 ± 0.1")
+    gain(9, 13, "fd_2step", "-3.6 ± 5.4", all_five=False)
+    assert paper[8:13] == [4.28, 4.27, 4.25, 4.3, 4.18] and (paper[6], paper[14], paper[15]) == (5.51, 4.67, 3.85)
+    assert all(scipy.stats.ttest_1samp(gain(a, b, "fd_2step", all_five=False), 0).pvalue > 0.05 for a, b in ((5, 6), (13, 14), (9, 13), (1, 5)))
+    gain(15, 16, "fd_2step", "5.1 ± 0.9")
+    best = [min(rows, key=lambda row: float(told.mean(row, "fd_2step", 4))) for rows in (range(1, 9), range(9, 17))]
+    assert best == [8, 16]
+    together = Told("table7-digits-weak")
+    together.last |= {"FSF": two.last[7], "masked CD": two.last[9]}                                   # the same seeds and starts
+    together.gain("FSF", 16, "fd_2step", "-0.5 ± 2.5", all_five=False)
+    together.gain("masked CD", 16, "fd_2step", "-0.6 ± 2.1", all_five=False)
+    together.gain("FSF", 16, "recall_2step", "+0.055 ± 0.014")
+    together.gain("FSF", 16, "is_2step", "-0.07 ± 0.03")
+    seconds = lambda t, row: statistics.median(run["sec_per_step"] for run in t.stored["rows"][row - 1]["seeds"].values())
+    assert f"{seconds(told, 16) / seconds(two, 7):.1f}" == "4.7" and (f"{seconds(told, 13):.3f}", f"{seconds(told, 5):.3f}") == ("1.251", "0.577")
+
+
 def test_what_readme_says_of_table_8_is_in_the_numbers():
     told = Told("table8-digits-weak")
     paper = [row.paper["fid"] for row in reproduce.TABLES["8"].rows]
