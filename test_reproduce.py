@@ -242,6 +242,9 @@ def test_the_digest_in_readme_is_of_its_tables():
     three.gain(3, 4, "is_2step", "+0.007 ± 0.001")
     assert scipy.stats.ttest_1samp(three.gain(3, 4, "fd_2step", all_five=False), 0).pvalue > 0.05
     assert [abs(five.gain(1, row, "fd_2step", all_five=False).mean()) < 1 for row in range(2, 7)] == [False] * 4 + [True]
+    imf, fsf = (statistics.median(run["sec_per_step"] for run in five.stored["rows"][row - 1]["seeds"].values()) for row in (1, 6))
+    scratch = dict(reproduce.paper("table5"))
+    assert f"{fsf / imf:.1f}" == "1.7" and f"{scratch['FSF-DMD']['sec_per_step_a100'] / scratch['iMF']['sec_per_step_a100']:.1f}" == "1.1"
     seconds = {told: [statistics.median(run["sec_per_step"] for run in told.stored["rows"][row - 1]["seeds"].values()) for row in (DMD2, M2)] for told in (weak, strong)}
     assert all(f"{dmd2 / fsf:.1f}" == "4.3" for dmd2, fsf in seconds.values())
     cost = dict(reproduce.paper("table10"))
