@@ -20,7 +20,7 @@ network's first blocks (model.DiscriminatorHead), which lambda_D L_D also trains
 --init imf | fm | scratch: as in fsf_dmd.py.  From scratch the teacher is the network in training, and L_CT (iMF) takes the place of L_CD.
 
 Cost in forward passes of one network (backward = 2), M = 2, averaged over i: generator turn 5.5, first fake turn 3, the others 4.5
-each; the GAN adds 1.75 and 3.5 R.  At R = 5 that is 26.5 without and 45.8 with it; FSF-DMD takes 14.
+each; the GAN adds 1.1 and 3.3 R.  At R = 5 that is 26.5 without and 44.1 with it; FSF-DMD takes 14.
 """
 import torch
 import torch.nn.functional as F

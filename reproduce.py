@@ -476,7 +476,7 @@ def report(args, table, table_rows, jobs, runs):
 COST = [(f"{start}: {label}" if start else label, start, command) for start, label, command in [
     ("imf", "Consistency distillation", CD_MASKED), ("imf", "FSF-DMD M=1", FSF + " --M 1"), ("imf", "FSF-DMD M=2", FSF + " --M 2"), ("imf", "DMD2 1:1, no GAN", DMD2 + " --ttur 1 --no_gan"),
     ("imf", "DMD2 1:1", DMD2 + " --ttur 1"), ("imf", "DMD2 1:5, no GAN", DMD2 + " --no_gan"), ("imf", "DMD2 1:5", DMD2), ("imf", "DMD2 + IDA", DMD2 + " --ida 0.97"), ("imf", "DMD2 + L_CD", DMD2 + " --cd 1"),
-    ("imf", "SiD", "sid.py --init {start}"), ("fm", "Consistency distillation", CD_MASKED), ("fm", "DMD2 1:5", DMD2), ("fm", "DMD2 + L_CD", DMD2 + " --cd 1"), ("fm", "FSF-DMD", FSF + " --warmup 0"),
+    ("imf", "SiD", "sid.py --init {start}"), ("fm", "Consistency distillation", CD_MASKED), ("fm", "DMD2 1:5", DMD2), ("fm", "DMD2 + L_CD", DMD2 + " --cd 1"), ("fm", "FSF-DMD", FSF + " --warmup 0 --steps 6000"),      # Table 6: 6,000 steps after 20,000 of L_CD alone
     (None, "FM", "consistency.py --loss fm"), (None, "iMF", "consistency.py --loss imf"), (None, "iMF + DMD2", "dmd2.py --init scratch"), (None, "iMF + TwinFlow", "twinflow.py --base imf"),
     (None, "RCGM", "consistency.py --loss rcgm"), (None, "RCGM + TwinFlow", "twinflow.py --base rcgm"), (None, "FSF-DMD from scratch", "fsf_dmd.py --init scratch")]]
 RATE = 2e14                     # FLOP/s assumed for hours on an H100: a fifth of its 989e12 in bf16, as iMF in the paper on an A100 (21% of 312e12); FSF-DMD there on a B200 12% of 2250e12

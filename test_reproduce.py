@@ -204,6 +204,41 @@ def test_tables_in_readme_are_those_of_the_results():
     assert "table2-digits-weak" in names
 
 
+def test_what_readme_says_of_cost_is_in_the_numbers():
+    """The table word for word; hours of the ImageNet tables and ratios from its counted FLOPs; the passes of DMD2's header."""
+    readme, found = (HERE / "README.md").read_text(), json.loads((HERE / "results" / "cost-cpu.json").read_text())
+    assert (HERE / "results" / "cost-cpu.md").read_text().split("\n\n", 1)[1].strip() in readme
+    rows = {row["label"]: row for row in found["rows"]}
+    assert list(rows) == [label for label, *_ in reproduce.COST] and (found["size"], found["batch"]) == ("B/1", 4)
+    assert [row["command"].replace(f"{str(start).upper()}.pt", "{start}") for row, (_, start, _) in zip(found["rows"], reproduce.COST)] == [command for *_, command in reproduce.COST]
+    flops = {label: 128 * row["gflop_per_image"] + row["gflop_optimizer"] for label, row in rows.items()}
+    hours = {label: row["hours_modelled"] for label, row in rows.items()}
+    assert all(hours[label] == pytest.approx(row["preset_steps"] * flops[label] * 1e9 / reproduce.RATE / 3600) for label, row in rows.items())
+    CD, M1, M2, DMD2, BOTH = (f"imf: {name}" for name in ("Consistency distillation", "FSF-DMD M=1", "FSF-DMD M=2", "DMD2 1:5", "DMD2 + L_CD"))
+
+    def ttur(R, gan):                                                          # linear in R
+        return hours[f"imf: DMD2 1:1{gan}"] + (R - 1) / 4 * (hours[f"imf: DMD2 1:5{gan}"] - hours[f"imf: DMD2 1:1{gan}"])
+
+    FM = {name: hours[f"fm: {name}"] for name in ("Consistency distillation", "DMD2 1:5", "DMD2 + L_CD", "FSF-DMD")}
+    sums = {"2": sum(hours[label] for label in (CD, DMD2, "imf: DMD2 + IDA", BOTH, M2, M1)), "3": 2 * hours[CD] + 2 * hours[M1] + 4 * hours[M2] + hours[DMD2],        # of M = 1 as of M = 2
+            "4": sum(FM.values()) + FM["Consistency distillation"],           # FSF-DMD begins with as many steps of it
+            "5": sum(hours[label] for label in ("iMF", "iMF + DMD2", "iMF + TwinFlow", "RCGM", "RCGM + TwinFlow", "FSF-DMD from scratch")),
+            "7": sum(ttur(R, gan) for gan in (", no GAN", "") for R in (1, 2, 3, 4, 5, 5, 5, 5)) + 4 * (hours[BOTH] - hours[DMD2]), "8": 5 * hours[M2], "9": 9 * hours[M2]}
+    for table, total in sums.items():
+        assert re.search(rf"^\| {table}, .*\| not run here \| `python reproduce.py {table} --data latents ...` \| {total:.0f} \|$", readme, re.M), table
+    text = " ".join(readme[readme.index("The hours are modelled"):readme.index("## Read it")].split())
+    share = [rows[CD]["gflop_optimizer"] / (B * rows[CD]["gflop_per_image"] + rows[CD]["gflop_optimizer"]) for B in (4, 128)]
+    paper = {label: values["sec_per_step_b200"] for label, values in reproduce.paper("table10")} | {label: values["sec_per_step_a100"] for label, values in reproduce.paper("table5")}
+    for words in (f"(iMF {hours['iMF']:.0f} hours, FM {hours['FM']:.0f})", f"NorMuon is {share[0]:.0%} of CD's FLOPs here and {share[1]:.0%} at", f"({rows[DMD2]['sec_per_step'] / rows[M2]['sec_per_step']:.1f} times FSF-DMD, M = 2)",
+                  f"DMD2 takes {flops[DMD2] / flops[M2]:.1f} times FSF-DMD, M = 2, and CD {flops[CD] / flops[M2]:.2f} times; in the paper's seconds 3.8 and {paper[CD] / paper[M2]:.2f}",
+                  f"DMD2 + L_CD is {flops[BOTH] / flops[M2]:.1f} here and {paper[BOTH] / paper[M2]:.1f} there", f"FSF-DMD takes {flops['FSF-DMD from scratch'] / flops['iMF']:.1f} times iMF, in the paper {paper['FSF-DMD'] / paper['iMF']:.1f}",
+                  f"RCGM {flops['RCGM'] / flops['iMF']:.1f} times, in the paper {paper['RCGM'] / paper['iMF']:.1f}", f"DMD2 needs {rows[DMD2]['memory_gb'] / rows[M2]['memory_gb']:.1f} times"):
+        assert words in text, words
+    passes = {R: rows[f"imf: DMD2 1:{R}"]["passes"] - rows[f"imf: DMD2 1:{R}, no GAN"]["passes"] for R in (1, 5)}           # of the GAN: a + b R
+    b = (passes[5] - passes[1]) / 4
+    assert (f"{passes[1] - b:.1f}", f"{b:.1f}", f"{26.5 + passes[5]:.1f}") == ("1.1", "3.3", "44.1")
+
+
 class Told:
     """A table in results/, and what README says of it."""
 
