@@ -272,7 +272,7 @@ def run_all(args, wanted):
     open_jobs = [j for j in unique if not is_done(j)]
     runner, failed, futures = Runner(args), {}, {}
     pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)        # as Ctrl-C
+    before = {s: signal.signal(s, signal.default_int_handler) for s in (signal.SIGINT, signal.SIGTERM)}       # a shell's background jobs ignore the first
     print(f"{len(unique)} runs, {len(unique) - len(open_jobs)} kept from before; {args.jobs} at a time, in {args.runs}")
     try:
         for j in sorted(open_jobs, key=lambda j: j.start is not None):        # starts first: nothing in the queue waits for what comes after it
@@ -295,7 +295,8 @@ def run_all(args, wanted):
         print("\nstopped; every run saved its step, the same command goes on", file=sys.stderr)
         sys.exit(130)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for s, handler in before.items():
+            signal.signal(s, handler)
     return failed
 
 
