@@ -474,15 +474,14 @@ def report(args, table, table_rows, jobs, runs):
 
 # ---- cost --------------------------------------------------------------------------------------------------------------------
 
+# fm: FSF-DMD is what comes after its 20,000 steps of L_CD alone (Table 6).
 COST = [(f"{start}: {label}" if start else label, start, command) for start, label, command in [
     ("imf", "Consistency distillation", CD_MASKED), ("imf", "FSF-DMD M=1", FSF + " --M 1"), ("imf", "FSF-DMD M=2", FSF + " --M 2"), ("imf", "DMD2 1:1, no GAN", DMD2 + " --ttur 1 --no_gan"),
     ("imf", "DMD2 1:1", DMD2 + " --ttur 1"), ("imf", "DMD2 1:5, no GAN", DMD2 + " --no_gan"), ("imf", "DMD2 1:5", DMD2), ("imf", "DMD2 + IDA", DMD2 + " --ida 0.97"), ("imf", "DMD2 + L_CD", DMD2 + " --cd 1"),
-    ("imf", "SiD", "sid.py --init {start}"), ("fm", "Consistency distillation", CD_MASKED), ("fm", "DMD2 1:5", DMD2), ("fm", "DMD2 + L_CD", DMD2 + " --cd 1"), ("fm", "FSF-DMD", FSF + " --warmup 0 --steps 6000"),      # Table 6: 6,000 steps after 20,000 of L_CD alone
+    ("imf", "SiD", "sid.py --init {start}"), ("fm", "Consistency distillation", CD_MASKED), ("fm", "DMD2 1:5", DMD2), ("fm", "DMD2 + L_CD", DMD2 + " --cd 1"), ("fm", "FSF-DMD", FSF + " --warmup 0 --steps 6000"),
     (None, "FM", "consistency.py --loss fm"), (None, "iMF", "consistency.py --loss imf"), (None, "iMF + DMD2", "dmd2.py --init scratch"), (None, "iMF + TwinFlow", "twinflow.py --base imf"),
     (None, "RCGM", "consistency.py --loss rcgm"), (None, "RCGM + TwinFlow", "twinflow.py --base rcgm"), (None, "FSF-DMD from scratch", "fsf_dmd.py --init scratch")]]
-RATE = 2e14                     # FLOP/s assumed for hours on an H100: a fifth of its 989e12 in bf16, as iMF in the paper on an A100 (21% of 312e12); FSF-DMD there on a B200 12% of 2250e12
-
-
+RATE = 2e14                     # FLOP/s assumed for hours on an H100: a fifth of its 989e12 in bf16, as iMF in the paper on an A100 (22% of 312e12); FSF-DMD there on a B200 12% of 2250e12
 UPDATES = {}                    # {shapes of an optimizer's parameters: FLOPs of their update}, of this process
 
 
@@ -592,26 +591,28 @@ def cost(args):
     setting = dict(device=torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores", size=args.size, batch=B, precision=precision)
     path = args.runs / "cost.json"
     kept = json.loads(path.read_text()) if path.exists() else {}
-    aside = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))           # this process stays small: on Linux a child's peak memory begins with its parent's
-    for label, start, command in tqdm(chosen, unit="method", dynamic_ncols=True):
-        script, *flags = shlex.split(command.format(start=folder / f"{start}.pt"))
-        identity = setting | dict(command=command, sources=sources(script))
-        if kept.get(label, {}).get("identity") == identity:
-            continue
-        if label in kept:
-            tqdm.write(f"{label}: its setting or sources changed since, measured again")
-        data = aside.submit(random_inputs, folder, args.size).result()
-        flags += ["--data", str(data)] + ["--size", args.size] * (start is None)
-        sec, memory = time_steps([script, *flags, "--batch_size", str(B), "--precision", precision], folder / "run", steps)
-        flops = aside.submit(count, script[:-3], [*flags, "--batch_size", "1", "--precision", "fp32", "--out", str(folder / "count"), "--resume", "no"], 2 if script == "dmd2.py" else 1,
-                             folder / f"{'fm' if start == 'fm' or label == 'FM' else 'imf'}.pt").result()
-        hours = flops["preset"] * (128 * flops["step"] + flops["optimizer"]) / RATE / 3600
-        row = dict(label=label, command=command.format(start=f"{str(start).upper()}.pt"), sec_per_step=sec, memory_gb=memory, passes=flops["step"] / flops["forward"], gflop_per_image=flops["step"] / 1e9,
-                   gflop_optimizer=flops["optimizer"] / 1e9, preset_steps=flops["preset"], hours_modelled=hours, paper_sec_per_step=seconds.get(twin.get(label, label)))
-        kept[label] = dict(identity=identity, row=row)
-        path.write_text(json.dumps(kept, indent=1))
-        shutil.rmtree(folder)
-    aside.shutdown()
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)                  # Ctrl-C is for this process, which ends the other
+    with multiprocessing.get_context("spawn").Pool(1) as aside:               # this one stays small: on Linux a child's peak memory begins with its parent's
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)             # the process that is timed must not outlive this one
+        for label, start, command in tqdm(chosen, unit="method", dynamic_ncols=True):
+            script, *flags = shlex.split(command.format(start=folder / f"{start}.pt"))
+            identity = setting | dict(command=command, sources=sources(script))
+            if kept.get(label, {}).get("identity") == identity:
+                continue
+            if label in kept:
+                tqdm.write(f"{label}: its setting or sources changed since, measured again")
+            data = aside.apply(random_inputs, (folder, args.size))
+            flags += ["--data", str(data)] + ["--size", args.size] * (start is None)
+            sec, memory = time_steps([script, *flags, "--batch_size", str(B), "--precision", precision], folder / "run", steps)
+            flops = aside.apply(count, (script[:-3], [*flags, "--batch_size", "1", "--precision", "fp32", "--out", str(folder / "count"), "--resume", "no"], 2 if script == "dmd2.py" else 1,
+                                        folder / f"{'fm' if start == 'fm' or label == 'FM' else 'imf'}.pt"))
+            hours = flops["preset"] * (128 * flops["step"] + flops["optimizer"]) / RATE / 3600
+            row = dict(label=label, command=command.format(start=f"{str(start).upper()}.pt"), sec_per_step=sec, memory_gb=memory, passes=flops["step"] / flops["forward"], gflop_per_image=flops["step"] / 1e9,
+                       gflop_optimizer=flops["optimizer"] / 1e9, preset_steps=flops["preset"], hours_modelled=hours, paper_sec_per_step=seconds.get(twin.get(label, label)))
+            kept[label] = dict(identity=identity, row=row)
+            path.write_text(json.dumps(kept, indent=1))
+            shutil.rmtree(folder)
     rows = [kept[label]["row"] for label, *_ in chosen]
     base = next((row for row in rows if row["label"] == "imf: FSF-DMD M=2"), rows[0])
     lines = [f"| one step, {args.size}, batch {B}, {precision} | forward passes | GFLOP an image | GFLOP optimizer | s/step | times {base['label']} | GB | times | paper: s/step | steps | H100 hours, modelled |", "|" + "---|" * 11]

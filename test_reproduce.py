@@ -234,6 +234,8 @@ def test_what_readme_says_of_cost_is_in_the_numbers():
                   f"DMD2 + L_CD is {flops[BOTH] / flops[M2]:.1f} here and {paper[BOTH] / paper[M2]:.1f} there", f"FSF-DMD takes {flops['FSF-DMD from scratch'] / flops['iMF']:.1f} times iMF, in the paper {paper['FSF-DMD'] / paper['iMF']:.1f}",
                   f"RCGM {flops['RCGM'] / flops['iMF']:.1f} times, in the paper {paper['RCGM'] / paper['iMF']:.1f}", f"DMD2 needs {rows[DMD2]['memory_gb'] / rows[M2]['memory_gb']:.1f} times"):
         assert words in text, words
+    for label, percent, peak in (("iMF", 22, 312e3), (M2, 12, 2250e3)):                               # GFLOP/s in bf16 of an A100 and a B200
+        assert f"{flops[label] / paper[label] / peak:.0%}" == f"{percent}%" and f"{percent}% of a" in text
     passes = {R: rows[f"imf: DMD2 1:{R}"]["passes"] - rows[f"imf: DMD2 1:{R}, no GAN"]["passes"] for R in (1, 5)}           # of the GAN: a + b R
     b = (passes[5] - passes[1]) / 4
     assert (f"{passes[1] - b:.1f}", f"{b:.1f}", f"{26.5 + passes[5]:.1f}") == ("1.1", "3.3", "44.1")
@@ -258,6 +260,9 @@ class Told:
     def mean(self, row, metric, digits):
         return f"{statistics.mean(e[metric] for e in self.last[row]):.{digits}f}"
 
+    def seconds(self, row):
+        return statistics.median(run["sec_per_step"] for run in self.stored["rows"][row - 1]["seeds"].values())
+
     def differences(self, metric):
         table = reproduce.TABLES[self.stored["table"]]
         return reproduce.compare(reproduce.summary(dict(enumerate(table.rows, 1)), {row["number"]: row["seeds"] for row in self.stored["rows"]}), table.reference, metric)
@@ -277,11 +282,9 @@ def test_the_digest_in_readme_is_of_its_tables():
     three.gain(3, 4, "is_2step", "+0.007 ± 0.001")
     assert scipy.stats.ttest_1samp(three.gain(3, 4, "fd_2step", all_five=False), 0).pvalue > 0.05
     assert [abs(five.gain(1, row, "fd_2step", all_five=False).mean()) < 1 for row in range(2, 7)] == [False] * 4 + [True]
-    imf, fsf = (statistics.median(run["sec_per_step"] for run in five.stored["rows"][row - 1]["seeds"].values()) for row in (1, 6))
     scratch = dict(reproduce.paper("table5"))
-    assert f"{fsf / imf:.1f}" == "1.7" and f"{scratch['FSF-DMD']['sec_per_step_a100'] / scratch['iMF']['sec_per_step_a100']:.1f}" == "1.1"
-    seconds = {told: [statistics.median(run["sec_per_step"] for run in told.stored["rows"][row - 1]["seeds"].values()) for row in (DMD2, M2)] for told in (weak, strong)}
-    assert all(f"{dmd2 / fsf:.1f}" == "4.3" for dmd2, fsf in seconds.values())
+    assert f"{five.seconds(6) / five.seconds(1):.1f}" == "1.7" and f"{scratch['FSF-DMD']['sec_per_step_a100'] / scratch['iMF']['sec_per_step_a100']:.1f}" == "1.1"
+    assert all(f"{told.seconds(DMD2) / told.seconds(M2):.1f}" == "4.3" for told in (weak, strong))
     cost = dict(reproduce.paper("table10"))
     assert f"{cost['imf: DMD2']['sec_per_step_b200'] / cost['imf: FSF-DMD M=2']['sec_per_step_b200']:.1f}" == "3.8"
     assert [[cost[row][metric] for row in ("imf: Consistency distillation", "imf: FSF-DMD M=2")] for metric in ("recall", "precision")] == [[0.47, 0.53], [0.65, 0.59]]
@@ -330,8 +333,7 @@ def test_what_readme_says_of_table_5_is_in_the_numbers():
     for a, b, metric, words in ((IMF, DMD2, "fd_1step", "53.5 ± 6.7"), (IMF, TWIN, "fd_2step", "+35.0 ± 10.4"), (RCGM, RCGM_TWIN, "fd_2step", "+80.8 ± 34.0")):
         assert gain(a, b, metric, words).min() > 0
     assert gain(IMF, RCGM, "fd_2step").min() > 0
-    cost = {row["number"]: statistics.median(run["sec_per_step"] for run in row["seeds"].values()) for row in told.stored["rows"]}
-    assert cost[FSF] == min(cost[row] for row in (DMD2, TWIN, RCGM_TWIN, FSF))
+    assert told.seconds(FSF) == min(told.seconds(row) for row in (DMD2, TWIN, RCGM_TWIN, FSF))
 
 
 def test_what_readme_says_of_table_7_is_in_the_numbers():
@@ -348,14 +350,12 @@ def test_what_readme_says_of_table_7_is_in_the_numbers():
     gain(15, 16, "fd_2step", "5.1 ± 0.9")
     best = [min(rows, key=lambda row: float(told.mean(row, "fd_2step", 4))) for rows in (range(1, 9), range(9, 17))]
     assert best == [8, 16]
-    together = Told("table7-digits-weak")
-    together.last |= {"FSF": two.last[7], "masked CD": two.last[9]}                                   # the same seeds and starts
-    together.gain("FSF", 16, "fd_2step", "-0.5 ± 2.5", all_five=False)
-    together.gain("masked CD", 16, "fd_2step", "-0.6 ± 2.1", all_five=False)
-    together.gain("FSF", 16, "recall_2step", "+0.055 ± 0.014")
-    together.gain("FSF", 16, "is_2step", "-0.07 ± 0.03")
-    seconds = lambda t, row: statistics.median(run["sec_per_step"] for run in t.stored["rows"][row - 1]["seeds"].values())
-    assert f"{seconds(told, 16) / seconds(two, 7):.1f}" == "4.7" and (f"{seconds(told, 13):.3f}", f"{seconds(told, 5):.3f}") == ("1.251", "0.577")
+    told.last |= {"FSF": two.last[7], "masked CD": two.last[9]}                                   # the same seeds and starts
+    gain("FSF", 16, "fd_2step", "-0.5 ± 2.5", all_five=False)
+    gain("masked CD", 16, "fd_2step", "-0.6 ± 2.1", all_five=False)
+    gain("FSF", 16, "recall_2step", "+0.055 ± 0.014")
+    gain("FSF", 16, "is_2step", "-0.07 ± 0.03")
+    assert f"{told.seconds(16) / two.seconds(7):.1f}" == "4.7" and (f"{told.seconds(13):.3f}", f"{told.seconds(5):.3f}") == ("1.251", "0.577")
 
 
 def test_what_readme_says_of_table_8_is_in_the_numbers():
