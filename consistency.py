@@ -1,18 +1,20 @@
-"""Flow matching, improved MeanFlow, RCGM, consistency training and distillation: what FSF-DMD starts from, its L_CD, its baselines.
+"""Flow matching, improved MeanFlow, RCGM, consistency training and distillation.
 
-Paper: Kim, Lee, Park, "Distribution Matching Distillation without Fake Score Network", arXiv 2605.19256 (bracketed numbers).
-Table 2 row 3, Table 3 rows 1 and 9, Table 4 row 3, Table 5 "iMF" and "RCGM".
+What FSF-DMD starts from, its L_CD, and its baselines.
 
-    --loss fm    flow matching [1]                 E || u(x_t,t,t) - (eps - x0) ||^2, the velocity network others start from
-    --loss imf   improved MeanFlow [6]             Geng et al.: guidance omega and its interval [t_min, t_max] are inputs
-    --loss ct    consistency training [6]          the same without guidance, tangent eps - x0 (MeanFlow)
-    --loss cd    consistency distillation [16]     target and tangent from a frozen guided teacher
-    --loss rcgm  recursive consistency [66-67]     TwinFlow's base: du/dt by a step of delta and N jumps of the EMA network
-    --loss isg   intra-segment guidance [61-62]    SenseFlow's: a teacher step inside the segment, then the student's own jump
+Paper: Kim, Lee, Park, "Distribution Matching Distillation without Fake Score Network", arXiv 2605.19256 (bracketed
+numbers).  Table 2 row 3, Table 3 rows 1 and 9, Table 4 row 3, Table 5 "iMF" and "RCGM".
+
+    --loss fm    flow matching [1]               E || u(x_t,t,t) - (eps - x0) ||^2, the velocity that others start from
+    --loss imf   improved MeanFlow [6]           Geng et al.: guidance omega and its interval [t_min, t_max] are inputs
+    --loss ct    consistency training [6]        the same without guidance, tangent eps - x0 (MeanFlow)
+    --loss cd    consistency distillation [16]   target and tangent from a frozen guided teacher
+    --loss rcgm  recursive consistency [66-67]   TwinFlow's base: du/dt by a step of delta and N jumps of the EMA
+    --loss isg   intra-segment guidance [61-62]  SenseFlow's: a teacher step in the segment, then the student's jump
 
 imf, ct and cd are one regression of the average velocity u(x_t, t, s) onto its own identity,
 
-    rho( u(x_t,t,s),  sg( v - (t-s) du/dt ) ),        du/dt along dx/dt = a, ds/dt = 0                        [6, 16, 37-38]
+    rho( u(x_t,t,s),  sg( v - (t-s) du/dt ) ),        du/dt along dx/dt = a, ds/dt = 0              [6, 16, 37-38]
 
              v (target)                                            a (tangent)
     ct       eps - x0                                              eps - x0
@@ -21,70 +23,116 @@ imf, ct and cd are one regression of the average velocity u(x_t, t, s) onto its 
 
 and rcgm is the same with imf's v as tangent, d/dt [(t-s) u] taken as a backward difference over delta.
 
-    python consistency.py --loss imf                       # digits, 2 CPU cores: half a minute; the initialisation of fsf_dmd.py
-    python consistency.py --loss cd --init imf             # the baseline that FSF-DMD is compared with
-    python consistency.py --loss cd --init fm              # the same from a plain velocity network (Table 4)
+    python consistency.py --loss imf              # digits, 2 CPU cores: half a minute; fsf_dmd.py starts from it
+    python consistency.py --loss cd --init imf    # the baseline that FSF-DMD is compared with
+    python consistency.py --loss cd --init fm     # the same from a plain velocity network (Table 4)
 
 Cost in forward passes of one network (backward = 2): fm 3, ct 5, imf 7, cd 6 (from fm 7: CFG takes two), rcgm 7, isg 5.
 """
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from common import (Run, autocast, batch_rows, compile_blocks, ema_decay, flow_map_flags, frozen_copy, gradient_norm, load_checkpoint, load_start, main,
-                    micro_batches, new_network, number, parser, rank, refuse, refuse_idle, resolve, setup, step_rng, sync_gradients, update_ema)
-from evaluate import evaluate, finish, metric_space, watch
+from common import (BadInput, Run, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
+                    gradient_norm, load_checkpoint, load_start, main, micro_batches, new_network, rank, setup, step_rng,
+                    sync_gradients, update_ema)
+from data import load_data
+from evaluate import metric_space
+from flags import flow_map_flags, number, parser, refuse, refuse_idle, resolve
 from model import expand, flow_map, gate_guidance, guided_map, guided_velocity, interpolate, total_derivative
 from normuon import NorMuon, param_groups
-from vae import BadInput, load_data
+from watch import begin, finish, watch
 
-# "pixels": the digits presets, chosen by the search described in README.  "latents": the paper's Table 6.
-TABLE6 = dict(size="B/1", batch_size=128, precision="bf16", ema=0.99995, lr=6e-4, omega=6.0, guide_to=0.9, save_every=500)
-DIGITS = dict(size="tiny", lr=3e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=50)
+# pixels: for the digits, chosen by the search in RESULTS.md.  latents: as the paper's Table 6.
 PRESETS = {
-    ("pixels", "scratch"): DIGITS | dict(steps=200, lr=6e-3),
-    ("pixels", "imf"): DIGITS | dict(steps=200),
-    ("pixels", "fm"): DIGITS | dict(steps=200),
-    ("latents", "scratch"): TABLE6 | dict(steps=400_000),
-    ("latents", "imf"): TABLE6 | dict(steps=40_000),
-    ("latents", "fm"): TABLE6 | dict(steps=20_000, cfg_channels=3),
+    ("pixels", "scratch"): dict(
+        size="tiny", steps=200, lr=6e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=50),
+    ("pixels", "imf"): dict(
+        size="tiny", steps=200, lr=3e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=50),
+    ("pixels", "fm"): dict(
+        size="tiny", steps=200, lr=3e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=50),
+    ("latents", "scratch"): dict(
+        size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
+        omega=6.0, guide_to=0.9, save_every=500),
+    ("latents", "imf"): dict(
+        size="B/1", steps=40_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
+        omega=6.0, guide_to=0.9, save_every=500),
+    ("latents", "fm"): dict(
+        size="B/1", steps=20_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
+        omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500),
 }
-FROM_SCRATCH = {                                                                                      # these losses' own learning rate and length
-    "fm": {("pixels", "scratch"): DIGITS | dict(steps=400, lr=1.2e-2, eval_every=0), ("latents", "scratch"): TABLE6 | dict(steps=400_000, cfg_channels=3)},
-    "rcgm": {("pixels", "scratch"): DIGITS | dict(steps=400, lr=1.2e-2)},
+# From scratch, two losses have rows of their own.
+PRESETS_OF_LOSS = {
+    "fm": {
+        ("pixels", "scratch"): dict(
+            size="tiny", steps=400, lr=1.2e-2, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=0),
+        ("latents", "scratch"): dict(
+            size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
+            omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500),
+    },
+    "rcgm": {
+        ("pixels", "scratch"): dict(
+            size="tiny", steps=400, lr=1.2e-2, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=50),
+    },
 }
-CONDITIONING = dict(fm="plain", ct="decoupled", imf="in_context", rcgm="in_context")                  # of a network from scratch
-ONLY = dict(                                                                                          # flags that only these losses read
-    cd_guidance=("cd", "isg"), tangent_norm=("ct", "imf", "cd"), delta=("rcgm",), order=("rcgm",), clamp=("rcgm",), M=("isg",), mask_prob=("ct", "imf", "cd", "rcgm"),
-    time_law=("fm", "ct", "imf", "cd", "rcgm"), jvp=("ct", "imf", "cd"), fd_h=("ct", "imf", "cd"), huber_c=("ct", "imf", "cd", "rcgm", "isg"), cosine=("ct", "imf", "cd", "rcgm"),
-    omega=("fm", "imf", "cd", "rcgm", "isg"), guide_to=("fm", "imf", "cd", "rcgm", "isg"), cfg_channels=("fm", "cd", "isg"), omega_max=("imf", "rcgm", "cd", "isg"),
-    omega_law=("imf", "rcgm", "cd", "isg"), n_tokens=("imf", "rcgm", "cd", "isg"), token_block=("imf", "rcgm", "cd", "isg"))
+# The conditioning of a network from scratch.
+CONDITIONING = dict(fm="plain", ct="decoupled", imf="in_context", rcgm="in_context")
+# The losses that read a flag: with any other it would do nothing, and is refused.
+READ_BY = dict(
+    mask_prob=("ct", "imf", "cd", "rcgm"),
+    time_law=("fm", "ct", "imf", "cd", "rcgm"),
+    jvp=("ct", "imf", "cd"),
+    fd_h=("ct", "imf", "cd"),
+    huber_c=("ct", "imf", "cd", "rcgm", "isg"),
+    cosine=("ct", "imf", "cd", "rcgm"),
+    tangent_norm=("ct", "imf", "cd"),
+    omega=("fm", "imf", "cd", "rcgm", "isg"),
+    guide_to=("fm", "imf", "cd", "rcgm", "isg"),
+    cfg_channels=("fm", "cd", "isg"),
+    cd_guidance=("cd", "isg"),
+    omega_max=("imf", "rcgm", "cd", "isg"),
+    omega_law=("imf", "rcgm", "cd", "isg"),
+    n_tokens=("imf", "rcgm", "cd", "isg"),
+    token_block=("imf", "rcgm", "cd", "isg"),
+    delta=("rcgm",),
+    order=("rcgm",),
+    clamp=("rcgm",),
+    M=("isg",),
+)
 
 
-# ---- method ------------------------------------------------------------------------------------------------------------------
+# ---- method ----------------------------------------------------------------------------------------------------------
 
-def draw_times(r, mask, law="uniform", mask_prob=0.5):
-    """Uniform draws r [B, 2], mask [B] -> times t, s [B] with 0 <= s <= t <= 1: two draws of the law, sorted; s := t where mask < mask_prob."""
+def draw_times(r: Tensor, mask: Tensor, law: str = "uniform", mask_prob: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Uniform draws r [B, 2], mask [B] -> times t, s [B] with 0 <= s <= t <= 1.
+
+    Two draws of the law, sorted; s := t where mask < mask_prob.
+    """
     if law == "logitnormal":
-        r = torch.sigmoid(-0.4 + torch.special.ndtri(r))                                              # iMF: logit-normal(-0.4, 1)
+        r = torch.sigmoid(-0.4 + torch.special.ndtri(r))                                # iMF: logit-normal(-0.4, 1)
     t, s = r.amax(1), r.amin(1)
     return t, torch.where(mask < mask_prob, t, s)
 
 
-def draw_guidance(r, law="loguniform", omega_max=8.0):
-    """Uniform draws r [B, 3] -> (omega, t_min, t_max) [B, 3]: omega on [1, omega_max], t_min ~ U[0, .5], t_max ~ U[.5, 1] (iMF)."""
+def draw_guidance(r: Tensor, law: str = "loguniform", omega_max: float = 8.0) -> Tensor:
+    """Uniform draws r [B, 3] -> (omega, t_min, t_max) [B, 3].
+
+    omega on [1, omega_max], t_min ~ U[0, .5], t_max ~ U[.5, 1] (iMF).
+    """
     if law == "loguniform":
         omega = omega_max ** r[:, 0]
-    else:                                                                                             # density ~ exp(-omega), truncated
+    else:                                                                               # density ~ exp(-omega), cut off
         omega = 1 - torch.log(1 - r[:, 0] * (1 - torch.exp(torch.tensor(1 - omega_max))))
     return torch.stack([omega, r[:, 1] / 2, 0.5 + r[:, 2] / 2], dim=1)
 
 
-def distance(pred, target, c=1e-3, cosine=True):
-    """rho of each sample [B]: pseudo-Huber sqrt(mean e^2 + c^2) - c, plus the mean over positions of 1 - cosine over channels.
+def distance(pred: Tensor, target: Tensor, c: float = 1e-3, cosine: bool = True) -> Tensor:
+    """rho of each sample [B]: pseudo-Huber sqrt(mean e^2 + c^2) - c, plus the mean over positions of 1 - cosine.
 
-    pred, target [B, C, ...]; the cosine needs C >= 2 and is left out otherwise.
+    pred, target [B, C, ...]; the cosine over channels needs C >= 2 and is left out otherwise.
     """
     d = ((pred - target).flatten(1).pow(2).mean(1) + c ** 2).sqrt() - c
     if cosine and pred.shape[1] > 1:
@@ -92,128 +140,165 @@ def distance(pred, target, c=1e-3, cosine=True):
     return d
 
 
-def flow_matching_loss(u, x0, eps, t):
-    """Flow matching, Eq. 1: mean over elements of (u(x_t,t,t) - (eps - x0))^2 for each sample -> [B].  u: callable (x, t, s)."""
-    x_t = interpolate(x0, eps, t)                                                                     # [B, C, H, W]
+def flow_matching_loss(u: Callable, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """Flow matching, Eq. 1: mean over elements of (u(x_t,t,t) - (eps - x0))^2 for each sample -> [B].
+
+    u: callable (x, t, s).
+    """
+    x_t = interpolate(x0, eps, t)                                                       # [B, C, H, W]
     return (u(x_t, t, t) - (eps - x0)).flatten(1).pow(2).mean(1)
 
 
-def consistency_loss(u, x_t, t, s, v, tangent, h=0.005, exact=False, c=1e-3, cosine=True, tangent_norm=0.0):
-    """Consistency training (Eq. 6) and distillation (Eq. 16) of each sample -> [B]:  rho( u(x_t,t,s), sg( v - (t-s) du/dt ) ).
+def consistency_loss(u: Callable, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, tangent: Tensor, h: float = 0.005,
+                     exact: bool = False, c: float = 1e-3, cosine: bool = True, tangent_norm: float = 0.0) -> Tensor:
+    """Consistency training (Eq. 6) and distillation (Eq. 16) of each sample -> [B].
 
-    u: callable (x [B, C, H, W], t [B], s [B]) -> average velocity.  v: target velocity and tangent: dx/dt, both [B, C, H, W];
-    for Eq. 16 both are the teacher's v(x_t, t).  s <= t; rows with s = t are flow matching onto v.
-    Half its gradient is AYF's EMD with weight 1/(t-s) (Eq. 35-38), and for the squared distance MeanFlow's.
-    tangent_norm > 0: AYF's and rCM's original, || u - sg( u + g / (||g|| + tangent_norm) ) ||^2, g = v - (t-s) du/dt - u (Eq. 57-58).
+    rho( u(x_t,t,s), sg( v - (t-s) du/dt ) ).  u: callable (x [B, C, H, W], t [B], s [B]) -> average velocity.
+    v: target velocity and tangent: dx/dt, both [B, C, H, W]; for Eq. 16 both are the teacher's v(x_t, t).  s <= t; rows
+    with s = t are flow matching onto v.  Half its gradient is AYF's EMD with weight 1/(t-s) (Eq. 35-38), and for the
+    squared distance MeanFlow's.
+    tangent_norm > 0: AYF's and rCM's original, || u - sg( u + g / (||g|| + tangent_norm) ) ||^2 with
+    g = v - (t-s) du/dt - u (Eq. 57-58).
     """
-    du_dt = total_derivative(u, x_t, t, s, tangent, h, exact)                                         # no gradient
-    target = v - expand(t - s, v) * du_dt                                                             # Eq. 37 at df/dt = 0
+    du_dt = total_derivative(u, x_t, t, s, tangent, h, exact)                           # no gradient
+    target = v - expand(t - s, v) * du_dt                                               # Eq. 37 at df/dt = 0
     pred = u(x_t, t, s)
     if tangent_norm:
-        g = (target - pred).detach()                                                                  # Eq. 58
+        g = (target - pred).detach()                                                    # Eq. 58
         g = g / expand(g.flatten(1).norm(dim=1) + tangent_norm, g)
-        return (pred - (pred + g).detach()).flatten(1).pow(2).sum(1)                                  # Eq. 57, summed as there
+        return (pred - (pred + g).detach()).flatten(1).pow(2).sum(1)                    # Eq. 57, summed as there
     return distance(pred, target.detach(), c, cosine)
 
 
 @torch.no_grad()
-def guided_target(net, x_t, v, t, y, guidance):
-    """iMF's guided velocity v + (1 - 1/omega)(v_cond - v_uncond) and v_cond -> two [B, C, H, W].  Its fixed point is CFG of scale omega.
+def guided_target(net: Callable, x_t: Tensor, v: Tensor, t: Tensor, y: Tensor,
+                  guidance: Tensor) -> tuple[Tensor, Tensor]:
+    """iMF's guided velocity v + (1 - 1/omega)(v_cond - v_uncond), and v_cond -> two [B, C, H, W].
 
-    net: callable (x, t, y, s, guidance) with attribute num_classes, the null label.  v = eps - x0.  Rows with a dropped label are not
-    guided.  TwinFlow's "enhancement" of RCGM is the same formula with a constant in the place of 1 - 1/omega.
+    Its fixed point is CFG of scale omega.  net: callable (x, t, y, s, guidance) with attribute num_classes, the null
+    label.  v = eps - x0.  Rows with a dropped label are not guided.  TwinFlow's "enhancement" of RCGM is the same
+    formula with a constant in the place of 1 - 1/omega.
     """
     at_t, null = gate_guidance(guidance, t), torch.full_like(y, net.num_classes)
-    v_cond, v_uncond = net(x_t, t, y, None, at_t), net(x_t, t, null, None, None)                      # None: omega = 1 on [0, 1]
+    v_cond = net(x_t, t, y, None, at_t)
+    v_uncond = net(x_t, t, null, None, None)                                            # None: omega = 1 on [0, 1]
     w = torch.where(y == null, 0.0, 1 - 1 / at_t[:, 0])
     return v + expand(w, v) * (v_cond - v_uncond), v_cond
 
 
-def whole_interval(guidance, t, s):
+def whole_interval(guidance: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """iMF's rule for guidance [B, 3]: rows with s = t, which learn the velocity, ignore the interval."""
-    return torch.where((s == t)[:, None], guidance * guidance.new_tensor([1, 0, 0]) + guidance.new_tensor([0, 0, 1]), guidance)
+    everywhere = guidance * guidance.new_tensor([1, 0, 0]) + guidance.new_tensor([0, 0, 1])       # (omega, 0, 1)
+    return torch.where((s == t)[:, None], everywhere, guidance)
 
 
-def imf_loss(net, x0, eps, t, s, y, guidance, **rho):
+def imf_loss(net: Callable, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, y: Tensor, guidance: Tensor,
+             **rho) -> Tensor:
     """Improved MeanFlow of each sample -> [B]: Eq. 6 with the predicted tangent, guidance as a condition.
 
     net: see guided_target.  y [B], null where dropped; guidance [B, 3]; rho: options of consistency_loss.
     The V form of iMF, || u + (t-s) sg(du/dt) - sg(v_g) ||^2, has this gradient exactly.
     """
     guidance = whole_interval(guidance, t, s)
-    x_t = interpolate(x0, eps, t)                                                                     # [B, C, H, W]
+    x_t = interpolate(x0, eps, t)                                                       # [B, C, H, W]
     v_g, v_cond = guided_target(net, x_t, eps - x0, t, y, guidance)
     return consistency_loss(lambda x, t, s: net(x, t, y, s, guidance), x_t, t, s, v_g, v_cond, **rho)
 
 
-def distillation_loss(net, teacher, x0, eps, t, s, y, guidance, channels=None, **rho):
+def distillation_loss(net: Callable, teacher: Callable, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, y: Tensor,
+                      guidance: Tensor, channels: int | None = None, **rho) -> Tensor:
     """Consistency distillation of each sample -> [B]: Eq. 16 from a frozen guided teacher (model.guided_velocity).
 
     net: a LightningDiT flow map; y [B], null where dropped; guidance [B, 3]; rho: options of consistency_loss.
     """
-    x_t = interpolate(x0, eps, t)                                                                     # [B, C, H, W]
+    x_t = interpolate(x0, eps, t)                                                       # [B, C, H, W]
     with torch.no_grad():
         v = guided_velocity(teacher, x_t, t, y, guidance, channels)
-    guidance = torch.where((s == t)[:, None], gate_guidance(guidance, t), guidance)                   # as iMF trained those rows
+    guidance = torch.where((s == t)[:, None], gate_guidance(guidance, t), guidance)     # as iMF trained those rows
     return consistency_loss(lambda x, t, s: guided_map(net, x, t, s, y, guidance), x_t, t, s, v, v, **rho)
 
 
-def rcgm_loss(u, u_ema, x_t, t, s, v, delta=0.01, N=2, clamp=1.0, c=1e-3, cosine=True):
-    """Recursive consistency (RCGM) of each sample, Eq. 66-67 -> [B]:  (t-s) u(x_t,t,s) = delta v + I,  I = N jumps of u_ema from t - delta to s.
+def rcgm_loss(u: Callable, u_ema: Callable, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, delta: float = 0.01,
+              N: int = 2, clamp: float = 1.0, c: float = 1e-3, cosine: bool = True) -> Tensor:
+    """Recursive consistency (RCGM) of each sample, Eq. 66-67 -> [B]: (t-s) u(x_t,t,s) = delta v + I.
 
-    u, u_ema: callables (x, t, s), the second never differentiated; v [B, C, H, W] the (guided) velocity at (x_t, t).  As TwinFlow's
-    code, u is regressed onto u - clamp(e) with e = ((t-s) u - I) / delta - v, which for N = 1, u_ema = u and no clamp is MeanFlow's
-    residual up to O(delta).  Where t - s < delta, e = u - v: flow matching.  No division by t - s.  clamp: on e, inf = off.
+    I: N jumps of u_ema from t - delta to s.  u, u_ema: callables (x, t, s), the second never differentiated;
+    v [B, C, H, W] the (guided) velocity at (x_t, t).  As TwinFlow's code, u is regressed onto u - clamp(e) with
+    e = ((t-s) u - I) / delta - v, which for N = 1, u_ema = u and no clamp is MeanFlow's residual up to O(delta).
+    Where t - s < delta, e = u - v: flow matching.  No division by t - s.  clamp: on e, inf = off.
     """
     with torch.no_grad():
         t_next = torch.maximum(t - delta, s)
-        x, I = x_t - delta * v, torch.zeros_like(x_t)                                                 # Eq. 66: a step along v
+        x, I = x_t - delta * v, torch.zeros_like(x_t)                                   # Eq. 66: a step along v
         for i in range(N):
-            a, b = t_next + (s - t_next) * (i / N), t_next + (s - t_next) * ((i + 1) / N)
+            a = t_next + (s - t_next) * (i / N)
+            b = t_next + (s - t_next) * ((i + 1) / N)
             move = expand(a - b, x) * u_ema(x, a, b)
             x, I = x - move, I + move
-    pred = u(x_t, t, s)                                                                               # [B, C, H, W]
+    pred = u(x_t, t, s)                                                                 # [B, C, H, W]
     with torch.no_grad():
         e = (expand(t - s, x_t) * pred - I) / delta - v
         e = torch.where(expand(t - s < delta, x_t), pred - v, e)
-    return distance(pred, pred.detach() - e.clamp(-clamp, clamp), c, cosine)                          # Eq. 67
+    return distance(pred, pred.detach() - e.clamp(-clamp, clamp), c, cosine)            # Eq. 67
 
 
-def isg_loss(u, teacher, x_t, t, s, r, c=1e-3):
-    """Intra-segment guidance (SenseFlow) of each sample, Eq. 61-62 -> [B]: the jump t -> s must equal a teacher step t -> r and a jump r -> s.
+def guided_rcgm_loss(net: Callable, ema: Callable, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, y: Tensor,
+                     guidance: Tensor, *options, **rho) -> Tensor:
+    """RCGM on the data of each sample -> [B], guided as iMF is, with the EMA network's velocities.
 
-    u: callable (x, t, s); teacher: callable (x, t) -> velocity; s < r < t [B].  Pseudo-Huber of each element, as its code.
+    net, ema: see guided_target.  y [B], null where dropped; guidance [B, 3]; options, rho: of rcgm_loss.
+    """
+    guidance = whole_interval(guidance, t, s)
+    x_t = interpolate(x0, eps, t)                                                       # [B, C, H, W]
+    v, _ = guided_target(ema, x_t, eps - x0, t, y, guidance)
+    return rcgm_loss(lambda x, t, s: net(x, t, y, s, guidance), lambda x, t, s: ema(x, t, y, s, guidance),
+                     x_t, t, s, v, *options, **rho)
+
+
+def isg_loss(u: Callable, teacher: Callable, x_t: Tensor, t: Tensor, s: Tensor, r: Tensor, c: float = 1e-3) -> Tensor:
+    """Intra-segment guidance (SenseFlow) of each sample, Eq. 61-62 -> [B].
+
+    The jump t -> s must equal a teacher step t -> r and a jump r -> s.  u: callable (x, t, s); teacher: callable (x, t)
+    -> velocity; s < r < t [B].  Pseudo-Huber of each element, as its code.
     """
     with torch.no_grad():
-        x_r = x_t - expand(t - r, x_t) * teacher(x_t, t)                                              # Eq. 61
+        x_r = x_t - expand(t - r, x_t) * teacher(x_t, t)                                # Eq. 61
         target = flow_map(u, x_r, r, s)
-    error = flow_map(u, x_t, t, s) - target                                                           # Eq. 62
+    error = flow_map(u, x_t, t, s) - target                                             # Eq. 62
     return ((error ** 2 + c ** 2).sqrt() - c).flatten(1).mean(1)
 
 
-# ---- flags -------------------------------------------------------------------------------------------------------------------
+# ---- flags -----------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    p = parser(__doc__, "scratch (fm, imf, ct, rcgm), imf or fm (cd, isg: the network of that --loss, trained first if need be), or a model.pt")
-    p.add_argument("--loss", choices=["fm", "imf", "ct", "cd", "rcgm", "isg"], required=True, help="see above")
+    p = parser(__doc__, "scratch (fm, imf, ct, rcgm), imf or fm (cd, isg: the network of that --loss, trained first "
+               "if need be), or a model.pt")
     flow_map_flags(p)
-    p.add_argument("--cd_guidance", choices=["fixed", "drawn"], default="fixed", help="cd, isg: omega and its interval fixed, or drawn as in iMF")
-    p.add_argument("--tangent_norm", type=number(float, 0), default=0.0, help="constant of AYF's and rCM's tangent normalisation (theirs: 0.1); 0: off, the paper found it hurts")
-    p.add_argument("--delta", type=number(float, 0, 0.5, open_low=True), default=0.01, help="rcgm: delta of Eq. 66 (0.01, TwinFlow)")
-    p.add_argument("--order", type=number(int, 1), default=2, help="rcgm: N, jumps of the EMA network in Eq. 66 (2, the paper)")
-    p.add_argument("--clamp", type=number(float, 0), default=1.0, help="rcgm: clamp of the residual to [-clamp, clamp] (1, TwinFlow); 0: off")
-    p.add_argument("--M", type=number(int, 1), default=2, help="isg: segments of [0, 1]")
+    add = p.method.add_argument
+    add("--loss", choices=["fm", "imf", "ct", "cd", "rcgm", "isg"], required=True, help="see above")
+    add("--cd_guidance", choices=["fixed", "drawn"], default="fixed",
+        help="cd, isg: omega and its interval fixed, or drawn as in iMF")
+    add("--tangent_norm", type=number(float, 0), default=0.0,
+        help="constant of AYF's and rCM's tangent normalisation (theirs: 0.1); 0: off, the paper found it hurts")
+    add("--delta", type=number(float, 0, 0.5, open_low=True), default=0.01,
+        help="rcgm: delta of Eq. 66 (0.01, TwinFlow)")
+    add("--order", type=number(int, 1), default=2, help="rcgm: N, jumps of the EMA network in Eq. 66 (2, the paper)")
+    add("--clamp", type=number(float, 0), default=1.0,
+        help="rcgm: clamp of the residual to [-clamp, clamp] (1, TwinFlow); 0: off")
+    add("--M", type=number(int, 1), default=2, help="isg: segments of [0, 1]")
     loss = p.parse_known_args(argv)[0].loss
-    p.set_defaults(init="imf" if loss in ("cd", "isg") else "scratch")
-    args = resolve(p, argv, PRESETS | FROM_SCRATCH.get(loss, {}), f"consistency_{loss}")
-    if args.loss in ("cd", "isg") and args.init == "scratch":
-        raise BadInput(f"--loss {args.loss} --init scratch: distillation needs a teacher, expected --init imf, fm or a model.pt")
-    if args.loss not in ("cd", "isg") and args.init != "scratch":
-        raise BadInput(f"--loss {args.loss} --init {args.init}: trains from scratch; leave --init out")
-    for flag, losses in ONLY.items():
-        if args.loss not in losses:
+    distils = loss in ("cd", "isg")
+    p.set_defaults(init="imf" if distils else "scratch")
+    args = resolve(p, argv, PRESETS | PRESETS_OF_LOSS.get(loss, {}), f"consistency_{loss}")
+    if distils and args.init == "scratch":
+        raise BadInput(f"--loss {loss} --init scratch: distillation needs a teacher, "
+                       "expected --init imf, fm or a model.pt")
+    if not distils and args.init != "scratch":
+        raise BadInput(f"--loss {loss} --init {args.init}: trains from scratch; leave --init out")
+    for flag, losses in READ_BY.items():
+        if loss not in losses:
             refuse(args, [flag], f"belongs to --loss {' or '.join(losses)}")
-    if args.loss != "fm":
+    if loss != "fm":
         refuse_idle(args)
     if args.tangent_norm:
         refuse(args, ["huber_c", "cosine"], "--tangent_norm takes the squared distance")
@@ -221,30 +306,40 @@ def parse_args(argv=None):
 
 
 def pretrained(args, loss):
-    """Path of the model.pt that `consistency.py --loss LOSS` trains with the same data, size and seed; trains it now if it is not there."""
+    """Path of the model.pt that `consistency.py --loss LOSS` trains with the same data, size and seed.
+
+    Trains it now if it is not there.
+    """
     argv = ["--loss", loss]
-    for flag in ("data", "vae", "size", "seed", "precision", "n_tokens", "token_block", "device", "micro_batch", "compile"):
+    for flag in ("data", "vae", "size", "seed", "precision", "n_tokens", "token_block", "device", "micro_batch",
+                 "compile"):
         if args.sources.get(flag) == "given":
             argv += [f"--{flag}", str(getattr(args, flag))]
     own = parse_args(argv)
+    path = f"{own.out}/model.pt"
     if rank() == 0:
-        print(f"starts from {own.out}/model.pt, which comes from: python consistency.py {' '.join(argv)}")
+        print(f"starts from {path}, which comes from: python consistency.py {' '.join(argv)}")
     train(own)
-    found = load_checkpoint(f"{own.out}/model.pt")["step"]
+    found = load_checkpoint(path)["step"]
     if found != own.steps:
-        raise BadInput(f"{own.out}/model.pt has been trained for {found} steps since, not {own.steps}: expected --init {own.out}/model.pt if that is meant")
-    return f"{own.out}/model.pt"
+        raise BadInput(f"{path} has been trained for {found} steps since, not {own.steps}: "
+                       f"expected --init {path} if that is meant")
+    return path
 
 
 def starting_networks(args, data, device, conditioning="in_context"):
-    """--init -> (student, frozen teacher; None from scratch) on the device: fresh, of consistency.py --loss imf or fm, or of a model.pt."""
+    """--init -> (student, frozen teacher; None from scratch) on the device.
+
+    Fresh, or of consistency.py --loss imf or fm, or of a model.pt.
+    """
     if args.init == "scratch":
         return new_network(args, data, conditioning).to(device).train(), None
-    net, teacher = load_start(pretrained(args, args.init) if args.init in ("imf", "fm") else args.init, data)
+    path = pretrained(args, args.init) if args.init in ("imf", "fm") else args.init
+    net, teacher = load_start(path, data)
     return net.to(device), teacher.to(device)
 
 
-# ---- training ----------------------------------------------------------------------------------------------------------------
+# ---- training --------------------------------------------------------------------------------------------------------
 
 def train(args):
     device = setup(args)
@@ -254,63 +349,78 @@ def train(args):
     net, teacher = starting_networks(args, data, device, CONDITIONING.get(args.loss))
     ema = frozen_copy(net)
     opt = NorMuon(param_groups(net), lr=args.lr)
-    frozen = dict(teacher=teacher) if teacher else {}
-    compile_blocks(args, net, ema, *frozen.values())
+    compile_blocks(args, net, ema, teacher)
+    state = dict(net=net, ema=ema, opt=opt, teacher=teacher)
     features = metric_space(data, args)
-    rho = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine, tangent_norm=args.tangent_norm)
-    channels = args.cfg_channels or None                                                              # of a plain teacher's CFG
+    channels = args.cfg_channels or None                                        # of a plain teacher's CFG
+    huber = dict(c=args.huber_c, cosine=args.cosine)
+    rho = dict(h=args.fd_h, exact=args.jvp == "exact", tangent_norm=args.tangent_norm, **huber)
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)
 
-    with Run(args, dict(net=net, ema=ema, opt=opt) | frozen, ema, data) as run:
-        if run.step == 0 and run.main:
-            run.evaluated(evaluate(ema, features, args))
+    def velocity(y):                                                            # fm: a plain network, s = t
+        return lambda x, t, s: net(x, t, y)
+
+    def u(y, guidance=None):
+        return lambda x, t, s: guided_map(net, x, t, s, y, guidance)
+
+    def v_teacher(y, guidance):
+        return lambda x, t: guided_velocity(teacher, x, t, y, guidance, channels)
+
+    def draw(g, index):
+        """The global batch of one turn and its random numbers."""
+        rows = batch_rows(len(data.x), B, args.seed, index)
+        batch = dict(x0=data.x[rows], y=data.y[rows], eps=torch.randn(B, *shape, generator=g))
+        r, mask = torch.rand(B, 2, generator=g), torch.rand(B, generator=g)
+        if args.loss == "fm":                                                   # Eq. 1: one draw of the law
+            r = r[:, :1].expand(B, 2)
+        batch["t"], batch["s"] = draw_times(r, mask, args.time_law, args.mask_prob)
+        batch["y_drop"] = torch.where(torch.rand(B, generator=g) < args.label_drop, null, batch["y"])
+        batch["guidance"] = draw_guidance(torch.rand(B, 3, generator=g), args.omega_law, args.omega_max)
+        if teacher and args.cd_guidance == "fixed":
+            batch["guidance"] = fixed.expand(B, 3)
+        if args.loss == "isg":                                                  # segment [s, t], r inside it
+            batch["t"] = 1 - torch.randint(args.M, (B,), generator=g) / args.M
+            batch["s"] = batch["t"] - 1 / args.M
+            inside = 0.1 + 0.8 * torch.rand(B, generator=g)                     # SenseFlow: 0.05 off both ends of 0.5
+            batch["r"] = batch["s"] + inside / args.M
+        return batch
+
+    with Run(args, state, ema, data) as run:
+        begin(run, features)
         for step in run.steps():
-            # -- the global batch and its random numbers
-            g, rows = step_rng(args.seed, step), batch_rows(len(data.x), B, args.seed, step)
-            batch = dict(x0=data.x[rows], y=data.y[rows], eps=torch.randn(B, *shape, generator=g))
-            r = torch.rand(B, 2, generator=g)
-            r = r[:, :1].expand(B, 2) if args.loss == "fm" else r                                     # Eq. 1: one draw of the law
-            batch["t"], batch["s"] = draw_times(r, torch.rand(B, generator=g), args.time_law, args.mask_prob)
-            batch["y"] = torch.where(torch.rand(B, generator=g) < args.label_drop, null, batch["y"])
-            batch["guidance"] = draw_guidance(torch.rand(B, 3, generator=g), args.omega_law, args.omega_max)
-            if args.loss in ("cd", "isg") and args.cd_guidance == "fixed":
-                batch["guidance"] = torch.tensor([[args.omega, 0.0, args.guide_to]]).expand(B, 3)
-            if args.loss == "isg":                                                                    # segment [s, t], r inside it
-                batch["t"] = 1 - torch.randint(args.M, (B,), generator=g) / args.M
-                batch["s"] = batch["t"] - 1 / args.M
-                batch["r"] = batch["s"] + (0.1 + 0.8 * torch.rand(B, generator=g)) / args.M           # SenseFlow: 0.05 off both ends of 0.5
+            g, total = step_rng(args.seed, step), {}
+            batch = draw(g, step)
 
-            # -- one step
-            opt.zero_grad()
-            total = torch.zeros((), device=device)
+            # -- generator turn
             for b in micro_batches(batch, args, device):
                 with autocast(args, device):
-                    if args.loss == "fm":
-                        loss = flow_matching_loss(lambda x, t, s: net(x, t, b.y), b.x0, b.eps, b.t)
-                    elif args.loss == "imf":
-                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y, b.guidance, **rho)
-                    elif args.loss == "ct":
-                        v = b.eps - b.x0
-                        loss = consistency_loss(lambda x, t, s: net(x, t, b.y, s), interpolate(b.x0, b.eps, b.t), b.t, b.s, v, v, **rho)
-                    elif args.loss == "cd":
-                        loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y, b.guidance, channels, **rho)
-                    elif args.loss == "rcgm":
-                        x_t, guidance = interpolate(b.x0, b.eps, b.t), whole_interval(b.guidance, b.t, b.s)
-                        v, _ = guided_target(ema, x_t, b.eps - b.x0, b.t, b.y, guidance)
-                        loss = rcgm_loss(lambda x, t, s: net(x, t, b.y, s, guidance), lambda x, t, s: ema(x, t, b.y, s, guidance),
-                                         x_t, b.t, b.s, v, args.delta, args.order, args.clamp or math.inf, args.huber_c, args.cosine)
-                    else:
-                        loss = isg_loss(lambda x, t, s: guided_map(net, x, t, s, b.y, b.guidance),
-                                        lambda x, t: guided_velocity(teacher, x, t, b.y, b.guidance, channels), interpolate(b.x0, b.eps, b.t), b.t, b.s, b.r, args.huber_c)
-                loss = loss.sum() / B
-                loss.backward()
-                total += loss.detach()
+                    if args.loss == "fm":                                       # Eq. 1
+                        loss = flow_matching_loss(velocity(b.y_drop), b.x0, b.eps, b.t)
+                    elif args.loss == "imf":                                    # Eq. 6
+                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, **rho)
+                    elif args.loss == "ct":                                     # Eq. 6 without guidance
+                        x_t, v = interpolate(b.x0, b.eps, b.t), b.eps - b.x0
+                        loss = consistency_loss(u(b.y_drop), x_t, b.t, b.s, v, v, **rho)
+                    elif args.loss == "cd":                                     # Eq. 16
+                        loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
+                                                 channels, **rho)
+                    elif args.loss == "rcgm":                                   # Eq. 66-67
+                        loss = guided_rcgm_loss(net, ema, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
+                                                args.delta, args.order, args.clamp or math.inf, **huber)
+                    else:                                                       # Eq. 61-62
+                        x_t = interpolate(b.x0, b.eps, b.t)
+                        loss = isg_loss(u(b.y_drop, b.guidance), v_teacher(b.y_drop, b.guidance),
+                                        x_t, b.t, b.s, b.r, args.huber_c)
+                (loss.sum() / B).backward()
+                accumulate(total, B, **{args.loss: loss})
             sync_gradients(net)
             grad_norm = gradient_norm(net)
             opt.step()
+            opt.zero_grad()                                                     # frees the gradients' memory
             update_ema(ema, net, ema_decay(args, step))
 
             # -- log, measure, look, save
-            run.log({args.loss: total}, dict(t=batch["t"], s=batch["s"]), grad_norm)
+            run.log(total, batch, grad_norm)
             watch(run, features, teacher)
         finish(run, features)
 

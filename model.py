@@ -7,27 +7,31 @@ Convention of every file here (the opposite of LightningDiT's own code):
     flow map                        f(x_t, t, s) = x_t - (t - s) u(x_t, t, s),   0 <= s <= t <= 1
     u(x, t, s)                      average velocity from t down to s; u(x, t, t) is the instantaneous velocity v(x, t)
 
-The network.  LightningDiT (Yao et al., arXiv 2501.01423; code hustvl/LightningDiT, MIT): a DiT with RMSNorm, QK-norm, 2-D RoPE,
-SwiGLU, adaLN-zero and sin-cos positions.  Its plain state dict has the official key names.  Three conditionings:
+The network.  LightningDiT (Yao et al., arXiv 2501.01423; code hustvl/LightningDiT, MIT): a DiT with RMSNorm, QK-norm,
+2-D RoPE, SwiGLU, adaLN-zero and sin-cos positions.  Its plain state dict has the official key names.  Three
+conditionings:
 
     plain        v(x, t | y)                       130,557,728 parameters at B/1
-    decoupled    u(x, t, s | y): the first 2/3 of the blocks see t, the others and the final layer see s (Decoupled MeanFlow, Lee
-                 et al.).  No new parameters; at s = t it is the plain network.  This turns a flow-matching checkpoint into a flow map.
-    in_context   u(x, t, s | y, omega, t_min, t_max): the augmented backbone of FSF-DMD (arXiv 2605.19256, App. B.1), 133,783,328 at
-                 B/1: each of the six inputs becomes n tokens, prepended after block k.  omega is the CFG scale and [t_min, t_max] the
-                 times where it acts (improved MeanFlow), so guidance costs no second forward pass.
+    decoupled    u(x, t, s | y): the first 2/3 of the blocks see t, the others and the final layer see s (Decoupled
+                 MeanFlow, Lee et al.).  No new parameters; at s = t it is the plain network, so a flow-matching
+                 checkpoint becomes a flow map.
+    in_context   u(x, t, s | y, omega, t_min, t_max): the augmented backbone of FSF-DMD (arXiv 2605.19256, App. B.1),
+                 133,783,328 at B/1: each of the six inputs becomes n tokens, prepended after block k.  omega is the CFG
+                 scale and [t_min, t_max] the times where it acts (improved MeanFlow), so guidance costs no second pass.
 
 Shapes: B batch, C channels, H x W pixels, P patch size, N = (H/P)(W/P) tokens, D width, n tokens per condition.
 Times t and s are [B] tensors or plain floats.  This file needs only torch; paste it alone.
 """
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# B/1, L/1 and XL/1 are LightningDiT's; `tiny` is ours, for 8 x 8 digits on a laptop (chosen by the search in README).
+# B/1, L/1 and XL/1 are LightningDiT's; `tiny` is ours, for 8 x 8 digits (by the search in RESULTS.md).
 SIZES = {
     "tiny": dict(depth=4, hidden_size=48, num_heads=3, patch_size=2, n_tokens=1, token_block=2),
     "B/1": dict(depth=12, hidden_size=768, num_heads=12, patch_size=1),
@@ -37,42 +41,40 @@ SIZES = {
 CONDITIONINGS = ("plain", "decoupled", "in_context")
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# The calculus: small pure functions on tensors and callables
-# ------------------------------------------------------------------------------------------------------------------------------
+# ---- The calculus: small pure functions on tensors and callables -----------------------------------------------------
 
-def expand(t, x):
+def expand(t: Tensor | float, x: Tensor) -> Tensor | float:
     """Time t ([B] or float) shaped to broadcast against x [B, ...]."""
     return t.view(-1, *[1] * (x.ndim - 1)) if torch.is_tensor(t) and t.ndim else t
 
 
-def interpolate(x0, eps, t):
+def interpolate(x0: Tensor, eps: Tensor, t: Tensor | float) -> Tensor:
     """x_t = (1 - t) x0 + t eps.  x0, eps [B, ...], t [B] or float in [0, 1]."""
     t = expand(t, x0)
     return (1 - t) * x0 + t * eps
 
 
-def v_to_x0(x, v, t):
+def v_to_x0(x: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
     """Denoised sample x0 = x_t - t v."""
     return x - expand(t, x) * v
 
 
-def x0_to_v(x, x0, t):
+def x0_to_v(x: Tensor, x0: Tensor, t: Tensor | float) -> Tensor:
     """Velocity v = (x_t - x0) / t, the inverse of v_to_x0.  t > 0."""
     return (x - x0) / expand(t, x)
 
 
-def v_to_score(x, v, t):
+def v_to_score(x: Tensor, v: Tensor, t: Tensor | float) -> Tensor:
     """Score of p_t from its velocity, Eq. 26-32: s(x, t) = -(x + (1 - t) v(x, t)) / t.  t > 0."""
     t = expand(t, x)
     return -(x + (1 - t) * v) / t
 
 
-def cfg(v_cond, v_uncond, w, channels=None):
+def cfg(v_cond: Tensor, v_uncond: Tensor, w: Tensor | float, channels: int | None = None) -> Tensor:
     """Classifier-free guidance v_uncond + w (v_cond - v_uncond): w = 1 is conditional, w = 0 unconditional.
 
-    w: float or [B].  channels: guide only the first `channels` channels and leave the others conditional (LightningDiT's
-    3-of-32-channel guidance, inherited from DiT; in FSF-DMD's FM-initialised rows it is worth FID 12.44 -> 3.79).
+    w: float or [B].  channels: guide only the first `channels` channels, the others stay conditional (LightningDiT's 3
+    of 32, inherited from DiT; in FSF-DMD's FM-initialised rows it is worth FID 12.44 -> 3.79).
     """
     guided = v_uncond + expand(w, v_cond) * (v_cond - v_uncond)
     if channels is None:
@@ -80,37 +82,43 @@ def cfg(v_cond, v_uncond, w, channels=None):
     return torch.cat([guided[:, :channels], v_cond[:, channels:]], dim=1)
 
 
-def shift_time(r, k):
+def shift_time(r: Tensor, k: float) -> Tensor:
     """tau = k r / (1 + (k - 1) r) maps [0, 1] onto itself; k > 1 moves it toward noise (Table 8)."""
     return k * r / (1 + (k - 1) * r)
 
 
-def flow_map(u, x, t, s):
-    """f(x_t, t, s) = x_t - (t - s) u(x_t, t, s), Eq. 5: jump along the trajectory from time t to time s.  u: callable (x, t, s)."""
+def flow_map(u: Callable, x: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
+    """f(x_t, t, s) = x_t - (t - s) u(x_t, t, s), Eq. 5: jump along the trajectory from time t to time s.
+
+    u: callable (x, t, s).
+    """
     return x - expand(t - s, x) * u(x, t, s)
 
 
 @torch.no_grad()
-def total_derivative(u, x, t, s, tangent, h=0.005, exact=False):
+def total_derivative(u: Callable, x: Tensor, t: Tensor, s: Tensor, tangent: Tensor, h: float = 0.005,
+                     exact: bool = False) -> Tensor:
     """d/dt u(x_t, t, s) along dx/dt = tangent, ds/dt = 0: tangent . grad_x u + d_t u.  -> shape of x, without gradient.
 
-    u: callable (x [B, ...], t [B], s [B]).  h: step of the central difference [u(x+ha, t+h, s) - u(x-ha, t-h, s)] / 2h, whose
-    error is O(h^2) in exact arithmetic; rounding adds O(1/h), about half the tangent in bf16 at h = 0.005, hence autocast is off
-    here.  t +- h may leave [0, 1]: the network is smooth in time.  exact: torch.func.jvp instead (flash attention has no forward
-    derivative, so it runs on the math kernel).
+    u: callable (x [B, ...], t [B], s [B]).  h: step of the central difference [u(x+ha, t+h, s) - u(x-ha, t-h, s)] / 2h.
+    Its error is O(h^2) in exact arithmetic; rounding adds O(1/h), about half the tangent in bf16 at h = 0.005, hence
+    autocast is off here.  t +- h may leave [0, 1]: the network is smooth in time.  exact: torch.func.jvp instead (flash
+    attention has no forward derivative, so it runs on the math kernel).
     """
     with torch.autocast(x.device.type, enabled=False):
         if exact:
             with sdpa_kernel(SDPBackend.MATH):
-                return torch.func.jvp(u, (x, t, s), (tangent, torch.ones_like(t), torch.zeros_like(s)))[1]
+                directions = (tangent, torch.ones_like(t), torch.zeros_like(s))
+                return torch.func.jvp(u, (x, t, s), directions)[1]
         return (u(x + h * tangent, t + h, s) - u(x - h * tangent, t - h, s)) / (2 * h)
 
 
 @torch.no_grad()
-def sample(u, eps, y, steps):
+def sample(u: Callable, eps: Tensor, y: Tensor, steps: int) -> Tensor:
     """Few-step sampler: x <- f(x, t_i, t_{i+1}) on the uniform grid t_i = 1 - i / steps, deterministic.
 
-    u: callable (x, t, y, s), e.g. a decoupled or in_context LightningDiT.  eps [B, C, H, W] noise, y [B] labels -> samples at t = 0.
+    u: callable (x, t, y, s), e.g. a decoupled or in_context LightningDiT.
+    eps [B, C, H, W] noise, y [B] labels -> samples at t = 0.
     """
     x, grid = eps, torch.linspace(1, 0, steps + 1, device=eps.device)
     for t, s in zip(grid[:-1], grid[1:]):
@@ -120,7 +128,7 @@ def sample(u, eps, y, steps):
 
 
 @torch.no_grad()
-def euler_sample(v, eps, y, steps, shift=1.0):
+def euler_sample(v: Callable, eps: Tensor, y: Tensor, steps: int, shift: float = 1.0) -> Tensor:
     """Euler sampler of an instantaneous velocity, Eq. 2: x_{i+1} = x_i - (t_i - t_{i+1}) v(x_i, t_i, y).
 
     v: callable (x, t, y).  shift > 1 spends more of the steps near noise (LightningDiT: 1 / 0.3).
@@ -132,32 +140,62 @@ def euler_sample(v, eps, y, steps, shift=1.0):
     return x
 
 
-def gate_guidance(guidance, t):
-    """Guidance (omega, t_min, t_max) [B, 3] at one instant t: omega inside the interval, 1 outside, the interval itself then [0, 1].
+def backward_simulation(u: Callable, eps: Tensor, k: int, M: int, noise: str = "fresh") -> Tensor:
+    """DMD2's rollout, Eq. 17 -> x_hat [B, ...]: k jumps to 0 without gradient, each renoised, then one with gradient.
 
-    iMF trains its s = t rows on the interval [0, 1] only, so this is how its instantaneous velocity has to be asked.
+    u: callable (x, t, s), times as floats.  eps [B, M, ...]: fresh noise for every step; real data never enter.
+    k in 0 .. M-1, the same for the whole batch; with k = M - 1 it is the M-step sampler of DMD2 and SiD.
+    noise: how a jump's x0 goes back to the next time (SiD): fresh noise, the noise that the jump implies (ddim: the
+    generator becomes deterministic), or the first noise again (fixed).
+    """
+    x = eps[:, 0]
+    for i in range(k):
+        t, s = 1 - i / M, 1 - (i + 1) / M
+        with torch.no_grad():
+            x0 = x - t * u(x, t, 0.0)
+            if noise == "fresh":
+                back = eps[:, i + 1]
+            elif noise == "ddim":
+                back = (x - (1 - t) * x0) / t
+            else:
+                back = eps[:, 0]
+            x = (1 - s) * x0 + s * back
+    t = 1 - k / M
+    return x - t * u(x, t, 0.0)
+
+
+def gate_guidance(guidance: Tensor, t: Tensor) -> Tensor:
+    """Guidance (omega, t_min, t_max) [B, 3] at one instant t: omega inside the interval, 1 outside.
+
+    The interval itself is then [0, 1]: iMF trains its s = t rows on that one only, so this is how its instantaneous
+    velocity has to be asked.
     """
     omega, t_min, t_max = guidance.unbind(1)
     omega = torch.where((t >= t_min) & (t <= t_max), omega, 1.0)
     return torch.stack([omega, torch.zeros_like(omega), torch.ones_like(omega)], dim=1)
 
 
-def guided_velocity(net, x, t, y, guidance, channels=None):
-    """Guided instantaneous velocity v(x_t, t | y) of a LightningDiT -> [B, C, H, W].  t [B], guidance [B, 3], channels: see `cfg`.
+def guided_velocity(net: nn.Module, x: Tensor, t: Tensor, y: Tensor, guidance: Tensor,
+                    channels: int | None = None) -> Tensor:
+    """Guided instantaneous velocity v(x_t, t | y) of a LightningDiT -> [B, C, H, W].
 
-    in_context: omega is an input, one forward pass.  plain: classifier-free guidance, two passes.  decoupled: one pass, because
-    guidance was distilled into its weights.
+    t [B], guidance [B, 3], channels: see `cfg`.  in_context: omega is an input, one forward pass.  plain: CFG, two
+    passes.  decoupled: one pass, because guidance was distilled into its weights.
     """
     if net.conditioning == "in_context":
         return net(x, t, y, None, gate_guidance(guidance, t))
     v = net(x, t, y)
     if net.conditioning == "decoupled":
         return v
-    return cfg(v, net(x, t, torch.full_like(y, net.num_classes)), gate_guidance(guidance, t)[:, 0], channels)
+    v_uncond = net(x, t, torch.full_like(y, net.num_classes))
+    return cfg(v, v_uncond, gate_guidance(guidance, t)[:, 0], channels)
 
 
-def guided_map(net, x, t, s, y, guidance):
-    """Average velocity u(x_t, t, s | y) of a flow map: guidance [B, 3] is an input in_context, and in the weights of a decoupled network."""
+def guided_map(net: nn.Module, x: Tensor, t: Tensor | float, s: Tensor | float, y: Tensor, guidance: Tensor) -> Tensor:
+    """Average velocity u(x_t, t, s | y) of a flow map.
+
+    guidance [B, 3]: an input of an in_context network; a decoupled one has it in its weights.
+    """
     return net(x, t, y, s, guidance if net.conditioning == "in_context" else None)
 
 
@@ -166,9 +204,7 @@ def fixed_guidance(omega, t_min, t_max, like):
     return torch.tensor([[omega, t_min, t_max]], dtype=torch.float32, device=like.device).expand(len(like), 3)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# The network
-# ------------------------------------------------------------------------------------------------------------------------------
+# ---- The network -----------------------------------------------------------------------------------------------------
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dim, statistics in at least float32."""
@@ -185,25 +221,28 @@ class RMSNorm(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """A scalar in [0, 1] -> [B, D].  Raw, not times 1000: the fastest feature is cos(t), so d/dt stays O(1) and differences are safe."""
+    """A scalar in [0, 1] -> [B, D].
+
+    Raw, not times 1000: the fastest feature is cos(t), so d/dt stays O(1) and differences are safe.
+    """
 
     def __init__(self, dim, freq_dim=256, max_period=10000):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.freq_dim, self.max_period = freq_dim, max_period
 
-    def features(self, t):                                                                            # [B] -> [B, freq_dim]
+    def features(self, t):                                                              # [B] -> [B, freq_dim]
         half = self.freq_dim // 2
         freqs = torch.exp(-math.log(self.max_period) * torch.arange(half, device=t.device, dtype=t.dtype) / half)
         angle = t[:, None] * freqs
-        return torch.cat([angle.cos(), angle.sin()], dim=-1)                                          # cos first
+        return torch.cat([angle.cos(), angle.sin()], dim=-1)                            # cos first
 
     def forward(self, t):
         return self.mlp(self.features(t))
 
 
 class LabelEmbedder(nn.Module):
-    """Class label -> [B, D]; row num_classes is the null class.  Labels are dropped by the caller, once, never in here."""
+    """Class label -> [B, D]; row num_classes is the null class.  Labels are dropped by the caller, never in here."""
 
     def __init__(self, num_classes, dim):
         super().__init__()
@@ -225,16 +264,16 @@ class PatchEmbed(nn.Module):
 
 
 class RotaryEmbedding(nn.Module):
-    """2-D RoPE of EVA-02: the first half of a head's dims turns with the row, the second with the column; pairs are neighbours."""
+    """2-D RoPE of EVA-02: half of a head's dims turns with the row, half with the column; pairs are neighbours."""
 
     def __init__(self, head_dim, grid, theta=10000):
         super().__init__()
         half = head_dim // 2
-        freqs = theta ** (-torch.arange(0, half, 2).float() / half)                                   # [half / 2]
-        angle = (torch.arange(grid).float()[:, None] * freqs).repeat_interleave(2, dim=-1)            # [grid, half]
+        freqs = theta ** (-torch.arange(0, half, 2).float() / half)                     # [half / 2]
+        angle = (torch.arange(grid).float()[:, None] * freqs).repeat_interleave(2, dim=-1)  # [grid, half]
         rows = angle[:, None].expand(grid, grid, half)
         cols = angle[None, :].expand(grid, grid, half)
-        angle = torch.cat([rows, cols], dim=-1).reshape(grid * grid, head_dim)                        # [N, head_dim]
+        angle = torch.cat([rows, cols], dim=-1).reshape(grid * grid, head_dim)          # [N, head_dim]
         self.register_buffer("freqs_cos", angle.cos())
         self.register_buffer("freqs_sin", angle.sin())
 
@@ -255,8 +294,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
 
-    def forward(self, x, cos, sin):                                                                   # [B, N, D]
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)           # 3 x [B, heads, N, head_dim]
+    def forward(self, x, cos, sin):                                                     # [B, N, D]
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))                        # [B, N, 3, heads, head_dim]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                            # each [B, heads, N, head_dim]
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
@@ -285,10 +325,10 @@ class Block(nn.Module):
         self.norm1 = RMSNorm(dim)
         self.attn = Attention(dim, num_heads, qk_norm)
         self.norm2 = RMSNorm(dim)
-        self.mlp = SwiGLU(dim, int(2 / 3 * int(dim * mlp_ratio)))                                     # 2048 for D = 768
+        self.mlp = SwiGLU(dim, int(2 / 3 * int(dim * mlp_ratio)))                       # 2048 for D = 768
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
-    def forward(self, x, c, cos, sin):                                                                # [B, N, D], [B, D]
+    def forward(self, x, c, cos, sin):                                                  # [B, N, D], [B, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), cos, sin)
         return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -307,10 +347,10 @@ class FinalLayer(nn.Module):
 
 
 def sincos_positions(dim, grid):
-    """DiT's fixed 2-D positions [1, N, D].  The first half of the dims encodes the COLUMN (MAE's meshgrid order), the second the row."""
+    """DiT's fixed 2-D positions [1, N, D]: half of the dims encodes the COLUMN (MAE's meshgrid order), half the row."""
     omega = 10000 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega                                  # [grid, D / 4]
-    table = torch.cat([angle.sin(), angle.cos()], dim=-1)                                             # [grid, D / 2]
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * omega                    # [grid, D / 4]
+    table = torch.cat([angle.sin(), angle.cos()], dim=-1)                               # [grid, D / 2]
     rows = table[:, None].expand(grid, grid, -1)
     cols = table[None, :].expand(grid, grid, -1)
     return torch.cat([cols, rows], dim=-1).reshape(1, grid * grid, dim).float()
@@ -320,15 +360,17 @@ class LightningDiT(nn.Module):
     """LightningDiT(size="B/1", conditioning="plain"), or explicit dims as keywords, which override the preset's.
 
     forward(x, t, y, s=None, guidance=None) -> velocity [B, C, H, W]
-        x [B, C, H, W]; t, s times in [0, 1], [B] or float; y [B] int64 labels, num_classes = null; s=None means s = t, the
-        instantaneous velocity; guidance [B, 3] = (omega, t_min, t_max), in_context only, None = (1, 0, 1), no guidance.
+        x [B, C, H, W]; t, s times in [0, 1], [B] or float; y [B] int64 labels, num_classes = null; s=None means s = t,
+        the instantaneous velocity; guidance [B, 3] = (omega, t_min, t_max), in_context only, None = (1, 0, 1), no
+        guidance.
     Raises ValueError on an unknown size or conditioning, on s with a plain network, on guidance without in_context.
-    n_tokens, token_block: n and k of the in_context conditioning (the paper's values are lost; 16 and 4 give its parameter count).
+    n_tokens, token_block: n and k of the in_context conditioning (the paper's values are lost; 16 and 4 give its
+    parameter count).
     `net.config` rebuilds it: LightningDiT(**net.config).
     """
 
-    def __init__(self, size="B/1", conditioning="plain", *, input_size=16, in_channels=32, num_classes=1000, qk_norm=True,
-                 mlp_ratio=4.0, **dims):
+    def __init__(self, size: str = "B/1", conditioning: str = "plain", *, input_size: int = 16, in_channels: int = 32,
+                 num_classes: int = 1000, qk_norm: bool = True, mlp_ratio: float = 4.0, **dims: int):
         super().__init__()
         if size not in SIZES:
             raise ValueError(f"size {size!r}: expected one of {', '.join(SIZES)}")
@@ -342,10 +384,11 @@ class LightningDiT(nn.Module):
                            num_classes=num_classes, qk_norm=qk_norm, mlp_ratio=mlp_ratio, **dims)
         depth, D, heads, patch = dims["depth"], dims["hidden_size"], dims["num_heads"], dims["patch_size"]
         if input_size % patch or D % (4 * heads):
-            raise ValueError(f"input_size {input_size} must be a multiple of patch_size {patch}, and hidden_size {D} of 4 x num_heads {heads}")
-        self.conditioning, self.num_classes, self.patch_size, self.in_channels = conditioning, num_classes, patch, in_channels
-        self.grid = input_size // patch
-        self.switch = 2 * depth // 3            # decoupled: blocks before it see t, the others s (8 of 12, DMF's two thirds)
+            raise ValueError(f"input_size {input_size} must be a multiple of patch_size {patch}, "
+                             f"and hidden_size {D} of 4 x num_heads {heads}")
+        self.conditioning, self.num_classes = conditioning, num_classes
+        self.patch_size, self.in_channels, self.grid = patch, in_channels, input_size // patch
+        self.switch = 2 * depth // 3            # decoupled: blocks before it see t, the others s (DMF's two thirds)
 
         self.x_embedder = PatchEmbed(patch, in_channels, D)
         self.t_embedder = TimestepEmbedder(D)
@@ -364,12 +407,12 @@ class LightningDiT(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """LightningDiT's: Xavier linears, N(0, 0.02) embeddings, adaLN and the output at zero, so the initial velocity is exactly 0."""
+        """LightningDiT's: Xavier linears, N(0, 0.02) embeddings, adaLN and output zero, so the first velocity is 0."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
                 nn.init.zeros_(m.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(len(self.x_embedder.proj.weight), -1))
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         for m in self.modules():
@@ -385,51 +428,54 @@ class LightningDiT(nn.Module):
     def condition_tokens(self, c_t, c_y, s, guidance):
         """Six conditions, each repeated n times and told apart by a learned vector -> [B, 6n, D]."""
         omega, t_min, t_max = guidance.unbind(1)
-        conditions = torch.stack([c_t, self.s_embedder(s), c_y, self.omega_embedder(1 - 1 / omega),   # 1 - 1/omega in [0, 1), as iMF
-                                  self.t_min_embedder(t_min), self.t_max_embedder(t_max)], dim=1)     # [B, 6, D]
+        c_omega = self.omega_embedder(1 - 1 / omega)                                    # in [0, 1), as iMF
+        c_min, c_max = self.t_min_embedder(t_min), self.t_max_embedder(t_max)
+        conditions = torch.stack([c_t, self.s_embedder(s), c_y, c_omega, c_min, c_max], dim=1)  # [B, 6, D]
         return conditions.repeat_interleave(self.n_tokens, dim=1) + self.token_embed
 
-    def forward(self, x, t, y, s=None, guidance=None, until=None):
+    def forward(self, x: Tensor, t: Tensor | float, y: Tensor, s: Tensor | float | None = None,
+                guidance: Tensor | None = None, until: int | None = None) -> Tensor:
         """-> velocity [B, C, H, W]; with until=k the image tokens [B, N, D] after the first k blocks instead."""
         if s is not None and self.conditioning == "plain":
-            raise ValueError("a plain LightningDiT has no target time s; build it decoupled or in_context for a flow map")
+            raise ValueError("a plain LightningDiT has no target time s; "
+                             "build it decoupled or in_context for a flow map")
         if guidance is not None and self.conditioning != "in_context":
             raise ValueError(f"a {self.conditioning} LightningDiT takes no guidance input; guide it with model.cfg")
         B, dtype = len(x), torch.promote_types(x.dtype, torch.float32)
         t = torch.as_tensor(t, dtype=dtype, device=x.device).expand(B)
         s = t if s is None else torch.as_tensor(s, dtype=dtype, device=x.device).expand(B)
 
-        cos, sin = self.feat_rope.freqs_cos, self.feat_rope.freqs_sin                                 # [N, head_dim]
-        with torch.autocast(x.device.type, enabled=False):                                            # times stay in fp32
-            c_t, c_y = self.t_embedder(t), self.y_embedder(y)                                         # [B, D]
+        cos, sin = self.feat_rope.freqs_cos, self.feat_rope.freqs_sin                   # [N, head_dim]
+        with torch.autocast(x.device.type, enabled=False):                              # times stay in fp32
+            c_t, c_y = self.t_embedder(t), self.y_embedder(y)                           # [B, D]
             c_early = c_late = c_t + c_y
             if self.conditioning == "decoupled":
                 c_late = self.t_embedder(s) + c_y
             if self.conditioning == "in_context":
                 if guidance is None:
                     guidance = fixed_guidance(1.0, 0.0, 1.0, x)
-                tokens = self.condition_tokens(c_t, c_y, s, guidance.to(dtype))                       # [B, 6n, D]
+                tokens = self.condition_tokens(c_t, c_y, s, guidance.to(dtype))         # [B, 6n, D]
 
-        h = self.x_embedder(x) + self.pos_embed                                                       # [B, N, D]
+        h = self.x_embedder(x) + self.pos_embed                                         # [B, N, D]
         for i, block in enumerate(self.blocks):
             if self.conditioning == "in_context" and i == self.token_block:
-                h = torch.cat([tokens.to(h.dtype), h], dim=1)                                         # [B, 6n + N, D]
-                cos = F.pad(cos, (0, 0, tokens.shape[1], 0), value=1.0)                               # identity rotation on them
+                h = torch.cat([tokens.to(h.dtype), h], dim=1)                           # [B, 6n + N, D]
+                cos = F.pad(cos, (0, 0, tokens.shape[1], 0), value=1.0)                 # identity rotation on them
                 sin = F.pad(sin, (0, 0, tokens.shape[1], 0), value=0.0)
             h = block(h, c_early if i < self.switch else c_late, cos, sin)
             if i + 1 == until:
                 return h[:, -self.grid ** 2:]
-        h = self.final_layer(h[:, -self.grid ** 2:], c_late)                                          # [B, N, P P C]
+        h = self.final_layer(h[:, -self.grid ** 2:], c_late)                            # [B, N, P P C]
         return self.unpatchify(h)
 
-    def unpatchify(self, h):                                                                          # [B, N, P P C] -> [B, C, H, W]
+    def unpatchify(self, h):                                                            # [B, N, P P C] -> [B, C, H, W]
         g, p = self.grid, self.patch_size
-        h = h.unflatten(2, (p, p, self.in_channels)).unflatten(1, (g, g))                             # [B, g, g, p, p, C]
+        h = h.unflatten(2, (p, p, self.in_channels)).unflatten(1, (g, g))               # [B, g, g, p, p, C]
         return h.permute(0, 5, 1, 3, 2, 4).reshape(len(h), self.in_channels, g * p, g * p)
 
 
 class DDTBlock(nn.Module):
-    """Block of DDT (Wang et al., arXiv 2504.05741): adaLN from a condition per token [B, N, D], no biases in qkv and MLP."""
+    """Block of DDT (Wang et al., arXiv 2504.05741): adaLN from a condition per token, no biases in qkv and MLP."""
 
     def __init__(self, dim, num_heads, mlp_ratio=4.0):
         super().__init__()
@@ -438,18 +484,19 @@ class DDTBlock(nn.Module):
         self.mlp = SwiGLU(dim, int(2 / 3 * int(dim * mlp_ratio)), bias=False)
         self.adaLN_modulation = nn.Linear(dim, 6 * dim)
 
-    def forward(self, x, c, cos, sin):                                                                # both [B, N, D]
+    def forward(self, x, c, cos, sin):                                                  # both [B, N, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
 class DiscriminatorHead(nn.Module):
-    """FSF-DMD's discriminator for DMD2 (App. B.1): two DDT blocks and a class token over a trunk's features.  21.28M parameters at B/1.
+    """FSF-DMD's discriminator for DMD2 (App. B.1): two DDT blocks and a class token over a trunk's features.
 
-    forward(trunk, x, t, y) -> logits [B, 1].  trunk: a LightningDiT, read after its first `until` blocks (5 of 12 at B/1).  As in DDT
-    the decoder starts from its own embedding of x; the trunk's tokens are only its condition.  Nothing is zero-initialised: with
-    zero gates the class token could not see x, and the generator would get no gradient at step 0.
+    21.28M parameters at B/1.  forward(trunk, x, t, y) -> logits [B, 1].  trunk: a LightningDiT, read after its first
+    `until` blocks (5 of 12 at B/1).  As in DDT the decoder starts from its own embedding of x; the trunk's tokens are
+    only its condition.  Nothing is zero-initialised: with zero gates the class token could not see x, and the generator
+    would get no gradient at step 0.
     """
 
     def __init__(self, trunk):
@@ -462,35 +509,42 @@ class DiscriminatorHead(nn.Module):
         self.norm, self.linear = RMSNorm(D), nn.Linear(D, 1)
 
     def forward(self, trunk, x, t, y):
-        features = trunk(x, t, y, until=self.until)                                                   # [B, N, D]
-        c_t, c_y = trunk.t_embedder(t), trunk.y_embedder(y)                                           # [B, D]
-        condition = torch.cat([F.silu(c_t + c_y)[:, None], F.silu(c_t[:, None] + features)], dim=1)   # [B, 1 + N, D]
+        features = trunk(x, t, y, until=self.until)                                     # [B, N, D]
+        c_t, c_y = trunk.t_embedder(t), trunk.y_embedder(y)                             # [B, D]
+        of_class, of_image = F.silu(c_t + c_y)[:, None], F.silu(c_t[:, None] + features)
+        condition = torch.cat([of_class, of_image], dim=1)                              # [B, 1 + N, D]
         h = torch.cat([self.class_token + c_y[:, None], self.x_embedder(x)], dim=1)
-        cos = F.pad(trunk.feat_rope.freqs_cos, (0, 0, 1, 0), value=1.0)                               # identity rotation on the class token
+        cos = F.pad(trunk.feat_rope.freqs_cos, (0, 0, 1, 0), value=1.0)                 # the class token is not rotated
         sin = F.pad(trunk.feat_rope.freqs_sin, (0, 0, 1, 0), value=0.0)
         for block in self.blocks:
             h = block(h, condition, cos, sin)
         return self.linear(self.norm(h[:, 0]))
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# Improved MeanFlow's own network (Geng et al.; code Lyy-iiis/imeanflow, MIT), to start from its published weights
-# ------------------------------------------------------------------------------------------------------------------------------
+# ---- Improved MeanFlow's own network (Geng et al.; code Lyy-iiis/imeanflow, MIT), to start from its published weights 
 
 class IMFBlock(nn.Module):
-    """No adaLN and no biases; QK-norm, 1-D rotary positions over the whole sequence; attn_scale and mlp_scale are learned vector gates."""
+    """No adaLN and no biases; QK-norm, 1-D rotary positions over the whole sequence.
+
+    attn_scale and mlp_scale are learned vector gates.
+    """
 
     def __init__(self, dim, num_heads, hidden):
         super().__init__()
-        self.num_heads, self.attn_scale, self.mlp_scale = num_heads, nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
-        self.norm1, self.norm2, self.q_norm, self.k_norm = RMSNorm(dim), RMSNorm(dim), RMSNorm(dim // num_heads), RMSNorm(dim // num_heads)
+        self.num_heads = num_heads
+        self.attn_scale = nn.Parameter(torch.zeros(dim))
+        self.mlp_scale = nn.Parameter(torch.zeros(dim))
+        self.norm1, self.norm2 = RMSNorm(dim), RMSNorm(dim)
+        self.q_norm, self.k_norm = RMSNorm(dim // num_heads), RMSNorm(dim // num_heads)
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim, bias=False) for _ in range(4))
-        self.w1, self.w3, self.w2 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False), nn.Linear(hidden, dim, bias=False)
+        self.w1, self.w3 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, x, cos, sin):                                                                   # [B, L, D]
+    def forward(self, x, cos, sin):                                                     # [B, L, D]
         h = self.norm1(x)
-        q, k, v = (f(h).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)                     # [B, heads, L, head_dim]
+        q, k, v = (f(h).unflatten(2, (self.num_heads, -1)).transpose(1, 2)              # [B, heads, L, head_dim]
+                   for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.attn_scale * self.out_proj(h)
         h = self.norm2(x)
@@ -498,36 +552,48 @@ class IMFBlock(nn.Module):
 
 
 class IMFDiT(nn.Module):
-    """u(x, t, s | y, omega, t_min, t_max) of the official iMF weights.  The call is LightningDiT's; the network sees t - s, not t.
+    """u(x, t, s | y, omega, t_min, t_max) of the official iMF weights.
 
-    Its auxiliary v-head is left out: the instantaneous velocity is u(x, t, t).
+    The call is LightningDiT's; the network sees t - s, not t.  Its auxiliary v-head is left out: the instantaneous
+    velocity is u(x, t, t).
     """
     conditioning = "in_context"
 
-    def __init__(self, *, input_size, in_channels, patch_size, hidden_size, num_heads, depth, mlp_hidden, num_classes, tokens=(8, 4, 2, 2, 4)):
+    def __init__(self, *, input_size, in_channels, patch_size, hidden_size, num_heads, depth, mlp_hidden, num_classes,
+                 tokens=(8, 4, 2, 2, 4)):
         super().__init__()
         D = hidden_size
-        self.config = dict(architecture="imf", input_size=input_size, in_channels=in_channels, patch_size=patch_size, hidden_size=D, num_heads=num_heads,
-                           depth=depth, mlp_hidden=mlp_hidden, num_classes=num_classes, tokens=list(tokens), conditioning="in_context")
-        self.num_classes, self.patch_size, self.in_channels, self.grid = num_classes, patch_size, in_channels, input_size // patch_size
+        self.config = dict(architecture="imf", conditioning="in_context", input_size=input_size,
+                           in_channels=in_channels, patch_size=patch_size, hidden_size=D, num_heads=num_heads,
+                           depth=depth, mlp_hidden=mlp_hidden, num_classes=num_classes, tokens=list(tokens))
+        self.num_classes, self.patch_size = num_classes, patch_size
+        self.in_channels, self.grid = in_channels, input_size // patch_size
         self.x_embedder, self.y_embedder = PatchEmbed(patch_size, in_channels, D), LabelEmbedder(num_classes, D)
-        self.h_embedder, self.omega_embedder, self.t_min_embedder, self.t_max_embedder = (TimestepEmbedder(D) for _ in range(4))
-        self.tokens = nn.ParameterList(nn.Parameter(torch.randn(n, D) / D ** 0.5) for n in tokens)    # class, omega, t_min, t_max, time
+        self.h_embedder, self.omega_embedder = TimestepEmbedder(D), TimestepEmbedder(D)
+        self.t_min_embedder, self.t_max_embedder = TimestepEmbedder(D), TimestepEmbedder(D)
+        # of the class, omega, t_min, t_max and the time
+        self.tokens = nn.ParameterList(nn.Parameter(torch.randn(n, D) / D ** 0.5) for n in tokens)
         self.blocks = nn.ModuleList(IMFBlock(D, num_heads, mlp_hidden) for _ in range(depth))
         self.norm, self.linear = RMSNorm(D), nn.Linear(D, patch_size ** 2 * in_channels)
-        angle = torch.arange(sum(tokens) + self.grid ** 2)[:, None] * 10000 ** (-torch.arange(0, D // num_heads, 2) / (D // num_heads))
-        self.register_buffer("cos", angle.cos().repeat_interleave(2, 1), persistent=False)            # [L, D/h]
+        head_dim = D // num_heads
+        freqs = 10000 ** (-torch.arange(0, head_dim, 2) / head_dim)
+        angle = torch.arange(sum(tokens) + self.grid ** 2)[:, None] * freqs             # [L, head_dim / 2]
+        self.register_buffer("cos", angle.cos().repeat_interleave(2, 1), persistent=False)  # [L, head_dim]
         self.register_buffer("sin", angle.sin().repeat_interleave(2, 1), persistent=False)
 
     def forward(self, x, t, y, s=None, guidance=None):
         B, dtype = len(x), torch.promote_types(x.dtype, torch.float32)
         t = torch.as_tensor(t, dtype=dtype, device=x.device).expand(B)
         h = torch.zeros_like(t) if s is None else t - s
-        with torch.autocast(x.device.type, enabled=False):                                            # times stay in fp32
-            omega, t_min, t_max = (fixed_guidance(1.0, 0.0, 1.0, x) if guidance is None else guidance).to(dtype).unbind(1)
-            conditions = (self.y_embedder(y), self.omega_embedder(1 - 1 / omega), self.t_min_embedder(t_min), self.t_max_embedder(t_max), self.h_embedder(h))
-            prefix = torch.cat([c[:, None] + token for c, token in zip(conditions, self.tokens)], dim=1)      # [B, 20, D]
-        z = torch.cat([prefix, self.x_embedder(x)], dim=1)                                            # [B, 20 + N, D]
+        with torch.autocast(x.device.type, enabled=False):                              # times stay in fp32
+            if guidance is None:
+                guidance = fixed_guidance(1.0, 0.0, 1.0, x)
+            omega, t_min, t_max = guidance.to(dtype).unbind(1)
+            conditions = (self.y_embedder(y), self.omega_embedder(1 - 1 / omega), self.t_min_embedder(t_min),
+                          self.t_max_embedder(t_max), self.h_embedder(h))
+            prefix = [c[:, None] + token for c, token in zip(conditions, self.tokens)]
+            prefix = torch.cat(prefix, dim=1)                                           # [B, 20, D]
+        z = torch.cat([prefix, self.x_embedder(x)], dim=1)                              # [B, 20 + N, D]
         for block in self.blocks:
             z = block(z, self.cos.to(dtype), self.sin.to(dtype))
         return self.unpatchify(self.linear(self.norm(z[:, -self.grid ** 2:])))
@@ -535,46 +601,51 @@ class IMFDiT(nn.Module):
     unpatchify = LightningDiT.unpatchify
 
 
-def build(config):
+def build(config: dict) -> nn.Module:
     """The network that a `net.config` describes."""
     if config.get("architecture") == "imf":
         return IMFDiT(**{k: v for k, v in config.items() if k not in ("architecture", "conditioning")})
     return LightningDiT(**config)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------
-# Official weights
-# ------------------------------------------------------------------------------------------------------------------------------
+# ---- Official weights ------------------------------------------------------------------------------------------------
 
-def load_official(source, input_size=32):
-    """An official LightningDiT checkpoint as our plain network: v(x, t) = -official(x, tau = 1 - t); or iMF's.  -> network on the CPU
+def load_official(source: str | dict, input_size: int = 32) -> nn.Module:
+    """An official LightningDiT checkpoint as our plain network, v(x, t) = -official(x, tau = 1 - t); or iMF's.
 
-    source: path of a `.pt` file (weights only; "ema" inside is preferred, then "model") or a state dict.  Any depth, width, patch
-    and class count; QK-norm is seen from the keys.  The reversed time and sign are folded into the weights, so the result is an
-    ordinary network of this file: cos((1 - t) f) = cos f cos tf + sin f sin tf turns the first time layer, the last changes sign.
-    An official iMF checkpoint gives an IMFDiT (input_size: of its latents, which its weights do not say; 32 for 256-pixel images).
+    source: path of a `.pt` file (weights only; "ema" inside is preferred, then "model") or a state dict.  Any depth,
+    width, patch and class count; QK-norm is seen from the keys.  Reversed time and sign are folded into the weights, so
+    the result is an ordinary network of this file, on the CPU: cos((1 - t) f) = cos f cos tf + sin f sin tf turns the
+    first time layer, the last changes sign.  An official iMF checkpoint gives an IMFDiT (input_size: of its latents,
+    which its weights do not say; 32 for 256-pixel images).
     Raises ValueError naming the first differences when keys or shapes are neither's.
     """
     state = torch.load(source, map_location="cpu", weights_only=True) if not isinstance(source, dict) else source
     state = next((state[k] for k in ("ema", "model", "state_dict") if isinstance(state.get(k), dict)), state)
-    state = {k.removeprefix("module.").removeprefix("net."): v for k, v in state.items()}              # of DDP; of iMF's wrapper
+    state = {k.removeprefix("module.").removeprefix("net."): v for k, v in state.items()}  # of DDP; of iMF's file
     if any(k.startswith("shared_blocks.") for k in state):
         return load_imf(state, input_size)
     for key in ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "feat_rope.freqs_cos"):
         if key not in state:
-            raise ValueError(f"not a LightningDiT state dict: {key} is missing (found {', '.join(list(state)[:3]) or 'nothing'} ...)")
+            found = ", ".join(list(state)[:3]) or "nothing"
+            raise ValueError(f"not a LightningDiT state dict: {key} is missing (found {found} ...)")
     D, channels, patch, _ = state["x_embedder.proj.weight"].shape
     depth = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("blocks.")), default=0)
-    size = next((name for name, d in SIZES.items() if (d["depth"], d["hidden_size"], d["patch_size"]) == (depth, D, patch)), "B/1")
+    size = "B/1"                                                                        # the name is for people only
+    for name, d in SIZES.items():
+        if (d["depth"], d["hidden_size"], d["patch_size"]) == (depth, D, patch):
+            size = name
     net = LightningDiT(size, "plain", depth=depth, hidden_size=D, num_heads=D // state["feat_rope.freqs_cos"].shape[1],
-                       patch_size=patch, in_channels=channels, input_size=patch * math.isqrt(state["pos_embed"].shape[1]),
-                       num_classes=len(state["y_embedder.embedding_table.weight"]) - 1, qk_norm="blocks.0.attn.q_norm.weight" in state)
+                       patch_size=patch, in_channels=channels,
+                       input_size=patch * math.isqrt(state["pos_embed"].shape[1]),
+                       num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
+                       qk_norm="blocks.0.attn.q_norm.weight" in state)
     own = net.state_dict()
     refuse_differences(net, state, "LightningDiT")
 
     state = {k: v.clone().to(own[k].dtype) for k, v in state.items()}
     w = state["t_embedder.mlp.0.weight"].double()
-    angle = net.t_embedder.features(torch.ones(1, dtype=torch.float64))[0]                            # (cos f, sin f)
+    angle = net.t_embedder.features(torch.ones(1, dtype=torch.float64))[0]              # (cos f, sin f)
     (cos, sin), (w_cos, w_sin) = angle.chunk(2), w.chunk(2, dim=1)
     state["t_embedder.mlp.0.weight"] = torch.cat([w_cos * cos + w_sin * sin, w_cos * sin - w_sin * cos], dim=1).float()
     for key in ("final_layer.linear.weight", "final_layer.linear.bias"):
@@ -585,10 +656,14 @@ def load_official(source, input_size=32):
 
 def load_imf(state, input_size):
     """IMFDiT from an official iMF state dict: shared blocks, then the u-head's; the v-head is dropped."""
-    names = {"cfg_t_start_embedder": "t_min_embedder", "cfg_t_end_embedder": "t_max_embedder", "u_final_layer.": "", "mlp.w": "w", ".attn.": "."}
-    names |= {f"{name}_tokens": f"tokens.{i}" for i, name in enumerate(("class", "omega", "t_min", "t_max", "time"))}
-    shared, heads = (len({k.split(".")[1] for k in state if k.startswith(prefix)}) for prefix in ("shared_blocks.", "u_heads."))
-    own = {}
+    names = {"cfg_t_start_embedder": "t_min_embedder", "cfg_t_end_embedder": "t_max_embedder", "u_final_layer.": "",
+             "mlp.w": "w", ".attn.": ".", "class_tokens": "tokens.0", "omega_tokens": "tokens.1",
+             "t_min_tokens": "tokens.2", "t_max_tokens": "tokens.3", "time_tokens": "tokens.4"}
+
+    def count(prefix):
+        return len({k.split(".")[1] for k in state if k.startswith(prefix)})
+
+    shared, own = count("shared_blocks."), {}
     for key, value in state.items():
         if key.startswith(("v_heads.", "v_final_layer.")):
             continue
@@ -601,8 +676,11 @@ def load_imf(state, input_size):
         own[key] = value
     try:
         D, channels, patch, _ = own["x_embedder.proj.weight"].shape
-        net = IMFDiT(input_size=input_size, in_channels=channels, patch_size=patch, hidden_size=D, num_heads=D // len(own["blocks.0.q_norm.weight"]), depth=shared + heads,
-                     mlp_hidden=len(own["blocks.0.w1.weight"]), num_classes=len(own["y_embedder.embedding_table.weight"]) - 1, tokens=[len(own[f"tokens.{i}"]) for i in range(5)])
+        net = IMFDiT(input_size=input_size, in_channels=channels, patch_size=patch, hidden_size=D,
+                     num_heads=D // len(own["blocks.0.q_norm.weight"]), depth=shared + count("u_heads."),
+                     mlp_hidden=len(own["blocks.0.w1.weight"]),
+                     num_classes=len(own["y_embedder.embedding_table.weight"]) - 1,
+                     tokens=[len(own[f"tokens.{i}"]) for i in range(5)])
     except KeyError as error:
         raise ValueError(f"not an iMF state dict: {error.args[0]} is missing") from None
     refuse_differences(net, own, "iMF network")
@@ -610,10 +688,13 @@ def load_imf(state, input_size):
     return net
 
 
-def refuse_differences(net, state, what):
+def refuse_differences(net: nn.Module, state: dict, what: str) -> None:
     """ValueError with the first differences of keys and shapes between a network and a state dict."""
     own = net.state_dict()
-    wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
-    wrong += [f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    wrong = [f"missing {k}" for k in own if k not in state]
+    wrong += [f"unexpected {k}" for k in state if k not in own]
+    for k in own:
+        if k in state and state[k].shape != own[k].shape:
+            wrong.append(f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}")
     if wrong:
         raise ValueError(f"not this {what}, {len(wrong)} differences: " + "; ".join(wrong[:3]))

@@ -1,6 +1,7 @@
 """NorMuon (Li et al., arXiv 2510.05491; official code zichongli5/NorMuon, MIT): Muon with a per-neuron second moment.
 
-Per matrix W [m, n] (m output neurons), gradient G, momentum M, second moment v [m, 1], both starting at zero, no bias correction:
+Per matrix W [m, n] (m output neurons), gradient G, momentum M, second moment v [m, 1], both starting at zero, without
+bias correction:
 
     M <- mu M + (1 - mu) G                       U <- mu M + (1 - mu) G               Nesterov look-ahead
     O <- NewtonSchulz5(U)                        about the orthogonal factor of U
@@ -8,16 +9,18 @@ Per matrix W [m, n] (m output neurons), gradient G, momentum M, second moment v 
     O <- O / (sqrt(v) + 1e-10), rescaled to the Frobenius norm it had
     W <- W (1 - lr wd) - lr scale O              scale = sqrt(max(1, m / n))
 
-Everything that is not a hidden matrix (biases, norm gains, embeddings, the first and the last layer) goes to AdamW in the same optimizer.
+Everything that is not a hidden matrix (biases, norm gains, embeddings, the first and the last layer) goes to AdamW in
+the same optimizer.
 
 WHICH LR?  The convention changes its meaning by a factor of about 6, the commonest reason for a "wrong" learning rate:
-    scale="aspect"  official code: the line above.  One step moves W by 0.02..0.036 lr (RMS); lr 6e-4 acts like AdamW at 1e-4.
-    scale="rms"     the update has RMS 0.2 lr whatever the shape: lr 1e-4 means about what it means to AdamW.
+    scale="aspect"  official code: the line above.  One step moves W by 0.02..0.036 lr (RMS); 6e-4 is AdamW's 1e-4
+    scale="rms"     the update has RMS 0.2 lr whatever the shape: lr 1e-4 means about what it means to AdamW
 The AdamW group takes adam_lr; left out, it is lr / 6 under "aspect" and lr under "rms", so that both groups move alike.
-FSF-DMD's Table 6 gives momentum 0.95, b2 0.95, weight decay 0, a constant schedule; its learning rate did not survive in our copy.
+FSF-DMD's Table 6 gives momentum 0.95, b2 0.95, weight decay 0, a constant schedule; its learning rate did not survive
+in our copy.
 
-Differs from the official code: equal shapes are stacked and orthogonalised together (19x fewer kernel launches on a B/1), the states
-are float32 whatever the parameters are, and .grad is left as it was.  Needs only torch; paste it alone.
+Differs from the official code: equal shapes are stacked and orthogonalised together (19x fewer kernel launches on a
+B/1), the states are float32 whatever the parameters are, and .grad is left as it was.  Needs torch only; paste it.
 """
 import math
 
@@ -25,7 +28,10 @@ import torch
 
 
 def newton_schulz(G, steps=5):
-    """Five Newton-Schulz steps toward the orthogonal factor U V^T of each G [K, m, n]; singular values land in about [0.7, 1.2]."""
+    """Five Newton-Schulz steps toward the orthogonal factor U V^T of each G [K, m, n].
+
+    Singular values land in about [0.7, 1.2].
+    """
     a, b, c = 3.4445, -4.7750, 2.0315                      # Keller Jordan's quintic (Muon)
     X = G.mT if G.shape[1] > G.shape[2] else G             # the short side first: X X^T is small
     X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -37,9 +43,10 @@ def newton_schulz(G, steps=5):
 
 
 def param_groups(*models):
-    """The two groups of one or more networks: 2-D weights inside `blocks` -> NorMuon (60 matrices of a B/1), the rest -> AdamW.
+    """The two groups of one or more networks: 2-D weights inside `blocks` -> NorMuon, the rest -> AdamW.
 
-    Every trainable parameter lands in exactly one group, asserted.  Fused qkv and the adaLN matrices are orthogonalised whole.
+    60 matrices of a B/1.  Every trainable parameter lands in exactly one group, asserted.  Fused qkv and the adaLN
+    matrices are orthogonalised whole.
     """
     named = [(n, p) for model in models for n, p in model.named_parameters() if p.requires_grad]
     muon = [p for n, p in named if p.ndim == 2 and "blocks." in n]
@@ -56,23 +63,28 @@ class NorMuon(torch.optim.Optimizer):
     params: groups with a boolean "muon" (see param_groups), or a plain list of tensors, where the 2-D ones get NorMuon.
     lr, momentum, beta2, weight_decay, scale: see the file header.  adam_lr, adam_betas, adam_eps: the AdamW part.
     ns_dtype: of the Newton-Schulz products; None = bfloat16 on CUDA, float32 elsewhere.
-    As in the official code a parameter without gradient counts as gradient zero: its momentum still moves it, weight decay does not.
+    As in the official code a parameter without gradient counts as gradient zero: its momentum still moves it, weight
+    decay does not.
     Raises ValueError for values out of range or a "muon" parameter that is not a matrix.
     """
 
-    def __init__(self, params, lr=6e-4, momentum=0.95, beta2=0.95, weight_decay=0.0, scale="aspect", ns_steps=5, ns_dtype=None,
-                 adam_lr=None, adam_betas=(0.9, 0.95), adam_eps=1e-10):
+    def __init__(self, params, lr: float = 6e-4, momentum: float = 0.95, beta2: float = 0.95, weight_decay: float = 0.0,
+                 scale: str = "aspect", ns_steps: int = 5, ns_dtype: torch.dtype | None = None,
+                 adam_lr: float | None = None, adam_betas: tuple[float, float] = (0.9, 0.95), adam_eps: float = 1e-10):
         if not (lr > 0 and math.isfinite(lr)) or not 0 <= momentum < 1 or not 0 <= beta2 < 1 or weight_decay < 0:
-            raise ValueError(f"NorMuon: lr {lr}, momentum {momentum}, beta2 {beta2} or weight_decay {weight_decay} is out of range")
+            raise ValueError(f"NorMuon: lr {lr}, momentum {momentum}, beta2 {beta2} or weight_decay {weight_decay} "
+                             "is out of range")
         if scale not in ("aspect", "rms"):
             raise ValueError(f"NorMuon: scale {scale!r}, expected 'aspect' or 'rms'")
         params = list(params)
         if params and not isinstance(params[0], dict):
-            params = [dict(params=[p for p in params if p.ndim == 2], muon=True), dict(params=[p for p in params if p.ndim != 2], muon=False)]
+            params = [dict(params=[p for p in params if p.ndim == 2], muon=True),
+                      dict(params=[p for p in params if p.ndim != 2], muon=False)]
         if adam_lr is None:
             adam_lr = lr / 6 if scale == "aspect" else lr
-        defaults = dict(lr=lr, momentum=momentum, beta2=beta2, weight_decay=weight_decay, scale=scale, ns_steps=ns_steps,
-                        ns_dtype=ns_dtype, adam_lr=adam_lr, adam_betas=adam_betas, adam_eps=adam_eps, muon=True)
+        defaults = dict(lr=lr, momentum=momentum, beta2=beta2, weight_decay=weight_decay, scale=scale,
+                        ns_steps=ns_steps, ns_dtype=ns_dtype, adam_lr=adam_lr, adam_betas=adam_betas,
+                        adam_eps=adam_eps, muon=True)
         super().__init__(params, defaults)
         if any(p.ndim != 2 for group in self.param_groups if group["muon"] for p in group["params"]):
             raise ValueError("NorMuon orthogonalises matrices only: put other parameters into a group with muon=False")
@@ -100,7 +112,7 @@ class NorMuon(torch.optim.Optimizer):
         by_shape = {}
         for p in group["params"]:
             by_shape.setdefault((p.shape, p.dtype, p.device), []).append(p)
-        for ps in by_shape.values():                                                                  # K matrices of one shape
+        for ps in by_shape.values():                                                    # K matrices of one shape
             m, n = ps[0].shape
             for p in ps:
                 if not self.state[p]:
@@ -109,20 +121,20 @@ class NorMuon(torch.optim.Optimizer):
             momentum = [self.state[p]["momentum"] for p in ps]
             grads = [torch.zeros_like(M) if p.grad is None else p.grad.float() for p, M in zip(ps, momentum)]
             torch._foreach_lerp_(momentum, grads, 1 - group["momentum"])
-            U = torch.stack(torch._foreach_lerp(grads, momentum, group["momentum"]))                  # [K, m, n] Nesterov
+            U = torch.stack(torch._foreach_lerp(grads, momentum, group["momentum"]))    # [K, m, n] Nesterov
 
             dtype = group["ns_dtype"] or (torch.bfloat16 if U.is_cuda else torch.float32)
-            O = newton_schulz(U.to(dtype), group["ns_steps"]).float()                                 # [K, m, n]
-            power = O.pow(2).mean(-1, keepdim=True)                                                   # [K, m, 1]
+            O = newton_schulz(U.to(dtype), group["ns_steps"]).float()                   # [K, m, n]
+            power = O.pow(2).mean(-1, keepdim=True)                                     # [K, m, 1]
             second = torch.stack([self.state[p]["second"] for p in ps]).lerp_(power, 1 - group["beta2"])
             r = 1 / (second.sqrt() + 1e-10)
             # ||O r||_F needs only the row powers: sum_ij (O_ij r_i)^2 = n sum_i power_i r_i^2
-            before = power.sum(1, keepdim=True).sqrt()                                                # ||O||_F / sqrt(n)
+            before = power.sum(1, keepdim=True).sqrt()                                  # ||O||_F / sqrt(n)
             after = (power * r * r).sum(1, keepdim=True).sqrt()
             if group["scale"] == "aspect":
                 size = before / (after + 1e-10) * max(1, m / n) ** 0.5
             else:
-                size = 0.2 * m ** 0.5 / (after + 1e-10)                                               # RMS of the update = 0.2
+                size = 0.2 * m ** 0.5 / (after + 1e-10)                                 # RMS of the update = 0.2
             updates = list((O * (r * size)).unbind(0))
 
             for p, v in zip(ps, second):
@@ -148,10 +160,10 @@ class NorMuon(torch.optim.Optimizer):
         torch._foreach_lerp_(mean, grads, 1 - b1)
         torch._foreach_mul_(second, b2)
         torch._foreach_addcmul_(second, grads, grads, 1 - b2)
-        k = steps[0].item()                                                                           # on the CPU: no device sync
+        k = steps[0].item()                                                             # on the CPU: no device sync
         denom = torch._foreach_sqrt(second)
         torch._foreach_div_(denom, (1 - b2 ** k) ** 0.5)
-        torch._foreach_add_(denom, eps)                                                               # eps outside the corrected root
+        torch._foreach_add_(denom, eps)                                                 # eps outside the corrected root
         updates = torch._foreach_div(mean, denom)
         decayed = [p for p in ps if p.grad is not None]
         if group["weight_decay"] and decayed:

@@ -1,0 +1,391 @@
+"""Data in, pictures out: every training script sees one contract, whatever the data are.
+
+    x   float32 [N, C, H, W], every channel with mean 0 and standard deviation 1 over the data set (`normalize`)
+    y   int64 [N] in 0 .. num_classes - 1
+
+The statistics that undo it travel with the data and with every checkpoint, and are applied in one place
+(`denormalize`).
+
+    digits          scikit-learn's handwritten digits: 1,797 real 8 x 8 images in 10 classes, inside the package,
+                    nothing is downloaded
+    FILE.npz        arrays `images` (uint8 [N, H, W] or [N, H, W, 1 or 3], square) and `labels` (integers from 0)
+    IMAGES/         one sub-folder a class of small square images (at most 64 pixels), read into memory
+    LATENTS/        LightningDiT's latent shards (*.safetensors, latents_stats.pt), memory-mapped, both flips:
+                    2 rows an image
+"""
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError, safe_open
+
+from common import BadInput, read_weights
+
+
+@dataclass
+class Data:
+    """A data set as the training scripts see it; `mean` and `std` [C] undo its normalisation."""
+
+    x: "torch.Tensor | Latents"     # [N, C, H, W] float32, normalised; rows are taken by an int64 tensor of indices
+    y: torch.Tensor                 # [N] int64
+    num_classes: int
+    mean: list = field(repr=False)  # [C] before normalisation: of pixels in [0, 1], or of latents
+    std: list = field(repr=False)
+    source: str = ""
+    kind: str = "pixels"            # or "latents"
+    vae: str = ""                   # hash of the VAE's weights that made the latents, where known
+
+    @property
+    def meta(self) -> dict:
+        """What a checkpoint keeps, to give images back without the data."""
+        return dict(
+            source=self.source, num_classes=self.num_classes, shape=list(self.x.shape[1:]), mean=self.mean,
+            std=self.std, kind=self.kind, vae=self.vae,
+        )
+
+
+def load_data(source: str) -> Data:
+    """Data for --data SOURCE (see the file header).  Raises BadInput for anything missing, unreadable or wrong."""
+    if source == "digits":
+        images, labels = read_digits()
+    elif source.endswith(".npz"):
+        images, labels = read_npz(source)
+    elif not Path(source).is_dir():
+        raise BadInput(f"--data {source}: expected `digits`, an .npz file with `images` and `labels`, "
+                       "a folder of latent shards, or an image folder")
+    elif data_kind(source) == "latents":
+        return load_latents(source)
+    else:
+        images, labels = read_image_folder(source)
+    x = torch.as_tensor(images, dtype=torch.float32)
+    y = torch.as_tensor(labels, dtype=torch.int64)
+    if len(x) < 2 or x.std() == 0:
+        raise BadInput(f"--data {source}: needs at least two images that are not all alike, found {len(x)}")
+    std, mean = torch.std_mean(x.double(), dim=(0, 2, 3))
+    mean, std = mean.tolist(), std.clamp(min=1e-6).tolist()      # a constant channel is not divided by zero
+    return Data(normalize(x, mean, std), y, int(y.max()) + 1, mean, std, source)
+
+
+def data_kind(source: str) -> str:
+    """"pixels" or "latents" (the paper's are [32, 16, 16]), which decides the presets.  Reads no data.
+
+    A path that does not exist counts as latents; `load_data` refuses it.
+    """
+    if source == "digits" or source.endswith(".npz"):
+        return "pixels"
+    folder = Path(source)
+    holds_images = folder.is_dir() and not any(folder.glob("*.safetensors"))
+    return "pixels" if holds_images else "latents"
+
+
+def normalize(x: torch.Tensor, mean: list, std: list) -> torch.Tensor:
+    """Per-channel (x - mean) / std.  x [N, C, H, W]; mean, std [C]."""
+    return (x - per_channel(mean, x)) / per_channel(std, x)
+
+
+def denormalize(x: torch.Tensor, mean: list, std: list) -> torch.Tensor:
+    """The inverse of normalize: x std + mean.  x [N, C, H, W]; mean, std [C]."""
+    return x * per_channel(std, x) + per_channel(mean, x)
+
+
+def per_channel(values: list, x: torch.Tensor) -> torch.Tensor:
+    """Values [C] as [C, 1, 1], with the type and on the device of x."""
+    return torch.as_tensor(values, dtype=x.dtype, device=x.device).view(-1, 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pixels: the digits, .npz files and folders of images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """(images [1797, 1, 8, 8] in [0, 1], labels [1797]): the test part of the UCI ML hand-written digits."""
+    from sklearn.datasets import load_digits  # slow to import: only where it is used
+
+    digits = load_digits()
+    return digits.images[:, None] / 16, digits.target            # grey levels 0 .. 16
+
+
+def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """(images [N, C, H, W] in [0, 1], labels [N]) of an .npz with `images` and `labels`; BadInput if it is no such."""
+    if not Path(path).is_file():
+        raise BadInput(f"--data {path}: no such file")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = file.files
+            arrays = {name: file[name] for name in ("images", "labels") if name in names}
+    except Exception as error:                                   # zipfile, zlib and numpy each raise their own
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"--data {path}: not a readable .npz without pickled objects ({reason})") from None
+    missing = sorted({"images", "labels"} - set(arrays))
+    if missing:
+        found = ", ".join(names) or "none"
+        raise BadInput(f"--data {path}: has no array {' and no '.join(missing)} (found {found})")
+
+    images, labels = arrays["images"], arrays["labels"]
+    if images.ndim == 3:
+        images = images[..., None]                               # [N, H, W, 1]
+    square = images.ndim == 4 and images.shape[1] == images.shape[2]
+    if images.dtype != np.uint8 or not square or images.shape[3] not in (1, 3):
+        raise BadInput(f"--data {path}: images are {images.dtype} {list(images.shape)}, "
+                       "expected uint8 [N, H, H], [N, H, H, 1] or [N, H, H, 3]")
+    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+        raise BadInput(f"--data {path}: labels are {labels.dtype} {list(labels.shape)}, "
+                       f"expected {len(images)} integers")
+    if len(labels) and labels.min() < 0:
+        raise BadInput(f"--data {path}: labels start at {labels.min()}, expected 0 .. classes - 1")
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)) / 255.0, labels
+
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)   # what Pillow raises
+
+
+def read_image_folder(folder: str) -> tuple[np.ndarray, np.ndarray]:
+    """(images [N, 3, H, H] in [0, 1], labels [N]) of small images in class folders; all of one square size."""
+    files, _ = image_files(folder)
+    images = []                                                  # of uint8 [H, H, 3]
+    for path, _ in files:
+        try:
+            with Image.open(path) as image:
+                pixels = np.array(image.convert("RGB"))
+        except UNREADABLE_IMAGE:
+            raise BadInput(f"{path}: not a readable image; repair or remove it") from None
+        height, width = pixels.shape[:2]
+        if not images and (width != height or width > 64):
+            raise BadInput(f"--data {folder}: {path.name} has {width} x {height} pixels, "
+                           "expected square images of at most 64; larger ones: python vae.py encode")
+        if images and pixels.shape != images[0].shape:
+            side = len(images[0])
+            raise BadInput(f"--data {folder}: {path} is {width} x {height}, the first image {side} x {side}, "
+                           "expected one size")
+        images.append(pixels)
+    labels = np.array([label for _, label in files])
+    return np.stack(images).transpose(0, 3, 1, 2) / 255.0, labels
+
+
+def image_files(folder: str | Path) -> tuple[list, list]:
+    """([(path, label)], class names) of a folder with one sub-folder a class.  BadInput if a class holds no image.
+
+    Classes and files are sorted by name, as in torchvision's ImageFolder.
+    """
+    if not Path(folder).is_dir():
+        raise BadInput(f"{folder}: no such folder, expected one sub-folder a class")
+    folders = [entry for entry in Path(folder).iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    classes = sorted(entry.name for entry in folders)
+    files, empty = [], []
+    for label, name in enumerate(classes):
+        paths = sorted((Path(folder) / name).rglob("*"))
+        images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+        files += [(path, label) for path in images]
+        if not images:
+            empty.append(name)
+    if not files:
+        raise BadInput(f"{folder}: no images in class folders (looked for {' '.join(IMAGE_SUFFIXES)})")
+    if empty:
+        raise BadInput(f"{folder}: no image in {', '.join(empty[:3])}")
+    return files, classes
+
+
+def read_image(path: str | Path, size: int) -> torch.Tensor | None:
+    """uint8 [3, size, size] of an image file, as the autoencoder takes it; None if it cannot be read.
+
+    Grey and transparent images become RGB.
+    """
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(center_crop(image.convert("RGB"), size))
+    except UNREADABLE_IMAGE:
+        return None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """ADM's crop of a PIL image to size x size.
+
+    Halve with BOX while it is twice too large, BICUBIC to the shorter side, cut the middle.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left = (image.width - size) // 2
+    top = (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latent shards, in LightningDiT's format
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_latents(folder: str) -> Data:
+    """Data of a folder of latent shards with its latents_stats.pt.
+
+    BadInput for what `shards` and `read_stats` refuse, and for statistics that do not normalise these latents.
+    """
+    found = shards(folder)
+    mean, std = read_stats(folder, channels=found[0].latents.shape[1])
+    x = Latents(found, mean, std)
+    y = torch.cat([shard.labels for shard in found]).repeat(2).long()        # both views
+    path = Path(folder) / "meta.json"                            # of `python vae.py encode`
+    meta = json.loads(path.read_text()) if path.exists() else {}
+    num_classes = len(meta["classes"]) if meta else int(y.max()) + 1
+    if y.max() >= num_classes:
+        raise BadInput(f"--data {folder}: labels go up to {int(y.max())}, but meta.json names {num_classes} classes; "
+                       "expected shards and meta.json of one encoding")
+
+    some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:256]
+    sample = x[some]
+    std_found, mean_found = torch.std_mean(sample, dim=(0, 2, 3))
+    mean_off, std_low, std_high = mean_found.abs().max(), std_found.min(), std_found.max()
+    if not sample.isfinite().all() or mean_off > 0.5 or std_low < 0.5 or std_high > 2:
+        raise BadInput(f"--data {folder}: normalised with its latents_stats.pt, the channels have means up to "
+                       f"{mean_off:.2f} and deviations {std_low:.2f} .. {std_high:.2f}, expected 0 and 1: "
+                       "the statistics of other latents, or latents normalised already")
+    return Data(x, y, num_classes, mean, std, folder, "latents", meta.get("vae_hash", ""))
+
+
+class Shard(NamedTuple):
+    """One file of latents, memory-mapped."""
+
+    path: Path
+    latents: torch.Tensor           # [n, C, H, W]
+    latents_flip: torch.Tensor      # [n, C, H, W] of the mirrored images
+    labels: torch.Tensor            # [n], integers
+
+
+def shards(folder: str | Path) -> list[Shard]:
+    """The shards of a folder in LightningDiT's format, in the order of their names; BadInput names the first fault."""
+    found = []
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        file = open_shard(path)
+        missing = sorted({"latents", "latents_flip", "labels"} - set(file.keys()))
+        if missing:
+            raise BadInput(f"{path}: has no {' and no '.join(missing)}, expected a shard of LightningDiT's format")
+        latents, flipped, labels = (file.get_tensor(name) for name in ("latents", "latents_flip", "labels"))
+        fits = latents.ndim == 4 and flipped.shape == latents.shape and labels.shape == latents.shape[:1]
+        if found:
+            fits = fits and latents.shape[1:] == found[0].latents.shape[1:]
+        if not fits or labels.is_floating_point():
+            others = f" or with {found[0].path.name}" if found else ""
+            raise BadInput(f"{path}: latents {list(latents.shape)}, latents_flip {list(flipped.shape)}, "
+                           f"labels {labels.dtype} {list(labels.shape)} do not fit together{others}")
+        if len(labels) and labels.min() < 0:
+            raise BadInput(f"{path}: labels start at {labels.min()}, expected 0 .. classes - 1")
+        found.append(Shard(path, latents, flipped, labels))
+    if not found:
+        raise BadInput(f"{folder}: holds no latent shards (*.safetensors), expected those of LightningDiT "
+                       "or of `python vae.py encode`")
+    return found
+
+
+def open_shard(path: str | Path) -> safe_open:
+    """A shard, lazily read: keys(), get_tensor(name) (memory-mapped) and metadata().  BadInput if it is damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{path}: not a whole safetensors file ({reason}); make it anew") from None
+
+
+def read_stats(folder: str | Path, channels: int) -> tuple[list, list]:
+    """(mean, std), lists of C floats, of a folder's latents_stats.pt; BadInput if it is none for so many channels."""
+    path = Path(folder) / "latents_stats.pt"
+    state = read_weights(path)
+    mean, std = state.get("mean"), state.get("std")
+    complete = mean is not None and std is not None
+    if not complete or mean.numel() != channels or std.numel() != channels or not (std > 0).all():
+        found = ", ".join(f"{name} {list(value.shape)}" for name, value in list(state.items())[:3])
+        raise BadInput(f"{path}: expected mean and positive std of {channels} channels, found {found}")
+    return mean.flatten().double().tolist(), std.flatten().double().tolist()
+
+
+class Latents:
+    """`x` of a folder of shards: rows 0 .. N-1 are the images, N .. 2N-1 their mirror images.
+
+    Memory-mapped, and normalised as rows are taken: a tensor [2N, C, H, W] as far as training uses it.
+    """
+
+    def __init__(self, found: list[Shard], mean: list, std: list):
+        self.parts = [shard.latents for shard in found] + [shard.latents_flip for shard in found]   # [n_i, C, H, W]
+        self.ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
+        self.shape = torch.Size((int(self.ends[-1]), *self.parts[0].shape[1:]))
+        self.mean = mean
+        self.std = std
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows: int64 [n] -> float32 [n, C, H, W]."""
+        numbers = torch.searchsorted(self.ends, rows, right=True)            # the part that holds each row
+        starts = self.ends[numbers] - torch.tensor([len(self.parts[number]) for number in numbers])
+        places = zip(numbers.tolist(), (rows - starts).tolist())
+        x = torch.stack([self.parts[number][i] for number, i in places]).float()
+        return normalize(x, self.mean, self.std)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def to_images(x: torch.Tensor, meta: dict, vae: torch.nn.Module | None = None) -> np.ndarray:
+    """Normalised x [n, C, H, W] -> uint8 [n, H, W, 1 or 3].  meta: Data.meta.
+
+    Latents are decoded by `vae`; without one, their first 3 channels are shown as colours.
+    """
+    if meta.get("kind") != "latents":
+        return to_uint8(x, meta["mean"], meta["std"])
+    if vae is None:
+        return to_uint8(x[:, :3], mean=[0.5] * 3, std=[0.25] * 3)            # black to white: +- 2 deviations
+    device = next(vae.parameters()).device
+    with torch.no_grad():
+        z = denormalize(x.float().to(device), meta["mean"], meta["std"])
+        return np.concatenate([latents_to_uint8(vae, part) for part in z.split(8)])
+
+
+def to_uint8(x: torch.Tensor, mean: list, std: list) -> np.ndarray:
+    """Normalised pixels [N, C, H, W] -> uint8 [N, H, W, C]: denormalise, clamp to [0, 1], round to nearest."""
+    x = denormalize(x.detach().float().cpu(), mean, std).clamp(0, 1)
+    return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def latents_to_uint8(vae: torch.nn.Module, z: torch.Tensor) -> np.ndarray:
+    """Un-normalised latents [n, C, h, w] -> uint8 [n, H, W, 3], as LightningDiT's inference.
+
+    Decode, 127.5 x + 128, clamp, truncate.
+    """
+    pixels = (127.5 * vae.decode(z.float()) + 128).clamp(0, 255)
+    return pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def preview(path: str | Path, rows: list, meta: dict, vae: torch.nn.Module | None = None) -> None:
+    """Write a PNG of labelled bands of images.
+
+    rows: [(caption, x [n, C, H, W] normalised)], drawn ten to a line.  meta: Data.meta.  vae: decodes latents.
+    """
+    bands = [(text, to_images(x, meta, vae)) for text, x in rows]            # uint8 [n, H, W, 1 or 3]
+    height = bands[0][1].shape[1]
+    side = height * max(1, 48 // height)                         # small images are enlarged, in whole pixels
+    cell, per_line, caption = side + 4, 10, 20
+    lines = [math.ceil(len(images) / per_line) for _, images in bands]
+    picture = Image.new("RGB", (per_line * cell + 4, sum(caption + n * cell for n in lines) + 4), "white")
+    draw = ImageDraw.Draw(picture)
+    top = 0
+    for (text, images), n in zip(bands, lines):
+        draw.text((4, top + 4), text, fill="black")
+        for i, image in enumerate(images):
+            if image.shape[-1] == 1:
+                image = image[..., 0]                            # Pillow's grey images have two dimensions
+            tile = Image.fromarray(image).resize((side, side), Image.NEAREST)
+            line, column = divmod(i, per_line)
+            picture.paste(tile, (4 + column * cell, top + caption + line * cell))
+        top += caption + n * cell
+    picture.save(path)

@@ -1,0 +1,222 @@
+"""Flags of the training scripts: the shared ones in groups, presets, --dry_run, the refusal of flags that do nothing.
+
+A flag given on the command line goes over the preset, the preset over the default of the flag.
+"""
+import argparse
+import math
+import sys
+from pathlib import Path
+
+from common import RUNTIME_FLAGS, BadInput, load_checkpoint, rank
+from data import data_kind
+from model import SIZES
+
+# Flags that only L_CD and L_CT read.
+CONSISTENCY_FLAGS = {"mask_prob", "time_law", "jvp", "fd_h", "huber_c", "cosine", "label_drop", "omega_max",
+                     "omega_law"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are BadInput, so that they end like every other one."""
+
+    def error(self, message):
+        raise BadInput(message)
+
+
+def number(kind, low, high=math.inf, open_low=False):
+    """An argparse type: a finite number in [low, high], or (low, high] with open_low."""
+    noun = "an integer" if kind is int else "a number"
+    limit = f"above {low}" if open_low else f"of at least {low}"
+    if high < math.inf:
+        limit += f" and at most {high}"
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        in_range = low <= value <= high and not math.isinf(value)   # False for nan
+        if not in_range or (open_low and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is out of range, expected {noun} {limit}")
+        return value
+    return parse
+
+
+def parser(doc, init_help):
+    """The flags that every training script shares, in groups.
+
+    A script adds its own to p.method (and the like), then calls `resolve`.
+    """
+    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    p.inputs = p.add_argument_group("data")
+    add = p.inputs.add_argument
+    add("--data", default="digits", help="`digits` (scikit-learn's, default), an .npz with images and labels, "
+        "a folder of latent shards, or a folder of small images")
+    add("--vae", help="VAE checkpoint that decodes the pictures of latents "
+        "(without it: their first 3 channels in false colour)")
+
+    p.network = p.add_argument_group("network")
+    add = p.network.add_argument
+    add("--init", help=init_help)
+    add("--size", default="tiny", choices=list(SIZES),
+        help="network size; the preset sets tiny for pixels, B/1 for latents")
+    add("--ema", type=number(float, 0, 1), default=0.99995, help="EMA decay (0.99995, Table 6)")
+    add("--ema_warmup", type=int, choices=[0, 1], default=1, help="1: decay min(ema, (1 + n) / (10 + n)); 0: constant")
+
+    p.optimisation = p.add_argument_group("optimisation")
+    add = p.optimisation.add_argument
+    add("--steps", type=number(int, 1), help="optimizer steps; a finished run continues when given more")
+    add("--batch_size", type=number(int, 1), default=128,
+        help="global batch, over all processes and micro-batches (128, Table 6)")
+    add("--micro_batch", type=number(int, 0), default=0,
+        help="rows per forward pass; saves memory, changes no result (0: all at once)")
+    add("--lr", type=number(float, 0, open_low=True),
+        help="NorMuon learning rate, official scale (6e-4 acts like AdamW at 1e-4)")
+    add("--seed", type=number(int, 0), default=0, help="of the weights, the data order and all noise")
+    add("--precision", choices=["fp32", "bf16"], default="fp32",
+        help="bf16: autocast; weights, losses and finite differences stay fp32 (TF32 on CUDA)")
+
+    p.method = p.add_argument_group("method")
+
+    p.run = p.add_argument_group("run")
+    add = p.run.add_argument
+    add("--out", help="run folder (default: runs/<script>-<data>-<init> and the flags that differ from the preset)")
+    add("--resume", choices=["auto", "no"], default="auto", help="auto: continue the run folder; no: start over in it")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--compile", type=int, choices=[0, 1], default=0, help="1: torch.compile every transformer block")
+    add("--log_every", type=number(int, 1), default=10, help="steps between lines of metrics.jsonl")
+    add("--preview_every", type=number(int, 0), default=0, help="steps between sample pictures (0: at the end only)")
+    add("--eval_every", type=number(int, 0), default=0,
+        help="steps between evaluations (0: at the start and the end only)")
+    add("--save_every", type=number(int, 0), default=0, help="steps between state.pt (0: at the end only)")
+    add("--dry_run", action="store_true", help="print the resolved configuration and exit")
+    return p
+
+
+def flow_map_flags(p):
+    """Flags of every script that trains a flow map: time law, derivative, distance, guidance, tokens."""
+    add = p.method.add_argument
+    add("--mask_prob", type=number(float, 0, 1), default=0.5,
+        help="probability of s := t, the paper's random masking (Table 3); 0 in its plain CD row")
+    add("--time_law", choices=["uniform", "logitnormal"], default="uniform",
+        help="law of the two draws sorted into (t, s); logitnormal is iMF's (-0.4, 1)")
+    add("--jvp", choices=["fd", "exact"], default="fd",
+        help="du/dt by central difference, as the paper, or by torch.func.jvp")
+    add("--fd_h", type=number(float, 0, 0.5, open_low=True), default=0.005, help="h of the central difference")
+    add("--huber_c", type=number(float, 0, open_low=True), default=1e-3,
+        help="c of the pseudo-Huber distance sqrt(mean e^2 + c^2) - c")
+    add("--cosine", type=int, choices=[0, 1], default=1,
+        help="1: add 1 - cosine over the channels to the distance (needs two channels or more)")
+    add("--label_drop", type=number(float, 0, 1), default=0.1,
+        help="probability of the null label in the consistency loss (Table 6)")
+    add("--omega", type=number(float, 1), default=6.0,
+        help="CFG scale omega of teacher, fake side and samples (Table 6)")
+    add("--guide_to", type=number(float, 0, 1), default=0.9, help="guidance acts for t in [0, guide_to] (Table 6: 0.9)")
+    add("--cfg_channels", type=number(int, 0), default=0,
+        help="CFG of a plain teacher on this many first channels; 0: all (Table 4: 3 of 32)")
+    add("--omega_max", type=number(float, 1), default=8.0, help="iMF draws omega on [1, omega_max]")
+    add("--omega_law", choices=["loguniform", "truncexp"], default="loguniform",
+        help="law of that draw: iMF's, or the truncated exponential the paper names")
+    add = p.network.add_argument
+    add("--n_tokens", type=number(int, 1),
+        help="n, tokens per condition of the augmented backbone (default: 16; tiny 1)")
+    add("--token_block", type=number(int, 0), help="k, they join after this many blocks (default: 4; tiny 2)")
+
+
+def health_flag(p):
+    p.run.add_argument("--health_every", type=number(int, 0), default=0, help="steps between health panels (0: none)")
+
+
+def resolve(p, argv, presets, script):
+    """argv -> the namespace: flags given, over the preset of (kind of data, init), over the parser's defaults.
+
+    Where --init is the path of a checkpoint, the network in it says which preset.
+    `args.sources` says who set each flag.
+    """
+    everything = vars(p.parse_args(argv))                           # --help and bad flags end here
+    defaults = {k: p.get_default(k) for k in everything}
+    given = given_flags(p, argv)
+    kind, inits = data_kind(everything["data"]), sorted({init for _, init in presets})
+    init = given.get("init") or (inits[0] if len(inits) == 1 else defaults["init"])
+    init_kind, stored = init, {}
+    if init not in inits:
+        init_kind, stored = look_into(init, inits, given, defaults)
+    preset = presets[kind, init_kind] | stored
+    values = defaults | preset | given
+    values["init"] = init
+    if not values["out"]:
+        values["out"] = folder_name(script, values, given, defaults | preset, init_kind)
+    args = argparse.Namespace(**values)
+    args.sources = {k: "given" if k in given else "preset" if k in preset else "default" for k in values}
+    if args.dry_run:
+        print(f"{script}: preset ({kind}, {init_kind})")
+        for k in sorted(set(values) - {"dry_run"}):
+            shown = "-" if values[k] is None else str(values[k])
+            print(f"  --{k:<14} {shown:<12} {args.sources[k]}")
+        sys.exit(0)
+    args.start = init_kind
+    if kind == "latents" and rank() == 0:
+        shown = []
+        for k in presets[kind, init_kind]:
+            note = "" if args.sources[k] == "preset" else " (given)"
+            shown.append(f"--{k} {values[k]}{note}")
+        print(f"{script}, latents, {init_kind}: {' '.join(shown)}")
+    return args
+
+
+def given_flags(p, argv):
+    """Only the flags on the command line.  Takes the defaults out of the parser, so it is the last to use it."""
+    p._defaults.clear()                                             # of set_defaults
+    for action in p._actions:
+        action.default = argparse.SUPPRESS
+    return vars(p.parse_args(argv))
+
+
+def look_into(path, inits, given, defaults):
+    """A checkpoint of --init -> ("imf" or "fm", the flags that its network decides)."""
+    if not Path(path).is_file():
+        raise BadInput(f"--init {path}: expected {' or '.join(inits)}, or the path of a model.pt")
+    config = load_checkpoint(path)["config"]
+    kind = "imf" if config["conditioning"] == "in_context" else "fm"
+    if kind not in inits:
+        raise BadInput(f"--init {path}: holds a {config['conditioning']} network, "
+                       f"expected one for --init {' or '.join(inits)}")
+    stored = {k: config[k] for k in ("size", "n_tokens", "token_block") if k in defaults and k in config}
+    differ = [f"--{k} {given[k]} (it has {v})" for k, v in stored.items() if given.get(k, v) != v]
+    if differ:
+        raise BadInput(f"--init {path}: the network is as the file has it, not {', '.join(differ)}; leave that out")
+    return kind, stored
+
+
+def folder_name(script, values, given, usual, init_kind):
+    """runs/<script>-<data>-<init>, then each flag that was given and differs from the preset."""
+    init = values["init"]
+    if init != init_kind:                                           # a path: the name of its run folder
+        init = Path(init).parent.name or Path(init).stem
+    said_elsewhere = RUNTIME_FLAGS | {"data", "init", "loss"}
+    differs = [f"{k}{given[k]}" for k in sorted(given) if k not in said_elsewhere and given[k] != usual.get(k)]
+    name = "-".join([script, Path(values["data"]).stem, init, *differs])
+    return str(Path("runs") / name.replace("/", ""))
+
+
+def refuse(args, flags, why):
+    """BadInput if one of these flags was given although it would do nothing."""
+    idle = [f"--{flag}" for flag in flags if args.sources.get(flag) == "given"]
+    if idle:
+        raise BadInput(f"{', '.join(idle)}: {why}; leave that out")
+
+
+def refuse_idle(args):
+    """`refuse` for the flags of `flow_map_flags` that do nothing beside the others, in the scripts that distil."""
+    if args.start == "fm":
+        refuse(args, ["n_tokens", "token_block", "cd_guidance", "omega_max", "omega_law"],
+               "the network of --init fm has no guidance input")
+    else:
+        refuse(args, ["cfg_channels"], "belongs to --init fm; the augmented network takes omega as an input")
+    if args.start == "scratch":
+        refuse(args, ["cd_guidance"], "L_CT of --init scratch draws omega as iMF does")
+    elif args.cd_guidance == "fixed":
+        refuse(args, ["omega_max", "omega_law"], "omega is drawn with --cd_guidance drawn only")
+    if args.jvp == "exact":
+        refuse(args, ["fd_h"], "--jvp exact takes no difference")

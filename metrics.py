@@ -1,0 +1,226 @@
+"""Metrics on features of images, and the feature space of a pixel data set: a small classifier of its own.
+
+    fd          Frechet distance of its 64 penultimate features, Gaussian fit, all real images against n generated
+                ones; 0 is best
+    is          exp E KL(p(class | image) || p(class)) of its softmax: at most the number of classes (the form of
+                Inception Score)
+    precision   share of generated images inside some real 3-nearest-neighbour ball; recall: the reverse
+                (Kynkaanniemi et al.)
+    acc         share of generated images that the classifier gives the class they were asked for
+
+`Features.floor` compares one random half of the real images with the other: what a perfect generator would score at
+that size.
+"""
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import BadInput, save_atomic, weights_hash
+
+METRICS = ("fd", "is", "precision", "recall", "acc")
+EVAL_SEED = 0                   # noise of the samples; not the training seed, to compare runs on the same noise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics on features
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean [D] and covariance [D, D] (N - 1) of features [N, D], in float64."""
+    features = torch.as_tensor(features).double()
+    return features.mean(0), torch.cov(features.T)
+
+
+def frechet_distance(mu1: torch.Tensor, cov1: torch.Tensor, mu2: torch.Tensor, cov2: torch.Tensor) -> float:
+    """|mu1 - mu2|^2 + tr cov1 + tr cov2 - 2 tr (cov1 cov2)^(1/2), >= 0, in float64.  mu [D], cov [D, D].
+
+    FID when the features are Inception's (Heusel et al.).  No matrix square root: with cov1 = L L^T the trace is the
+    sum of sqrt(eigenvalues of L^T cov2 L), a symmetric problem, where scipy's sqrtm takes 5 to 15 times longer and can
+    turn complex on singular input.  Eigenvalues below rounding count as zero.
+
+    Raises ValueError for shapes that do not fit, NaN or infinity.
+    """
+    mu1, cov1, mu2, cov2 = (torch.as_tensor(a).double() for a in (mu1, cov1, mu2, cov2))
+    if mu1.shape != mu2.shape or cov1.shape != cov2.shape or cov1.shape != (len(mu1), len(mu1)):
+        raise ValueError(f"frechet_distance: shapes {list(mu1.shape)}, {list(cov1.shape)} "
+                         f"against {list(mu2.shape)}, {list(cov2.shape)}")
+    if not all(a.isfinite().all() for a in (mu1, cov1, mu2, cov2)):
+        raise ValueError("frechet_distance: the statistics hold NaN or infinity")
+    L, failed = torch.linalg.cholesky_ex(cov1)
+    if failed:                                                   # singular: few images
+        e, V = torch.linalg.eigh(cov1)
+        L = V * e.clamp(min=0).sqrt()
+    M = L.T @ cov2 @ L
+    e = torch.linalg.eigvalsh((M + M.T) / 2)
+    e = torch.where(e > e.max() * len(e) * 2.2e-16, e, 0.0)      # float64 rounding
+    distance = (mu1 - mu2).square().sum() + cov1.trace() + cov2.trace() - 2 * e.sqrt().sum()
+    return max(0.0, distance.item())
+
+
+def inception_score(probs: torch.Tensor, splits: int = 10, shuffle: bool = True) -> tuple[float, float]:
+    """exp of the mean KL(p(y|x) || p(y)), as (mean, population std) over `splits`.  probs [N, classes], rows sum to 1.
+
+    shuffle: permute the rows first, as torch-fidelity does (RandomState(2020)); labels sorted by class would wreck a
+    split.
+    """
+    probs = torch.as_tensor(probs).double()
+    if shuffle:
+        probs = probs[np.random.RandomState(2020).permutation(len(probs))]
+    scores = []
+    for i in range(splits):
+        p = probs[i * len(probs) // splits:(i + 1) * len(probs) // splits]
+        marginal = p.mean(0, keepdim=True)
+        divergence = (torch.xlogy(p, p) - torch.xlogy(p, marginal)).sum(1)   # [N / splits]; 0 log 0 = 0
+        scores.append(divergence.mean().exp())
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std(unbiased=False).item()
+
+
+def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: int = 1000) -> tuple[float, float]:
+    """(precision, recall) in [0, 1] of feature sets real [N, D] and fake [M, D], in float64 (Kynkaanniemi et al.).
+
+    A point's ball reaches to its k-th nearest other point of the same set; ties count as inside.  Precision: share of
+    fake inside some real ball.  Recall: share of real inside some fake ball.  `chunk` rows of distances at a time.
+
+    Raises ValueError if a set has k rows or fewer.
+    """
+    real, fake = torch.as_tensor(real).double(), torch.as_tensor(fake).double()
+    if min(len(real), len(fake)) <= k:
+        raise ValueError(f"precision_recall: k = {k} needs more than {k} rows on both sides, "
+                         f"found {len(real)} and {len(fake)}")
+
+    def distances(a, b):                                         # [a, b]
+        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+    def radii(points):                                           # [points]; the nearest is the point itself
+        nearest = [distances(rows, points).kthvalue(k + 1, dim=1).values for rows in points.split(chunk)]
+        return torch.cat(nearest)
+
+    def covered(points, centres, radius):
+        inside = [(distances(rows, centres) <= radius).any(1) for rows in points.split(chunk)]
+        return torch.cat(inside).double().mean().item()
+
+    precision = covered(fake, real, radii(real))
+    recall = covered(real, fake, radii(fake))
+    return precision, recall
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The feature space of a pixel data set
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Features:
+    """The feature space of one data set, and the real images in it: a classifier trained once, then kept in `cache`.
+
+    data: a data.Data of pixels; BadInput for fewer than 8 images.
+    features(x [n, C, H, W] normalised) -> (features [n, 64], probabilities [n, classes]), float64 on the CPU.
+    """
+
+    def __init__(self, data, cache: str | Path = "runs/cache"):
+        if len(data.x) < 8:
+            raise BadInput(f"--data {data.source}: {len(data.x)} images are too few to evaluate against, "
+                           "expected at least 8")
+        digest = hashlib.sha256(data.x.numpy().tobytes() + data.y.numpy().tobytes()).hexdigest()[:12]
+        path = Path(cache) / f"features-{digest}.pt"
+        self.net = classifier(data)
+        if path.exists():
+            self.net.load_state_dict(torch.load(path, weights_only=True))
+        else:
+            train_classifier(self.net, data)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_atomic(self.net.state_dict(), path)
+        self.net.requires_grad_(False).eval()
+        self.hash = weights_hash(self.net)[:8]
+        self.source = data.source
+        self.shape = data.x.shape[1:]
+        self.real = self(data.x)[0]                              # [N, 64]
+        self.real_y = data.y
+
+    @torch.no_grad()
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = torch.cat([self.net[:-1](rows) for rows in x.float().cpu().split(500)])
+        return features.double(), self.probabilities(features)
+
+    def probabilities(self, features: torch.Tensor) -> torch.Tensor:
+        """Features [n, 64] -> [n, classes], float64."""
+        return self.net[-1](features.float()).double().softmax(1)
+
+    def metrics(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+        """The metrics of the file header for generated x [n, C, H, W] asked to be of classes y [n].
+
+        BadInput if x holds NaN or infinity.
+        """
+        if not x.isfinite().all():
+            raise BadInput("the samples hold NaN or infinity: the network has diverged; take an earlier checkpoint")
+        features, probs = self(x)
+        return compare(self.real, features, probs, y)
+
+    def floor(self) -> dict[str, float]:
+        """The same metrics of one half of the real images against the other; `is` and `acc` of all of them."""
+        order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(0))
+        one, other = self.real[order[::2]], self.real[order[1::2]]
+        return compare(one, other, self.probabilities(self.real), self.real_y)
+
+    def definition(self, n: int, seed: int = EVAL_SEED, weights: str = "EMA") -> str:
+        """What the numbers are, for n samples, beside which it is printed and kept."""
+        return (f"fd, is, precision, recall (k=3) and acc in 64 features of a classifier of {self.source} "
+                f"(weights {self.hash}); n={n} generated, classes in turn, noise by sample index (seed {seed}), "
+                f"against {len(self.real)} real; {weights} weights")
+
+
+def compare(real: torch.Tensor, fake: torch.Tensor, probs: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+    """The metrics of the file header: of features real [N, 64] and fake [M, 64], and of probs [n, classes], y [n]."""
+    precision, recall = precision_recall(real, fake)
+    return {
+        "fd": frechet_distance(*moments(real), *moments(fake)),
+        "is": inception_score(probs, splits=1)[0],
+        "precision": precision,
+        "recall": recall,
+        "acc": (probs.argmax(1) == y).double().mean().item(),
+    }
+
+
+def classifier(data) -> nn.Sequential:
+    """[n, C, H, H] -> logits [n, classes]; without its last layer, the 64 features."""
+    channels, size = data.x.shape[1:3]
+    half = (size + 1) // 2
+    return nn.Sequential(
+        nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, 2, padding=1), nn.ReLU(),           # half the size
+        nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * half ** 2, 64), nn.ReLU(),
+        nn.Linear(64, data.num_classes),
+    )
+
+
+def train_classifier(net: nn.Sequential, data, epochs: int = 20, batch: int = 64) -> None:
+    """On one thread and from a fixed seed, so that a machine gives the same weights each time.
+
+    The threads and the random state of the caller are given back.
+    """
+    threads = torch.get_num_threads()
+    rng_state = torch.get_rng_state()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    for layer in net:
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    rounds = epochs * max(1, len(data.x) // batch)
+    optimizer = torch.optim.AdamW(net.parameters(), 4e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, rounds)
+    for _ in range(rounds):
+        rows = torch.randint(len(data.x), (batch,))
+        loss = F.cross_entropy(net(data.x[rows]), data.y[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    torch.set_num_threads(threads)
+    torch.set_rng_state(rng_state)

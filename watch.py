@@ -1,0 +1,134 @@
+"""Watching a run: its first evaluation, what is due after a step (metrics, samples, health, state), its last table."""
+import json
+
+import numpy as np
+import torch
+
+from common import noise_by_index
+from data import to_images
+from evaluate import decoder, evaluate, show, table
+from metrics import EVAL_SEED
+from model import interpolate, v_to_x0
+
+SAMPLES = 2000                  # of an evaluation while training
+
+
+def begin(run, features):
+    """The evaluation of a run's start, before its first step."""
+    if run.step == 0 and run.main:
+        run.evaluated(evaluate(run.model, features, run.args))
+
+
+def watch(run, features, start=None, panel=None):
+    """The end of a step: evaluation, samples of the EMA (beside `start`'s), panel(run) = `health`, state.pt, if due."""
+    args = run.args
+    if run.main and run.due(args.eval_every):
+        run.evaluated(evaluate(run.model, features, args))
+    if run.main and run.due(args.preview_every):
+        nets = [("start", start)] if start else []
+        nets.append((f"after {run.step} training steps", run.model))
+        show(run.folder / f"samples_{run.step:06d}.png", nets, run.data, args)
+    if run.main and panel and args.health_every and run.due(args.health_every):
+        panel(run)
+    if run.due(args.save_every):
+        run.save()
+
+
+def finish(run, features):
+    """The end of a run: result.json, and the table of its first and last evaluation."""
+    if not run.main:
+        return
+    if features is None:
+        run.result("no metric of latents while training")
+        print(f"{run.folder}: model.pt, metrics.jsonl, samples_{run.step:06d}.png; "
+              "no metric of latents is computed while training")
+        return
+    first, last = run.evaluations[0], run.evaluations[-1]
+    result = run.result(features.definition(SAMPLES))
+    print(table([("at step 0", first), (f"after {last['step']} steps", last)], features.floor()))
+    print(f"{result['definition']}\n"
+          f"{run.folder}: model.pt, result.json, metrics.jsonl, samples_{run.step:06d}.png")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The health panel of a distribution matching run
+# ----------------------------------------------------------------------------------------------------------------------
+
+BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)                               # of tau
+
+
+def health(run, generator, v_fake, v_teacher, dm=None, gan=None, M=1, n=100):
+    """Numbers into metrics.jsonl, a picture beside the samples; the same noise each time.
+
+    generator: callable (z [n, M, C, H, W], y [n]) -> x_hat.
+    v_fake, v_teacher: callables y [n] -> callable (x_tau, tau) -> velocity, as in the scripts.
+    dm, gan: callables (x_hat, tau, eps, y) -> the generator's two weighted losses [n], whose gradients are compared.
+
+    x_hat_mean, x_hat_std    of all elements of x_hat; those of the data are 0 and 1
+    gap_0.2 ... gap_1.0      mean |v_fake - v_teacher| at x_hat noised to tau in (0, 0.2], ..., (0.8, 1]
+    gan_dm_ratio             median over samples of |d gan / d x_hat| / |d dm / d x_hat|
+    """
+    device, shape = next(run.model.parameters()).device, run.data.x.shape[1:]
+    noise = noise_by_index(EVAL_SEED, range(n), (M + 1, *shape)).to(device)
+    z, eps = noise[:, :M], noise[:, M]
+    y = torch.arange(n, device=device) % run.data.num_classes
+    with torch.no_grad():
+        x_hat = generator(z, y)
+        numbers = dict(x_hat_mean=x_hat.mean().item(), x_hat_std=x_hat.std().item())
+        for low, high in zip(BINS, BINS[1:]):
+            tau = high - (high - low) * torch.arange(n, device=device) / n                        # the whole bin
+            x_tau = interpolate(x_hat, eps, tau)
+            gap = v_fake(y)(x_tau, tau) - v_teacher(y)(x_tau, tau)
+            numbers[f"gap_{high}"] = gap.abs().mean().item()
+        pictures = [("x_hat", x_hat[:10])]
+        for level in BINS[2:]:
+            x_tau = interpolate(x_hat, eps, level)[:10]
+            tau = torch.full((len(x_tau),), level, device=device)
+            for name, v in (("teacher's x0", v_teacher), ("fake's x0", v_fake)):
+                pictures.append((f"tau = {level:.1f}: {name}", v_to_x0(x_tau, v(y[:10])(x_tau, tau), tau)))
+    if gan:
+        tau = torch.linspace(0.02, 0.98, n, device=device)                                        # DMD2's range
+        dm_norm, gan_norm = (gradient_norms(loss, x_hat, tau, eps, y) for loss in (dm, gan))
+        numbers["gan_dm_ratio"] = (gan_norm / dm_norm).median().item()
+    run.write(numbers)
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    draw(run, pictures, [line for line in lines if "x_hat_std" in line])
+
+
+def gradient_norms(loss, x_hat, tau, eps, y):
+    """|d loss / d x_hat| of each sample [n]."""
+    x_hat = x_hat.detach().requires_grad_()
+    gradient, = torch.autograd.grad(loss(x_hat, tau, eps, y).sum(), x_hat)
+    return gradient.flatten(1).norm(dim=1)
+
+
+def draw(run, pictures, lines):
+    """health_NNNNNN.png: rows of images on the left, the curves of the panels so far on the right.
+
+    pictures: [(caption, x [n, C, H, W])]; lines: the panels' lines of metrics.jsonl.
+    """
+    import matplotlib.figure  # half a second: only where it is used
+    vae = decoder(run.args.vae, run.data.vae, next(run.model.parameters()).device)
+    figure = matplotlib.figure.Figure(figsize=(11, 6.4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.2, 1))
+    for axis, (caption, x) in zip(left.subplots(len(pictures), 1), pictures):
+        axis.imshow(np.hstack(list(to_images(x, run.data.meta, vae))), cmap="gray", vmin=0, vmax=255)
+        axis.set_title(caption, fontsize=8, loc="left", pad=2)
+        axis.set_axis_off()
+
+    steps = [line["step"] for line in lines]
+    with_gan = "gan_dm_ratio" in lines[-1]
+    curves = right.subplots(3 if with_gan else 2, 1, sharex=True)
+    for high in BINS[1:]:
+        curves[0].plot(steps, [line[f"gap_{high}"] for line in lines], ".-", label=f"tau to {high}")
+    for name, wanted in (("x_hat_mean", 0), ("x_hat_std", 1)):
+        curves[1].plot(steps, [line[name] for line in lines], ".-", label=name)
+        curves[1].axhline(wanted, color="gray", linewidth=0.7)
+    if with_gan:
+        ratios = [line["gan_dm_ratio"] for line in lines]
+        curves[2].semilogy(steps, ratios, ".-", label="GAN / DM gradient at x_hat")
+    for axis, title in zip(curves, ("mean |v_fake - v_teacher|", "x_hat (grey: the data)", "gradient ratio")):
+        axis.set_title(title, fontsize=9)
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    curves[-1].set_xlabel("step")
+    figure.savefig(run.folder / f"health_{run.step:06d}.png", dpi=90)
