@@ -1,0 +1,386 @@
+"""What one step of every method costs, at the paper's size on random latents: seconds, memory, FLOPs, forward passes.
+
+    python cost.py                           # every method; batch 128 on a GPU, 1 on a CPU
+    python cost.py --batch_size 4            # as results/cost-cpu, on 2 CPU cores
+    python cost.py --size tiny --row 1       # one method, of a small network
+
+Seconds and memory are those of a process of its own per method, the script as a user runs it.  FLOPs are counted of the
+matrix products of one step at batch 1, the optimizer's apart; divided by those of one forward pass of the network they
+are the forward passes of the file headers (backward = 2).  Latents and weights are drawn at random.  A row that was
+measured is kept in --runs, and measured again only if its setting or a file that it executes has changed.
+
+Leaves a folder cost-cpu or cost-cuda in --out: README.md (the table) and runs.json.
+"""
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import consistency
+import dmd2
+import fsf_dmd
+import sid
+import twinflow
+from common import BadInput, load_network, main, save_atomic
+from flags import Parser, number
+from model import SIZES, LightningDiT, fixed_guidance
+from reproduce import CD_MASKED, DMD2, FSF, HERE, TABLE_5, paper, sources
+
+SCRIPTS = {
+    "consistency.py": consistency,
+    "dmd2.py": dmd2,
+    "fsf_dmd.py": fsf_dmd,
+    "sid.py": sid,
+    "twinflow.py": twinflow,
+}
+
+# label, start (imf, fm, or None: from scratch), command.
+# fm: FSF-DMD is what comes after its 20,000 steps of L_CD alone (Table 6).
+COST = [
+    ("imf: Consistency distillation", "imf", CD_MASKED),
+    ("imf: FSF-DMD M=1",              "imf", FSF + " --M 1"),
+    ("imf: FSF-DMD M=2",              "imf", FSF + " --M 2"),
+    ("imf: DMD2 1:1, no GAN",         "imf", DMD2 + " --ttur 1 --no_gan"),
+    ("imf: DMD2 1:1",                 "imf", DMD2 + " --ttur 1"),
+    ("imf: DMD2 1:5, no GAN",         "imf", DMD2 + " --no_gan"),
+    ("imf: DMD2 1:5",                 "imf", DMD2),
+    ("imf: DMD2 + IDA",               "imf", DMD2 + " --ida 0.97"),
+    ("imf: DMD2 + L_CD",              "imf", DMD2 + " --cd 1"),
+    ("imf: SiD",                      "imf", "sid.py --init {start}"),
+    ("fm: Consistency distillation",  "fm",  CD_MASKED),
+    ("fm: DMD2 1:5",                  "fm",  DMD2),
+    ("fm: DMD2 + L_CD",               "fm",  DMD2 + " --cd 1"),
+    ("fm: FSF-DMD",                   "fm",  FSF + " --warmup 0 --steps 6000"),
+    ("FM",                            None,  "consistency.py --loss fm"),
+    ("iMF",                           None,  "consistency.py --loss imf"),
+    ("iMF + DMD2",                    None,  TABLE_5["iMF + DMD2"]),
+    ("iMF + TwinFlow",                None,  TABLE_5["iMF + TwinFlow"]),
+    ("RCGM",                          None,  TABLE_5["RCGM"]),
+    ("RCGM + TwinFlow",               None,  TABLE_5["RCGM + TwinFlow"]),
+    ("FSF-DMD from scratch",          None,  TABLE_5["FSF-DMD"]),
+]
+
+# The labels under which the paper has them (Tables 5 and 10), where they differ from ours.
+PAPER_LABEL = {
+    "imf: DMD2 1:5": "imf: DMD2",
+    "fm: DMD2 1:5": "fm: DMD2 (TTUR 1:5)",
+    "FSF-DMD from scratch": "FSF-DMD",
+}
+
+# FLOP/s assumed for hours on an H100: a fifth of its 989e12 in bf16.  In the paper iMF has 22% of an A100's 312e12, and
+# FSF-DMD 12% of a B200's 2250e12.
+RATE = 2e14
+PAPER_BATCH = 128
+
+# {shapes of an optimizer's parameters: FLOPs of their update}, counted in this process.
+UPDATES = {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def random_inputs(folder, size):
+    """Latents drawn from N(0, 1) in the paper's shape, 32 x 16 x 16 with 1000 classes, and starts with random weights.
+
+    -> the folder of the latents; imf.pt and fm.pt lie beside it.
+    """
+    data = folder / "latents"
+    data.mkdir(parents=True, exist_ok=True)
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 32, 16, 16, generator=g)
+    y = torch.randint(1000, (256,), generator=g)
+    y[0] = 999                                                        # so that there are 1000 classes
+    save_file(dict(latents=x, latents_flip=x.flip(3), labels=y), data / "random.safetensors")
+    statistics = dict(mean=torch.zeros(1, 32, 1, 1), std=torch.ones(1, 32, 1, 1))
+    torch.save(statistics, data / "latents_stats.pt")
+    for name, conditioning in (("imf", "in_context"), ("fm", "plain")):
+        torch.manual_seed(0)
+        net = LightningDiT(size, conditioning)
+        for p in net.parameters():
+            if not p.any():                                           # the timing should not be of zeros
+                torch.nn.init.normal_(p, std=0.02)
+        checkpoint = dict(config=net.config, weights=net.state_dict(), data=None, args={}, step=0)
+        save_atomic(checkpoint, folder / f"{name}.pt")
+    return data
+
+
+class Enough(Exception):
+    """So many optimizer updates are counted; ends the training loop."""
+
+
+def count(script, argv, steps, forward_of):
+    """FLOPs of matrix products in one step of a script, as dict:
+
+    step        one step, without the optimizers
+    optimizer   their updates in one step
+    forward     one pass of the network
+    preset      steps of the preset
+
+    Runs `steps` steps in this process, at the batch size in argv, and leaves at the last optimizer update.
+    forward_of: a model.pt.  An optimizer whose parameters have shapes that were counted before is not run again.
+    """
+    module = SCRIPTS[script]
+    with contextlib.redirect_stdout(io.StringIO()):                   # it prints what its flags resolve to
+        args = module.parse_args(argv)
+    updates_per_step = 1
+    if script == "dmd2.py":
+        updates_per_step = 1 + args.ttur
+    elif script == "sid.py":
+        updates_per_step = 2
+
+    counter = FlopCounterMode(display=False)
+    keys = []                                                         # of UPDATES, one an update
+    marks = []                                                        # FLOPs before and after each update
+    held = []                                                         # parameters of the optimizer that is stepping
+
+    def begin(optimizer, *_):
+        held[:] = [group["params"] for group in optimizer.param_groups]
+        keys.append(tuple(p.shape for params in held for p in params))
+        marks.append(counter.get_total_flops())
+        if keys[-1] in UPDATES:
+            for group in optimizer.param_groups:
+                group["params"] = []                                  # nothing to update
+
+    def end(optimizer, *_):
+        marks.append(counter.get_total_flops())
+        UPDATES.setdefault(keys[-1], marks[-1] - marks[-2])
+        for group, params in zip(optimizer.param_groups, held):
+            group["params"] = params
+        if len(keys) == steps * updates_per_step:
+            raise Enough
+
+    hooks = [register_optimizer_step_pre_hook(begin), register_optimizer_step_post_hook(end)]
+    quiet = io.StringIO()
+    try:
+        with contextlib.suppress(Enough), contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
+            with counter, sdpa_kernel(SDPBackend.MATH):               # the fused kernel of CPUs is not counted
+                module.train(args)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    in_updates = sum(after - before for before, after in zip(marks[::2], marks[1::2]))
+    return dict(
+        step=(marks[-1] - in_updates) / steps,
+        optimizer=sum(UPDATES[key] for key in keys) / steps,
+        forward=count_forward(forward_of, args.batch_size),
+        preset=args.steps,
+    )
+
+
+def count_forward(path, batch_size):
+    """FLOPs of matrix products in one pass of the network of a model.pt."""
+    net, _ = load_network(path)
+    x = torch.randn(batch_size, net.config["in_channels"], net.config["input_size"], net.config["input_size"])
+    t = torch.full((batch_size,), 0.5)
+    y = torch.zeros(batch_size, dtype=torch.int64)
+    guidance = fixed_guidance(1.0, 0.0, 1.0, x) if net.conditioning == "in_context" else None
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        net(x, t, y, None, guidance)
+    return counter.get_total_flops()
+
+
+def time_steps(command, folder, steps, seconds=60):
+    """(median seconds of a step without the first ones, peak memory in GB) of a script in a process of its own.
+
+    The process is killed after so many steps, or at the first one past so many seconds.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    script, *flags = command
+    words = [sys.executable, str(HERE / script), *flags]
+    words += ["--log_every", "1", "--save_every", "0", "--out", str(folder)]
+    if script != "consistency.py":                                    # which has no health panel
+        words += ["--health_every", "0"]
+    path, lines = folder / "metrics.jsonl", []
+    with tempfile.TemporaryFile() as log:
+        child = subprocess.Popen(words, stdout=log, stderr=log)
+        try:
+            while len(lines) < steps and sum(line["sec_per_step"] for line in lines) < seconds:
+                time.sleep(0.2)
+                if child.poll() is not None:
+                    log.seek(0)
+                    reason = log.read().decode(errors="replace").strip().splitlines()[-1]
+                    raise BadInput(f"{shlex.join(words[1:])} ended with exit code {child.returncode}: {reason}")
+                if path.exists():
+                    whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+                    lines = [json.loads(line) for line in whole]
+        finally:
+            child.kill()                                              # no checkpoint of it is wanted, no picture
+            child.wait()
+    first = min(len(lines) - 1, max(1, steps // 4))
+    kept = lines[first:steps]
+    median = float(np.median([line["sec_per_step"] for line in kept]))
+    return median, max(line["memory_gb"] for line in kept)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One method
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def paper_seconds():
+    """{the paper's label: seconds of a step}, of a B200 (Table 10) and of an A100 (Table 5)."""
+    found = {label: values["sec_per_step_b200"] for label, values in paper("table10")}
+    for label, values in paper("table5"):
+        found[label] = values["sec_per_step_a100"]
+    return found
+
+
+def measure(args, setting, entry, folder, aside):
+    """A row of runs.json.  entry: of COST; folder: a scratch one; aside: a Pool of one process, in which is counted."""
+    label, start, command = entry
+    script, *flags = shlex.split(command.format(start=folder / f"{start}.pt"))
+    data = aside.apply(random_inputs, (folder, args.size))
+    flags += ["--data", str(data)]
+    if start is None:
+        flags += ["--size", args.size]
+
+    as_timed = ["--batch_size", str(setting["batch"]), "--precision", setting["precision"]]
+    steps = 24 if torch.cuda.is_available() else 4
+    seconds, memory = time_steps([script, *flags, *as_timed], folder / "run", steps)
+
+    as_counted = ["--batch_size", "1", "--precision", "fp32", "--out", str(folder / "count"), "--resume", "no"]
+    plain = start == "fm" or label == "FM"
+    forward_of = folder / ("fm.pt" if plain else "imf.pt")
+    counted_steps = 2 if script == "dmd2.py" else 1                   # its rollouts are drawn
+    flops = aside.apply(count, (script, [*flags, *as_counted], counted_steps, forward_of))
+
+    of_a_step = PAPER_BATCH * flops["step"] + flops["optimizer"]
+    return dict(
+        label=label,
+        command=command.format(start=f"{str(start).upper()}.pt"),
+        sec_per_step=seconds,
+        memory_gb=memory,
+        passes=flops["step"] / flops["forward"],
+        gflop_per_image=flops["step"] / 1e9,
+        gflop_optimizer=flops["optimizer"] / 1e9,
+        preset_steps=flops["preset"],
+        hours_modelled=flops["preset"] * of_a_step / RATE / 3600,
+        paper_sec_per_step=paper_seconds().get(PAPER_LABEL.get(label, label)),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def markdown(found):
+    """The table of a runs.json as Markdown."""
+    rows = found["rows"]
+    base = next((row for row in rows if row["label"] == "imf: FSF-DMD M=2"), rows[0])
+    header = [
+        f"one step, {found['size']}, batch {found['batch']}, {found['precision']}",
+        "forward passes", "GFLOP an image", "GFLOP optimizer",
+        "s/step", f"times {base['label']}", "GB", "times",
+        "paper: s/step", "steps", "H100 hours, modelled",
+    ]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for row in rows:
+        cells = [
+            row["label"],
+            f"{row['passes']:.1f}",
+            f"{row['gflop_per_image']:.0f}",
+            f"{row['gflop_optimizer']:.0f}",
+            f"{row['sec_per_step']:.3g}",
+            f"{row['sec_per_step'] / base['sec_per_step']:.2f}",
+            f"{row['memory_gb']:.2f}",
+            f"{row['memory_gb'] / base['memory_gb']:.2f}",
+            str(row["paper_sec_per_step"] or "-"),
+            str(row["preset_steps"]),
+            f"{row['hours_modelled']:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def page(found, command):
+    """README.md of the folder.  command: what made it."""
+    rate = f"{found['flop_per_second_modelled']:.0e}".replace("+", "")
+    return f"""# What one step costs
+
+Made by `{command}` on {found['device']}, torch {found['torch']}.
+
+Random latents and weights. Seconds and memory: of a process per method, at the batch in the table's head.
+FLOPs: of matrix products, counted at batch 1. Hours: modelled, not measured; the preset's steps at batch {PAPER_BATCH},
+at {rate} FLOP/s. [runs.json](runs.json) holds the numbers unrounded.
+
+{markdown(found)}
+"""
+
+
+def run(args):
+    on_gpu = torch.cuda.is_available()
+    setting = dict(
+        device=torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores",
+        size=args.size,
+        batch=args.batch_size or (PAPER_BATCH if on_gpu else 1),
+        precision="bf16" if on_gpu else "fp32",
+    )
+    chosen = [entry for i, entry in enumerate(COST, 1) if args.row in (None, i)]
+    scratch, path = args.runs / "cost", args.runs / "cost.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+
+    # Counting is done aside, so that this process stays small: on Linux a child's peak memory begins with its parent's.
+    # Ctrl-C is for this process, which ends the other; a process that is timed must not outlive it.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with multiprocessing.get_context("spawn").Pool(1) as aside:
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for entry in tqdm(chosen, unit="method", dynamic_ncols=True):
+            label, _, command = entry
+            identity = dict(setting, command=command, sources=sources(shlex.split(command)[0]))
+            if kept.get(label, {}).get("identity") == identity:
+                continue
+            if label in kept:
+                tqdm.write(f"{label}: its setting or sources changed since, measured again")
+            kept[label] = dict(identity=identity, row=measure(args, setting, entry, scratch, aside))
+            path.write_text(json.dumps(kept, indent=1))
+            shutil.rmtree(scratch)
+
+    rows = [kept[label]["row"] for label, *_ in chosen]
+    found = dict(setting, torch=torch.__version__, flop_per_second_modelled=RATE, rows=rows)
+    folder = args.out / ("cost-cuda" if on_gpu else "cost-cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "runs.json").write_text(json.dumps(found, indent=1))
+    (folder / "README.md").write_text(page(found, args.command))
+    print(f"{markdown(found)}\n\nwrote README.md and runs.json into {folder}")
+
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--size", default="B/1", choices=list(SIZES), help="network size (default: B/1, the paper's)")
+    p.add_argument("--batch_size", type=number(int, 1),
+                   help="batch of the timing (default: 128 on a GPU, 1 on a CPU); FLOPs are counted at 1")
+    p.add_argument("--row", type=number(int, 1), help=f"this method only, 1 to {len(COST)}, in the order of the table")
+    p.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder that keeps what was measured")
+    p.add_argument("--out", type=Path, default=Path("runs/reproduce/tables"), help="where the folder is made")
+    args = p.parse_args(argv)
+    if args.row and args.row > len(COST):
+        raise BadInput(f"--row {args.row}: expected 1 to {len(COST)}")
+    args.command = shlex.join(["python", "cost.py", *(sys.argv[1:] if argv is None else argv)])
+    return args
+
+
+if __name__ == "__main__":
+    main(run, parse_args)

@@ -1,0 +1,404 @@
+"""What reproduce.py shows of its runs: statistics over seeds, Markdown tables, curves, samples.  Functions only.
+
+A run is what `collect` reads from its folder.  A row is an entry of `summary`: the runs of one row of a table, by seed.
+A table, its rows and its jobs are reproduce.py's Table, Row and Job; nothing here knows how they are run.
+"""
+import argparse
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import ttest_rel
+
+from common import load_network
+from data import data_kind, load_data, preview
+from evaluate import decoder, generate, sampling
+
+# Our metrics: name here, name in fid.json of evaluate.py (None: not there), digits shown.
+METRICS = [
+    ("fd", "fid", 1),
+    ("is", "is", 2),
+    ("precision", "precision_inception", 3),
+    ("recall", "recall_inception", 3),
+    ("acc", None, 3),
+]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def collect(job, kind):
+    """One run: dict(evaluations=[{step, fd_2step, ...}], sec_per_step, memory_gb).  kind: of data, as in data_kind."""
+    if kind == "latents":
+        evaluations = read_fids(job.folder)
+    elif job.command[0] == "evaluate.py":
+        measured = json.loads((job.folder / "evaluation.json").read_text())
+        evaluations = [dict(step=0) | {k: v for k, v in measured.items() if k.endswith("step")}]
+    else:
+        evaluations = json.loads((job.folder / "result.json").read_text())["evaluations"]
+    evaluations = [{k: round(v, 4) for k, v in evaluation.items()} for evaluation in evaluations]
+
+    lines = []
+    path = job.folder / "metrics.jsonl"
+    if path.exists():
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    seconds = [line["sec_per_step"] for line in lines if "sec_per_step" in line]
+    memory = [line.get("memory_gb", 0) for line in lines]
+    return dict(
+        evaluations=evaluations,
+        sec_per_step=round(float(np.median(seconds)), 4) if seconds else None,
+        memory_gb=round(max(memory), 3) if memory else None,
+    )
+
+
+def read_fids(folder):
+    """[{step, fd_2step, ...}] of the folders fid_<training step>_<N>step of a run on latents; `fd` is the FID."""
+    evaluations = {}
+    for path in sorted(folder.glob("fid_*/fid.json")):
+        at, N = map(int, re.findall(r"\d+", path.parent.name))
+        values = json.loads(path.read_text())
+        evaluation = evaluations.setdefault(at, dict(step=at))
+        for name, theirs, _ in METRICS:
+            if theirs in values:
+                evaluation[f"{name}_{N}step"] = values[theirs]
+    return [evaluations[at] for at in sorted(evaluations)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics over seeds
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def summary(table_rows, runs):
+    """{row number: dict} with each Row's label, the paper's values, its runs by seed, their last and best values.
+
+    table_rows: {row number: Row}; runs: {row number: {seed: `collect`}}.
+    """
+    return {r: summarise(r, row, runs.get(r, {})) for r, row in table_rows.items()}
+
+
+def summarise(number, row, runs):
+    seeds = {seed: run for seed, run in runs.items() if run["evaluations"]}
+    finals = [run["evaluations"][-1] for run in seeds.values()]
+    last = {}
+    if finals:
+        last = {name: [final[name] for final in finals] for name in finals[0] if name != "step"}
+    N = 2 if "fd_2step" in last else 25                              # a velocity is sampled with 25 Euler steps
+    best = []
+    for run in seeds.values():
+        trained = [e for e in run["evaluations"] if e["step"] > 0]
+        best.append(min(trained or run["evaluations"], key=lambda e: e[f"fd_{N}step"]))
+    return dict(
+        number=number,
+        label=row.label,
+        paper=row.paper,
+        n=len(seeds),
+        N=N,
+        seeds=seeds,
+        last=last,
+        best=[e[f"fd_{N}step"] for e in best],
+        step=[e["step"] for e in best],
+        sec_per_step=[run["sec_per_step"] for run in seeds.values() if run["sec_per_step"]],
+        memory_gb=[run["memory_gb"] for run in seeds.values() if run["memory_gb"]],
+    )
+
+
+def compare(rows, reference, metric):
+    """{row: [mean of the paired differences to the reference row, p of the paired t-test after Holm's correction]}.
+
+    Pairs are of the seeds that both rows have; fewer than three show nothing.
+    """
+    if reference not in rows:
+        return {}
+    base, found = rows[reference], {}
+    for r, row in rows.items():
+        common = [seed for seed in row["seeds"] if seed in base["seeds"]]
+        if r == reference or len(common) < 3:
+            continue
+        ours = [final_value(row, seed, metric) for seed in common]
+        theirs = [final_value(base, seed, metric) for seed in common]
+        difference = np.subtract(ours, theirs)
+        p = ttest_rel(ours, theirs).pvalue if difference.std() > 0 else 1.0
+        found[r] = [difference.mean(), p]
+    # Holm: the i-th smallest p of m, times m - i, never below the one before.
+    worst = 0.0
+    for i, r in enumerate(sorted(found, key=lambda r: found[r][1])):
+        worst = max(worst, min(1.0, found[r][1] * (len(found) - i)))
+        found[r][1] = worst
+    return found
+
+
+def final_value(row, seed, metric):
+    """A metric of the last evaluation of one seed, at the row's number of sampling steps; NaN if not measured."""
+    return row["seeds"][seed]["evaluations"][-1].get(f"{metric}_{row['N']}step", math.nan)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Markdown
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def spread(values, digits):
+    """mean +- standard deviation, as text."""
+    if not values:
+        return "-"
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
+
+
+def difference_text(difference, digits):
+    """An entry of `compare` as text; a dash where there is none."""
+    if difference is None:
+        return "-"
+    mean, p = difference
+    star = "*" if p < 0.05 else ""
+    return f"{mean:+.{digits}f}{star} (p {p:.2g})"
+
+
+PAPER_TEXT = [
+    ("peak_step", "at {}"),
+    ("sec_per_step_b200", "{} s/step"),
+    ("sec_per_step_a100", "{} s/step (A100)"),
+    ("recall", "recall {}"),
+    ("precision", "precision {}"),
+    ("is", "IS {}"),
+]
+
+
+def paper_text(values):
+    """The paper's values in one cell; a dash where our copy of the paper has lost the FID."""
+    if "fid_1step" in values:                                        # Table 5
+        fids = [values["fid_1step"], values["fid_2step"]]
+        text = " / ".join("-" if fid is None else str(fid) for fid in fids)
+    else:
+        text = str(values.get("fid", "-"))
+    more = [form.format(values[name]) for name, form in PAPER_TEXT if values.get(name) is not None]
+    return ", ".join([text, *more])
+
+
+def markdown_lines(header, rows):
+    """A Markdown table as lines."""
+    lines = [markdown_line(header), "|" + "---|" * len(header)]
+    return lines + [markdown_line(cells) for cells in rows]
+
+
+def markdown_line(cells):
+    """| a | b |, and | | b | where the first cell is empty."""
+    return " ".join(f"| {cell}" if cell != "" else "|" for cell in cells) + " |"
+
+
+def distance_name(kind):
+    return "FID" if kind == "latents" else "distance"
+
+
+def markdown(kind, table, rows):
+    """The two tables as Markdown: the paper beside ours, and every metric at every number of sampling steps."""
+    return "\n".join([*beside_the_paper(kind, table, rows), "", *all_metrics(kind, rows)])
+
+
+def beside_the_paper(kind, table, rows):
+    name, against = distance_name(kind), f"against row {table.reference}"
+    one_step = any("fid_1step" in row["paper"] for row in rows.values())        # Table 5: FIDs of 1 step and of 2
+    header = ["", table.title, "paper: FID of 1 / 2 steps" if one_step else "paper: FID"]
+    if one_step:
+        header.append(f"{name}, 1 step")
+    header += [f"{name}, 2 steps: last", "best", "at step", against, "IS, 2 steps", against, "s/step", "GB", "n"]
+    distances, scores = compare(rows, table.reference, "fd"), compare(rows, table.reference, "is")
+
+    body = []
+    for r, row in rows.items():
+        last, N, trained = row["last"], row["N"], bool(row["sec_per_step"])
+        label = f"{row['label']} (25 Euler steps)" if N == 25 else row["label"]
+        cells = [r, label, paper_text(row["paper"])]
+        if one_step:
+            cells.append(spread(last.get("fd_1step"), 1))
+        cells.append(spread(last.get(f"fd_{N}step"), 1))
+        cells.append(spread(row["best"], 1) if trained else "-")
+        cells.append(", ".join(map(str, row["step"])) if trained else "-")
+        cells.append(difference_text(distances.get(r), 1))
+        cells.append(spread(last.get(f"is_{N}step"), 2))
+        cells.append(difference_text(scores.get(r), 2))
+        cells.append(f"{np.median(row['sec_per_step']):.3f}" if trained else "-")
+        cells.append(f"{max(row['memory_gb']):.2f}" if trained else "-")
+        cells.append(row["n"] or "not run here")
+        body.append(cells)
+    return markdown_lines(header, body)
+
+
+def all_metrics(kind, rows):
+    header = ["", "last, all metrics", "steps", distance_name(kind), "IS", "precision", "recall", "accuracy"]
+    body = []
+    for r, row in rows.items():
+        counts = [int(name[len("fd_"):-len("step")]) for name in row["last"] if name.startswith("fd_")]
+        for N in sorted(counts):
+            values = [spread(row["last"].get(f"{name}_{N}step"), digits) for name, _, digits in METRICS]
+            body.append([r, row["label"], N, *values])
+    return markdown_lines(header, body)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def levels_of(table):
+    """The numbers of the rows that are drawn as a level, not as a curve: the start itself and the control."""
+    mixed = any(row.start for row in table.rows)
+    levels = set()
+    for r, row in enumerate(table.rows, 1):
+        if row.command is None or mixed and row.start is None:
+            levels.add(r)
+    return levels
+
+
+def curve(row, key):
+    """(steps at which every seed was evaluated, values [seeds, steps] of the metric `key`); None if one lacks it."""
+    seeds = [run["evaluations"] for run in row["seeds"].values()]
+    if not seeds:
+        return None
+    for evaluations in seeds:
+        if any(key not in e for e in evaluations):
+            return None
+    steps = set.intersection(*({e["step"] for e in evaluations} for evaluations in seeds))
+    values = [[e[key] for e in evaluations if e["step"] in steps] for evaluations in seeds]
+    return sorted(steps), np.array(values)
+
+
+def paired_error(row, base, key, steps, values):
+    """Standard error [steps] of the paired difference to the row `base`; 0 where a seed or a step is missing there."""
+    theirs = []
+    for seed in row["seeds"]:
+        evaluations = base["seeds"][seed]["evaluations"] if base and seed in base["seeds"] else []
+        at = {e["step"]: e.get(key) for e in evaluations}
+        if any(step not in at for step in steps):
+            return 0 * values[0]
+        theirs.append([at[step] for step in steps])
+    return (values - np.array(theirs)).std(0) / max(1, len(values) - 1) ** 0.5
+
+
+def figure(kind, table, rows, path):
+    """Metric against step (the paper's Fig. 3): distance and IS at 2 steps, mean over seeds.
+
+    Band: the standard error of the paired difference to the reference row.
+    """
+    # Half a second: only where it is used.
+    import matplotlib.figure
+    import matplotlib.ticker
+
+    drawing = matplotlib.figure.Figure(figsize=(10, 4.2), layout="constrained")
+    distance, score = drawing.subplots(1, 2)
+    distance.set_title("FID, 2 steps" if kind == "latents" else "Frechet distance, 2 steps", fontsize=10)
+    score.set_title("Inception Score, 2 steps", fontsize=10)
+    handles = {}
+    for axis, metric in ((distance, "fd"), (score, "is")):
+        handles |= draw_curves(axis, metric, table, rows)
+        axis.set_xlabel("step")
+    distance.set_yscale("log")
+    distance.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    distance.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    distance.tick_params(axis="y", which="both", labelsize=8)
+    drawing.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    drawing.savefig(path, dpi=100)
+
+
+def draw_curves(axis, metric, table, rows):
+    """The rows of a table on one axis.  -> {label: its line}"""
+    styles, levels, handles = ["-", "--", ":", "-."], levels_of(table), {}
+    from_scratch = not any(row.start for row in table.rows)
+    base = rows.get(table.reference)
+    alpha = 0.1 if len(rows) < 12 else 0.03
+    for i, row in enumerate(rows.values()):
+        key, label = f"{metric}_{row['N']}step", f"{row['number']} {row['label']}"
+        found = curve(row, key)
+        if found is None:
+            continue
+        steps, values = found
+        if len(steps) == 1 or row["number"] in levels:               # not trained, or the control
+            color, style = ("black", "gray")[i % 2], styles[1 + i % 3]
+            handles[label] = axis.axhline(values[:, -1].mean(), linewidth=1, color=color, linestyle=style)
+            continue
+        mean, error = values.mean(0), paired_error(row, base, key, steps, values)
+        if from_scratch:                                             # step 0 is noise
+            steps, mean, error = steps[1:], mean[1:], error[1:]
+        color, style = f"C{i % 10}", styles[i % 4]
+        handles[label] = axis.plot(steps, mean, marker=".", color=color, linestyle=style)[0]
+        axis.fill_between(steps, mean - error, mean + error, color=color, alpha=alpha, linewidth=0)
+    return handles
+
+
+def samples(args, rows, jobs, path):
+    """Samples of every row of the first seed from the same noise (the paper's Fig. 4): one of each of ten classes."""
+    data = load_data(args.data)
+    classes = min(data.num_classes, 10)
+    first = [(data.y == c).nonzero()[:1, 0] for c in range(classes)]                  # row numbers, [1] each
+    bands = [("real", torch.cat([data.x[row] for row in first]))]
+    unset = argparse.Namespace(omega=None, guide_to=None, cfg_channels=None)          # so the run's guidance is taken
+    for r, row in rows.items():
+        if not row["n"]:
+            continue
+        job = jobs[r][min(row["seeds"])]
+        evaluated = job.command[0] == "evaluate.py"
+        net, checkpoint = load_network(job.command[1] if evaluated else job.folder / "model.pt", data)
+        omega, guide_to, channels = sampling(unset, checkpoint)
+        velocity = "--velocity" in job.command
+        x, _ = generate(net, classes, data.x.shape[1:], row["N"], omega, guide_to, channels, classes=classes,
+                        velocity=velocity)
+        bands.append((f"{r} {row['label']}, {row['N']} steps", x))
+    preview(path, bands, data.meta, decoder(args.vae, data.vae, torch.device("cpu")))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder of a table
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def page(head, command, tables):
+    """README.md of a table's folder.  head: of its runs.json; command: what made it; tables: `markdown`."""
+    regime = f", {head['start']} start" if head["start"] else ""
+    torch_version = head["sources"]["torch"]
+    return f"""# Table {head['table']}, {head['title']}: {head['data']}{regime}
+
+Made by `{command}` on {head['device']} ({head['cores']} cores, {head['jobs']} runs at a time), torch {torch_version}.
+
+Mean ± standard deviation over n seeds. `last`: after the last step; `best`: the best evaluation on the way, at `step`.
+`against row {head['reference']}`: mean of the paired differences over seeds; `*` marks p < 0.05 in a paired t-test,
+after Holm's correction over the rows of the table.
+
+* [runs.json](runs.json): the command of every row, and every evaluation of every seed
+* [curves.png](curves.png): distance and IS at 2 steps against training step
+* [samples.png](samples.png): every row from the same noise, seed 0
+
+{tables}
+"""
+
+
+def runs_json(head, rows, commands):
+    """The text of runs.json: head, and one line a row."""
+    lines = []
+    for r, row in rows.items():
+        entry = {name: row[name] for name in ("number", "label", "paper", "N")}
+        entry |= dict(command=commands[r], seeds=row["seeds"])
+        lines.append(json.dumps(entry, separators=(",", ":")))
+    return json.dumps(head, indent=1).removesuffix("\n}") + ',\n "rows": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def write(args, table, head, rows, jobs, commands):
+    """Write and print a table: a folder in args.out with README.md, runs.json, curves.png and samples.png.
+
+    rows: `summary`; jobs: {row number: {seed: Job}}; commands: {row number: command line}.
+    """
+    kind = data_kind(args.data)
+    parts = [f"table{head['table']}", Path(args.data).stem, head["start"]]
+    folder = args.out / "-".join(part for part in parts if part)
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = markdown(kind, table, rows)
+    (folder / "README.md").write_text(page(head, args.command, tables))
+    (folder / "runs.json").write_text(runs_json(head, rows, commands))
+    figure(kind, table, rows, folder / "curves.png")
+    samples(args, rows, jobs, folder / "samples.png")
+    print(f"{tables}\n\nwrote README.md, runs.json, curves.png and samples.png into {folder}")
