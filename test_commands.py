@@ -1,0 +1,626 @@
+"""The scripts as a user runs them (see test_all.py): flags, run folders, resume, torchrun, signals, bad input.
+
+The first half trains in this process, through the scripts' own parse_args and train; the second in a subprocess.
+"""
+import json
+import re
+import shlex
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import consistency
+import data
+import dmd2
+import evaluate
+import fsf_dmd
+import metrics
+import model
+import normuon
+import sid
+import twinflow  # noqa: F401  (looked up by its name)
+from test_helpers import (
+    HERE,
+    METHODS,
+    Evil,
+    assert_same,
+    read_metrics,
+    refusal,
+    run,
+    start,
+    state,
+    tensors,
+    together,
+    train,
+)
+
+# One command of each script on the small images of `home`, with as much of its method switched on as there is.
+TOY = {
+    "consistency.py": "consistency.py --loss cd --init imf/model.pt --data toy.npz",
+    "fsf_dmd.py": "fsf_dmd.py --init imf/model.pt --data toy.npz --M 2 --health_every 0",
+    "dmd2.py": "dmd2.py --init imf/model.pt --data toy.npz --M 2 --ttur 2 --ida 0.97 --cd 1 --health_every 0",
+    "sid.py": "sid.py --init imf/model.pt --data toy.npz --lambda_g 0.1 --health_every 0",
+    "twinflow.py": "twinflow.py --base rcgm --init imf/model.pt --data toy.npz --health_every 0",
+}
+assert set(TOY) == set(METHODS)
+
+
+def trained_weights(out):
+    """All weights of a run's model.pt (in the working folder), in one vector."""
+    return torch.cat([p.flatten() for p in common.load_checkpoint(f"{out}/model.pt")["weights"].values()])
+
+
+def differ(a, b):
+    """Whether any tensor of two state dicts does."""
+    return any(not torch.equal(v, b[k]) for k, v in a.items())
+
+
+# ---- parsing ---------------------------------------------------------------------------------------------------------
+
+def test_the_run_folder_is_named_after_what_differs_from_the_preset():
+    def name(module, command):
+        return module.parse_args(shlex.split(command)).out
+
+    assert name(fsf_dmd, "") == "runs/fsf_dmd-digits-imf"
+    assert name(fsf_dmd, "--init imf --M 2") == "runs/fsf_dmd-digits-imf"
+    assert name(fsf_dmd, "--M 1") == "runs/fsf_dmd-digits-imf-M1"
+    assert name(fsf_dmd, "--seed 3") == "runs/fsf_dmd-digits-imf-seed3"
+    assert name(fsf_dmd, "--lam 0.1 --M 1 --steps 9 --device cpu") == "runs/fsf_dmd-digits-imf-M1-lam0.1"
+    assert name(consistency, "--loss imf --seed 3") == "runs/consistency_imf-digits-scratch-seed3"
+    assert name(consistency, "--loss cd --mask_prob 0") == "runs/consistency_cd-digits-imf-mask_prob0.0"
+    assert name(dmd2, "--no_gan") == "runs/dmd2-digits-imf-lambda_g0.0"
+    assert dmd2.parse_args(["--no_gan"]).lambda_g == 0 and dmd2.parse_args([]).lambda_g == 3e-3
+
+
+@pytest.mark.parametrize("init, lam, shift, M, steps, warmup, cfg_channels", [
+    ("imf", 0.05, 10, 2, 4_000, 0, 0),
+    ("fm", 0.001, 10, 2, 26_000, 20_000, 3),
+    ("scratch", 0.01, 1, 1, 400_000, 0, 0),
+])
+def test_latents_have_the_columns_of_table_6(init, lam, shift, M, steps, warmup, cfg_channels):
+    args = fsf_dmd.parse_args(["--data", "shards", "--init", init])
+    assert (args.lam, args.shift, args.M, args.steps) == (lam, shift, M, steps)
+    assert (args.warmup, args.cfg_channels) == (warmup, cfg_channels)
+    assert (args.batch_size, args.ema, args.omega, args.guide_to, args.label_drop) == (128, 0.99995, 6, 0.9, 0.1)
+
+
+def test_it_is_known_who_set_a_flag():
+    args = fsf_dmd.parse_args(["--data", "shards", "--M", "1"])
+    assert (args.size, args.lam, args.shift, args.steps, args.batch_size) == ("B/1", 0.05, 10, 4000, 128)
+    assert (args.ema, args.omega, args.guide_to, args.M, args.precision) == (0.99995, 6, 0.9, 1, "bf16")
+    assert args.sources["init"] == "default" and args.sources["fd_h"] == "default"
+    assert args.sources["lam"] == "preset" and args.sources["M"] == "given"
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_help_shows_the_flags_in_groups(script, capsys):
+    module = sys.modules[script.removesuffix(".py")]
+    with pytest.raises(SystemExit) as stop:
+        module.parse_args(["--help"])
+    assert stop.value.code == 0
+    flags = capsys.readouterr().out.split("\noptions:\n")[1]
+    found, group = {}, "options"
+    for line in flags.splitlines():
+        title, flag = re.match(r"(\w+):$", line), re.match(r"  (?:-h, )?--(\w+)", line)
+        if title:
+            group = title[1]
+        if flag:
+            found.setdefault(group, []).append(flag[1])
+    assert list(found) == ["options", "data", "network", "optimisation", "method", "run"]
+    assert found["options"] == ["help"]                         # every flag of ours is in a group
+    for group, flag in (("data", "data"), ("network", "init"), ("optimisation", "lr"), ("run", "out")):
+        assert flag in found[group]
+    assert ("loss" if script == "consistency.py" else "base" if script == "twinflow.py" else "M") in found["method"]
+
+
+def test_a_dry_run_prints_who_set_what_and_writes_nothing(in_home, capsys):
+    command = "--loss imf --size B/1 --batch_size 2 --micro_batch 1 --dry_run --data toy.npz --steps 3 --out dry"
+    with pytest.raises(SystemExit) as stop:
+        consistency.parse_args(command.split())
+    assert stop.value.code == 0 and re.search(r"--size +B/1 +given", capsys.readouterr().out)
+    assert not (in_home / "dry").exists()
+
+
+# ---- every flag changes what is trained ------------------------------------------------------------------------------
+
+FM = "--init fm/model.pt --data toy.npz --health_every 0"
+SCRATCH = "--init scratch --data toy.npz --health_every 0"
+FLAGS = {                       # base command: each of these flips one flag of it, and the trained weights must answer
+    TOY["consistency.py"]: [
+        "--mask_prob 0", "--time_law logitnormal", "--jvp exact", "--fd_h 0.1", "--huber_c 1", "--label_drop 0.9",
+        "--cd_guidance drawn --omega_max 3", "--cd_guidance drawn --omega_max 3 --omega_law truncexp",
+        "--lr 1e-2", "--ema 0.05", "--ema_warmup 0", "--seed 1", "--precision bf16", "--batch_size 64",
+        "--tangent_norm 0.1", "--tangent_norm 1",
+        "--init fm/model.pt", "--init fm/model.pt --omega 3", "--init fm/model.pt --omega 3 --guide_to 0.5"],
+    "consistency.py --loss rcgm --data toy.npz": [
+        "--delta 0.1", "--order 1", "--clamp 0.2", "--clamp 0", "--omega_max 5", "--mask_prob 0", "--huber_c 1"],
+    "consistency.py --loss isg --init imf/model.pt --data toy.npz": [
+        "--M 1", "--huber_c 1", "--omega 3", "--cd_guidance drawn --omega_max 3", "--init fm/model.pt"],
+    TOY["dmd2.py"]: [
+        "--M 1", "--ttur 3", "--fake_lr 1e-2", "--lambda_g 0", "--lambda_g 1", "--lambda_d 1", "--disc_trunk teacher",
+        "--ida 1", "--ida 0.5", "--cd 0", "--lam 0.3", "--cd 1 --mask_prob 0"],
+    f"dmd2.py {FM} --ttur 1": ["--cd 1", "--omega 3"],
+    f"dmd2.py {SCRATCH}": ["--lam 1", "--ttur 2", "--omega_max 3"],
+    TOY["fsf_dmd.py"]: [
+        "--M 1", "--M 3", "--lam 3", "--shift 9", "--weight one", "--weight one --clip 0.01", "--cosine_factor 1",
+        "--rollout dmd2", "--rollout_grad last", "--omega 3", "--omega 3 --guide_to 0.5",
+        "--cd_guidance drawn --omega_max 3", "--warmup 1"],
+    f"fsf_dmd.py {FM} --warmup 0": ["--lam 3", "--omega 3", "--warmup 2"],
+    f"fsf_dmd.py {SCRATCH}": ["--lam 3", "--omega 3", "--omega_max 3", "--n_tokens 2"],
+    TOY["sid.py"]: [
+        "--M 3", "--M 1", "--noise ddim", "--M 3 --noise ddim", "--M 3 --noise fixed", "--alpha 0.5", "--weight sid",
+        *(f"--weight '{w}'" for w in sid.WEIGHTS if w != "1-t"),
+        "--fake_lr 1e-2", "--lambda_g 0", "--lambda_d 1", "--omega 3", "--omega 3 --guide_to 0.5"],
+    f"sid.py {FM}": ["--omega 3"],
+    TOY["twinflow.py"]: [
+        "--base imf", "--base imf --jvp exact", "--lam 3", "--lam_adv 3", "--clip 1e-4", "--clip 2e-4", "--delta 0.1",
+        "--order 1", "--clamp 0.2", "--omega 3", "--init scratch"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", FLAGS, ids=range(len(FLAGS)))
+def test_every_flag_changes_what_is_trained(in_home, few_samples, capsys, command):
+    name = f"flag-{list(FLAGS).index(command)}"
+
+    def weights(extra, out):
+        train(f"{command} --steps 3 {extra} --out {out}")
+        return trained_weights(out)
+
+    found = {"": weights("", name)}
+    assert torch.equal(weights("", f"{name}-again"), found[""])                         # the same command: the same
+    for i, extra in enumerate(FLAGS[command]):
+        found[extra] = weights(extra, f"{name}-{i}")
+    names = list(found)
+    for i, a in enumerate(names):
+        for b in names[:i]:
+            assert not torch.equal(found[a], found[b]), f"{a!r} and {b!r} train the same network"
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_pretraining_flags_and_the_other_losses(in_home, few_samples, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate.evaluate, "__defaults__", (None, 60, 0, False))        # the losses' own samplers
+    nets = {}
+    for extra in ("--loss imf", "--loss imf --omega_max 5", "--loss imf --n_tokens 3", "--loss imf --token_block 0",
+                  "--loss fm", "--loss ct"):
+        out = f"pre{len(nets)}"
+        train(f"consistency.py {extra} --data toy.npz --steps 3 --out {out}")
+        nets[extra] = common.load_checkpoint(f"{out}/model.pt")
+    config = {extra: net["config"] for extra, net in nets.items()}
+    assert config["--loss fm"]["conditioning"] == "plain" and config["--loss ct"]["conditioning"] == "decoupled"
+    assert config["--loss imf --n_tokens 3"]["n_tokens"] == 3
+    assert config["--loss imf --token_block 0"]["token_block"] == 0
+    assert all(c["num_classes"] == 3 for c in config.values())
+    assert differ(nets["--loss imf"]["weights"], nets["--loss imf --omega_max 5"]["weights"])
+    lines = read_metrics(in_home, "pre4")                                               # fm: Euler
+    assert any(line["step"] == 3 and "fd_25step" in line for line in lines)
+    capsys.readouterr()
+
+
+def test_cosine_and_guided_channels_reach_multi_channel_data(tmp_path, few_samples, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    images = np.random.default_rng(0).integers(0, 256, (60, 4, 4, 3)).astype(np.uint8)
+    np.savez("rgb.npz", images=images, labels=np.arange(60) % 2)
+
+    def bias(out):
+        return common.load_checkpoint(f"{out}/model.pt")["weights"]["final_layer.linear.bias"]
+
+    for cosine in (0, 1):
+        train(f"consistency.py --loss imf --data rgb.npz --steps 3 --cosine {cosine} --out cosine{cosine}")
+    assert not torch.equal(bias("cosine0"), bias("cosine1"))
+    train("consistency.py --loss fm --data rgb.npz --steps 3 --out fm")
+    for channels in (0, 1):                                     # CFG on the first channel only: another teacher
+        train(f"consistency.py --loss cd --init fm/model.pt --data rgb.npz --steps 3 --omega 3 "
+              f"--cfg_channels {channels} --out cfg{channels}")
+    assert not torch.equal(bias("cfg0"), bias("cfg1"))
+    velocity, _ = common.load_network("fm/model.pt")            # and other samples, where the channel is guided
+    samples = lambda omega, channels: evaluate.generate(velocity, 6, (3, 4, 4), 2, omega, 1.0, channels)[0]
+    whole, first, none = samples(3.0, None), samples(3.0, 1), samples(1.0, None)
+    assert not torch.equal(whole, first) and not torch.equal(first, none)
+    evaluate.run(evaluate.parse_args("fm/model.pt --omega 3 --cfg_channels 1 --n 40 --out measured".split()))
+    capsys.readouterr()
+
+
+# ---- who trains whom -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("script, order", [
+    ("dmd2.py --ttur 3", [0, 1, 1, 1, 0, 1, 1, 1]),             # TTUR 1:3 as DMD2 counts
+    ("sid.py --lambda_g 0.1", [1, 0, 1, 0]),                    # 1:1, fake first
+])
+def test_every_turn_leaves_the_other_networks_alone(in_home, few_samples, monkeypatch, capsys, script, order):
+    """Around each optimizer step all parameters and states of the other side stay bit-identical, without gradient."""
+    sides, turns = [], []
+
+    def parameters(opt):
+        return [p for group in opt.param_groups for p in group["params"]]
+
+    def photo(opt):
+        states = [v.clone() for s in opt.state.values() for v in s.values() if torch.is_tensor(v)]
+        return [p.detach().clone() for p in parameters(opt)] + states
+
+    def same(one, other):
+        return all(torch.equal(a, b) for a, b in zip(one, other))
+
+    class Spy(normuon.NorMuon):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            sides.append(self)
+
+        def step(self):
+            other = sides[1 - sides.index(self)]
+            assert all(p.grad is None for p in parameters(other))
+            assert any(p.grad is not None for p in parameters(self))
+            before, other_before = photo(self), photo(other)
+            if turns and turns[-1][0] is not self:              # what the other did since its own last turn: nothing
+                assert same(turns[-1][1], other_before)
+            super().step()
+            assert same(other_before, photo(other)) and not same(before, photo(self))
+            turns.append((self, photo(self)))
+
+    name = script.split(".")[0]
+    out = f"isolated-{name}"
+    monkeypatch.setattr(sys.modules[name], "NorMuon", Spy)
+    train(f"{script} --init imf/model.pt --data toy.npz --steps 2 --health_every 1 --out {out}")
+    assert [sides.index(opt) for opt, _ in turns] == order
+    first, last = common.load_checkpoint("imf/model.pt")["weights"], state(in_home, out)
+    assert not differ(first, last["teacher"])                                           # nothing trains the teacher
+    assert differ(first, last["net"]) and differ(first, last["fake"])
+    health = [line for line in read_metrics(in_home, out) if "gap_0.2" in line]
+    assert [line["step"] for line in health] == [1, 2] and all(line["gan_dm_ratio"] > 0 for line in health)
+    assert (in_home / out / "health_000002.png").exists()
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["dmd2", "sid"])
+def test_without_gan_the_real_images_are_never_seen(in_home, few_samples, capsys, script):
+    """The rollout and the fake loss need noise and labels only: other images, the same weights."""
+    with np.load("toy.npz") as toy:
+        np.savez("negative_toy.npz", images=255 - toy["images"], labels=toy["labels"])
+    found = {}
+    for data_ in ("toy", "negative_toy"):
+        for gan in (0, 1):
+            out = f"unseen-{script}-{data_}-{gan}"
+            train(f"{script}.py --init imf/model.pt --data {data_}.npz --steps 2 --health_every 0 --lambda_g {gan} "
+                  f"--out {out}")
+            found[data_, gan] = state(in_home, out)
+    for part in ("net", "fake"):
+        assert_same(found["toy", 0][part], found["negative_toy", 0][part])
+    a, b = (found[data_, 1]["fake"]["blocks.0.mlp.w3.weight"] for data_ in ("toy", "negative_toy"))
+    assert not torch.equal(a, b)
+    assert "head" in found["toy", 1] and "head" not in found["toy", 0]                  # switched off: not built
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("init, ours, baseline", [
+    ("imf", "--init imf/model.pt --warmup 3", "--loss cd --init imf/model.pt"),
+    ("fm", "--init fm/model.pt --warmup 3 --omega 2", "--loss cd --init fm/model.pt --omega 2"),
+    ("scratch", "--init scratch --lam 0", "--loss imf"),
+])
+def test_without_its_own_term_fsf_dmd_is_its_baseline(in_home, few_samples, capsys, init, ours, baseline):
+    """During --warmup FSF-DMD is consistency distillation; from scratch, with lambda 0, it is iMF."""
+    term, base = f"term-{init}", f"base-{init}"
+    train(f"fsf_dmd.py {ours} --data toy.npz --steps 3 --lr 3e-3 --health_every 0 --out {term}")
+    train(f"consistency.py {baseline} --data toy.npz --steps 3 --lr 3e-3 --out {base}")
+    assert_same(state(in_home, term)["net"], state(in_home, base)["net"])
+    capsys.readouterr()
+    if init == "scratch":
+        assert "teacher" not in state(in_home, term)
+        return
+    first = common.load_checkpoint(f"{init}/model.pt")["weights"]
+    for out in (term, base):
+        assert not differ(first, state(in_home, out)["teacher"])                        # nothing trains the teacher
+    if init == "fm":                                                                    # decoupled: no new parameters
+        assert state(in_home, term)["teacher"].keys() == state(in_home, term)["net"].keys()
+        assert common.load_checkpoint(f"{term}/model.pt")["config"]["conditioning"] == "decoupled"
+
+
+def test_a_velocity_network_becomes_a_flow_map_and_stays_the_teacher(in_home):
+    toy = data.load_data("toy.npz")
+    net, teacher = common.load_start("fm/model.pt", toy)
+    x, t, y = torch.randn(3, 1, 4, 4), torch.rand(3), torch.tensor([0, 1, 2])
+    assert net.conditioning == "decoupled" and teacher.conditioning == "plain"
+    assert not any(p.requires_grad for p in teacher.parameters())
+    torch.testing.assert_close(net(x, t, y, t), teacher(x, t, y))
+    assert (net(x, t, y, t / 2) - teacher(x, t, y)).abs().max() > 1e-5
+    trainable = lambda net: sum(p.requires_grad for p in net.parameters())
+    assert trainable(net) == trainable(model.LightningDiT(**net.config))
+    net, teacher = common.load_start("imf/model.pt", toy)
+    torch.testing.assert_close(net(x, t, y, t / 2), teacher(x, t, y, t / 2))
+    assert next(net.blocks.parameters()).requires_grad
+
+
+# ---- real command lines ----------------------------------------------------------------------------------------------
+
+TIMING = ("sec_per_step", "images_per_sec", "memory_gb")
+
+
+def python(command):
+    """The words of a command of ours, for `start`."""
+    script, *flags = shlex.split(command)
+    return [sys.executable, str(HERE / script), *flags]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", TOY)
+def test_killed_and_resumed_is_never_interrupted(home, script):
+    """3 + kill -9 + 3 steps = 6 steps, every tensor of networks, EMA and optimizer equal."""
+    command, out = TOY[script], f"killed-{script[:-3]}"
+    process = start(home, python(f"{command} --save_every 3 --out {out} --steps 5000 --log_every 1"))
+    while not (home / out / "state.pt").exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    stopped = state(home, out)["step"]
+    assert stopped % 3 == 0 and stopped >= 3
+    printed, _ = together(
+        home,
+        f"{command} --save_every 3 --out {out} --steps {stopped + 3} --log_every 1",
+        f"{command} --out whole-{out} --steps {stopped + 3} --log_every 1")
+    assert f"resuming at step {stopped}" in printed
+    assert_same(state(home, out), state(home, f"whole-{out}"))
+    resumed, whole = ([{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(home, o)]
+                      for o in (out, f"whole-{out}"))
+    assert resumed == whole                                                             # one history, no step twice
+    assert "is done" in run(home, f"{command} --save_every 3 --out {out} --steps {stopped + 3}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", TOY)
+def test_processes_and_micro_batches_change_nothing(home, script):
+    """Two gloo processes = one, micro-batch 32 = 128: 1e-5 in float32 after 20 steps (8 where a step takes more)."""
+    steps = 8 if script in ("dmd2.py", "sid.py", "twinflow.py") else 20
+    command, name = f"{TOY[script]} --steps {steps} --log_every 4 --batch_size 128", script[:-3]
+    together(home, f"{command} --out one-{name}", f"{command} --out micro-{name} --micro_batch 32")
+    run(home, f"{command} --out two-{name}", processes=2)
+    for other in ("micro", "two"):
+        for part in ("net", "ema"):
+            assert_same(state(home, f"one-{name}")[part], state(home, f"{other}-{name}")[part], atol=1e-5)
+    one, two = (read_metrics(home, f"{o}-{name}")[-2] for o in ("one", "two"))
+    for k in set(one) - set(TIMING):
+        assert two[k] == pytest.approx(one[k], rel=1e-3, abs=1e-4), k                   # logs are of the global batch
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_says_how_to_go_on(home):
+    seen = home / "stopped" / "metrics.jsonl"
+
+    def lines():
+        return len(seen.read_text().splitlines()) if seen.exists() else 0
+
+    for sig, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        before = lines()
+        process = start(home, python(f"{TOY['fsf_dmd.py']} --out stopped --steps 5000 --log_every 1"))
+        while lines() <= before + 3 and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(sig)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == code
+        assert "run the same command again to resume" in err and "Traceback" not in err
+    steps = state(home, "stopped")["step"] + 1
+    assert "resuming at step" in run(home, f"{TOY['fsf_dmd.py']} --out stopped --steps {steps}")
+
+
+@pytest.mark.slow
+def test_the_main_command_leaves_a_picture_a_table_and_a_checkpoint(tmp_path):
+    """`python fsf_dmd.py --init imf --M 2` on the digits, shortened.
+
+    Pretrains once, distils, evaluates; then resumes from there.
+    """
+    command = "fsf_dmd.py --init imf --M 2 --steps 3"
+    printed = run(tmp_path, command)
+    for words in ("consistency.py --loss imf", "real images, half against half", "after 3 steps"):
+        assert words in printed
+    out, started = tmp_path / "runs" / "fsf_dmd-digits-imf", tmp_path / "runs" / "consistency_imf-digits-scratch"
+    result, of_the_start = (json.loads((folder / "result.json").read_text()) for folder in (out, started))
+    last, first = result["last"], result["evaluations"][0]
+    assert {"fd_1step", "fd_2step", "is_2step", "precision_2step", "recall_2step", "acc_2step"} <= set(last)
+    assert last["step"] == 3
+    assert first == of_the_start["last"] | dict(step=0)                                 # it starts where the iMF ended
+    assert result["best"]["fd_2step"]["value"] <= last["fd_2step"] and "64 features" in result["definition"]
+    # what a student does with the checkpoint
+    checkpoint = torch.load(out / "model.pt", weights_only=True)
+    net = model.LightningDiT(**checkpoint["config"])
+    net.load_state_dict(checkpoint["weights"])
+    x, y = evaluate.generate(net, 200, (1, 8, 8), 2, omega=1.0)
+    features = metrics.Features(data.load_data("digits"), tmp_path / "runs" / "cache")
+    assert features.metrics(x, y)["acc"] > 0.6                                          # digits, of the right class
+    with Image.open(out / "samples_000003.png") as picture:
+        assert picture.size[0] > 300 and len(picture.convert("L").getcolors()) > 50
+    assert "is done (3 steps)" in run(tmp_path, command)
+    run(tmp_path, "consistency.py --loss imf --steps 201")                              # someone trains the start on
+    refused = run(tmp_path, "fsf_dmd.py --init imf --steps 4", code=2)
+    assert "expected --init runs/consistency_imf-digits-scratch/model.pt" in refused
+    printed = run(tmp_path, f"evaluate.py {out / 'model.pt'} --steps 2 --n 300 --omega 1 --guide_to 1 --seed 5 --out o")
+    assert "weights" in printed and (tmp_path / "o" / "samples.png").exists()
+    assert json.loads((tmp_path / "o" / "evaluation.json").read_text())["fd_2step"] > 0
+
+
+@pytest.mark.slow
+def test_compile_trains_the_same_network(home):
+    together(home, *(f"{TOY['fsf_dmd.py']} --steps 3 --batch_size 32 --compile {i} --out compile-{i}" for i in (0, 1)))
+    a, b = state(home, "compile-0")["net"], state(home, "compile-1")["net"]
+    assert a.keys() == b.keys()                                                         # no _orig_mod in the names
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-4
+
+
+@pytest.mark.slow
+def test_intervals_and_starting_over(home):
+    command, folder = TOY["fsf_dmd.py"], home / "often"
+    run(home, f"{command} --steps 4 --log_every 1 --eval_every 2 --preview_every 2 --save_every 1 --device cpu "
+              "--out often")
+    lines = read_metrics(home, "often")
+    assert [line["step"] for line in lines if "fsf" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "fd_2step" in line] == [0, 2, 4]
+    assert sorted(p.name for p in folder.glob("*.png")) == ["samples_000002.png", "samples_000004.png"]
+    assert {"cd", "fsf", "gap", "grad_norm", *TIMING} <= set(lines[1])
+    refused = run(home, f"{command} --steps 4 --lam 9 --out often", code=2)
+    assert "--lam" in refused and "(there) 9.0 (here)" in refused and len(refused.strip().splitlines()) == 1
+    run(home, f"{command} --steps 2 --lam 9 --out often --resume no")
+    assert state(home, "often")["step"] == 2 and not list(folder.glob("samples_000004.png"))
+
+
+# ---- bad input: one line, exit code 2, nothing written ---------------------------------------------------------------
+
+def write_bad_inputs(folder):
+    labels = np.arange(9) % 3
+    images = np.zeros((9, 4, 4), np.uint8)
+    images[0] = 9
+    some = lambda size: np.random.default_rng(0).integers(0, 255, (9, size, size)).astype(np.uint8)
+    for name, arrays in dict(
+        noimages=dict(labels=labels),
+        floats=dict(images=images.astype(np.float32), labels=labels),
+        oblong=dict(images=np.zeros((9, 4, 6), np.uint8), labels=labels),
+        odd=dict(images=some(5), labels=labels),
+        few=dict(images=images, labels=labels[:4]),
+        negative=dict(images=images, labels=labels - 1),
+        alike=dict(images=np.zeros((9, 4, 4), np.uint8), labels=labels),
+        four=dict(images=some(4), labels=np.arange(9) % 4),
+        three=dict(images=images[:3], labels=labels[:3]),
+        pickled=dict(images=np.array([Evil()], dtype=object), labels=np.zeros(1, int)),
+    ).items():
+        np.savez(folder / f"{name}.npz", **arrays)
+    (folder / "truncated.npz").write_bytes((folder / "toy.npz").read_bytes()[:300])
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis.txt").write_text("precious")
+    (folder / "text.pt").write_text("not a checkpoint")
+    torch.save({"weights": Evil()}, folder / "evil.pt")
+    torch.save({"a": 1}, folder / "other.pt")
+    (folder / "cut.pt").write_bytes((folder / "imf" / "model.pt").read_bytes()[:2000])
+    broken = torch.load(folder / "imf" / "model.pt", weights_only=True)
+    broken["weights"].pop("pos_embed")
+    torch.save(broken, folder / "incomplete.pt")
+    net = model.LightningDiT("tiny", "decoupled", input_size=4, in_channels=1, num_classes=3)
+    decoupled = dict(config=net.config, weights=net.state_dict(), data=broken["data"], args={})
+    torch.save(decoupled, folder / "decoupled.pt")
+
+
+BAD = [  # command, words of the one line
+    ("fsf_dmd.py --data nowhere.npz", "nowhere.npz: no such file"),
+    ("fsf_dmd.py --data nowhere",
+     "expected `digits`, an .npz file with `images` and `labels`, a folder of latent shards"),
+    ("fsf_dmd.py --data noimages.npz --init imf/model.pt", "has no array images"),
+    ("fsf_dmd.py --data floats.npz --init imf/model.pt", "images are float32 [9, 4, 4, 1], expected uint8"),
+    ("fsf_dmd.py --data oblong.npz --init imf/model.pt", "images are uint8 [9, 4, 6, 1], expected uint8"),
+    ("consistency.py --loss imf --data odd.npz", "input_size 5 must be a multiple of patch_size 2"),
+    ("fsf_dmd.py --data few.npz --init imf/model.pt", "labels are int64 [4], expected 9 integers"),
+    ("fsf_dmd.py --data negative.npz --init imf/model.pt", "labels start at -1"),
+    ("fsf_dmd.py --data alike.npz --init imf/model.pt", "not all alike"),
+    ("fsf_dmd.py --data pickled.npz --init imf/model.pt", "without pickled objects"),
+    ("fsf_dmd.py --data truncated.npz --init imf/model.pt", "truncated.npz"),
+    ("fsf_dmd.py --data four.npz --init imf/model.pt", "was made for num_classes 3, but --data four.npz has 4"),
+    ("fsf_dmd.py --init imf/model.pt", "was made for shape [1, 4, 4], but --data digits has [1, 8, 8]"),
+    ("fsf_dmd.py --data toy.npz --init missing.pt",
+     "--init missing.pt: expected fm or imf or scratch, or the path of a model.pt"),
+    ("fsf_dmd.py --data toy.npz --init text.pt", "text.pt: not a model.pt"),
+    ("fsf_dmd.py --data toy.npz --init evil.pt", "evil.pt: not a model.pt"),
+    ("fsf_dmd.py --data toy.npz --init other.pt", "other.pt: not a model.pt of this project"),
+    ("fsf_dmd.py --data toy.npz --init cut.pt", "cut.pt: not a model.pt"),
+    ("fsf_dmd.py --data toy.npz --init incomplete.pt", "weights do not fit its configuration"),
+    ("twinflow.py --data toy.npz --init decoupled.pt",
+     "holds a decoupled network, expected one for --init imf or scratch"),
+    ("fsf_dmd.py --data toy.npz --init imf/model.pt --size B/1 --n_tokens 7",
+     "not --size B/1 (it has tiny), --n_tokens 7 (it has 1)"),
+    ("fsf_dmd.py --data toy.npz --init imf/model.pt --out mine", "exists and is no run folder"),
+    ("fsf_dmd.py --data toy.npz --init imf/model.pt --out mine --resume no", "exists and is no run folder"),
+    ("consistency.py --loss imf --data three.npz", "too few to evaluate against"),
+    ("consistency.py --loss imf --data toy.npz --out mine/thesis.txt", "exists and is no run folder"),
+    ("consistency.py --loss imf --data toy.npz --out mine/thesis.txt/run", "thesis.txt/run: Not a directory"),
+    ("fsf_dmd.py --M 0", "--M: 0 is out of range, expected an integer of at least 1"),
+    ("fsf_dmd.py --mask_prob 1.5", "--mask_prob: 1.5 is out of range"),
+    ("fsf_dmd.py --lam nan", "--lam: nan is out of range"),
+    ("fsf_dmd.py --lr 0", "--lr: 0 is out of range, expected a number above 0"),
+    ("fsf_dmd.py --shift -1", "--shift: -1 is out of range"),
+    ("fsf_dmd.py --weight cosine", "--weight: invalid choice: 'cosine'"),
+    ("fsf_dmd.py --momentum 0.9", "unrecognized arguments: --momentum 0.9"),
+    ("fsf_dmd.py --data toy.npz --init imf/model.pt --device tpu", "--device tpu: not usable here"),
+    ("fsf_dmd.py --rollout dmd2 --rollout_grad all", "Eq. 17 has gradient in its last call only"),
+    ("dmd2.py --lambda_g 0 --disc_trunk teacher", "builds no discriminator"),
+    ("dmd2.py --mask_prob 0.1 --lam 1", "--lam, --mask_prob: belongs to L_CD, which needs --cd 1"),
+    ("dmd2.py --cd 1 --omega_max 3", "--omega_max: omega is drawn with --cd_guidance drawn only"),
+    ("fsf_dmd.py --omega_law truncexp", "--omega_law: omega is drawn with --cd_guidance drawn only"),
+    ("fsf_dmd.py --jvp exact --fd_h 0.1", "--fd_h: --jvp exact takes no difference"),
+    ("consistency.py --loss fm --jvp exact", "--jvp: belongs to --loss ct or imf or cd"),
+    ("consistency.py --loss ct --omega 2", "--omega: belongs to --loss fm or imf"),
+    ("consistency.py --loss imf --cd_guidance drawn", "belongs to --loss cd"),
+    ("consistency.py --loss cd --omega_max 4", "drawn with --cd_guidance drawn only"),
+    ("fsf_dmd.py --init fm --n_tokens 3", "--n_tokens: the network of --init fm has no guidance input"),
+    ("fsf_dmd.py --init fm/model.pt --data toy.npz --cd_guidance drawn",
+     "--cd_guidance: the network of --init fm has no guidance input"),
+    ("fsf_dmd.py --cfg_channels 3", "--cfg_channels: belongs to --init fm"),
+    ("fsf_dmd.py --init scratch --cd_guidance drawn", "L_CT of --init scratch draws omega"),
+    ("dmd2.py --init scratch --cd 0", "without a teacher nothing would tell the network of the data"),
+    ("dmd2.py --init scratch --disc_trunk teacher", "there is no teacher, expected --disc_trunk fake"),
+    ("sid.py --init scratch", "--init scratch: expected fm or imf, or the path of a model.pt"),
+    ("sid.py --lambda_d 1", "--lambda_g 0 builds no discriminator"),
+    ("sid.py --M 1 --noise ddim", "--noise: --M 1 never renoises"),
+    ("sid.py --weight t", "--weight: invalid choice: 't'"),
+    ("sid.py --cfg_channels 3", "--cfg_channels: belongs to --init fm"),
+    ("sid.py --mask_prob 0", "unrecognized arguments: --mask_prob 0"),
+    ("twinflow.py --base imf --delta 0.1", "--delta: belongs to --base rcgm"),
+    ("twinflow.py --base rcgm --jvp exact", "--jvp: belongs to --base imf"),
+    ("twinflow.py --base rcgm --delta 0.7", "--delta: 0.7 is out of range"),
+    ("twinflow.py --init fm/model.pt --data toy.npz", "holds a plain network, expected one for --init imf or scratch"),
+    ("consistency.py --loss rcgm --jvp exact", "--jvp: belongs to --loss ct or imf or cd"),
+    ("consistency.py --loss cd --order 3", "--order: belongs to --loss rcgm"),
+    ("consistency.py --loss isg --mask_prob 0", "--mask_prob: belongs to --loss ct or imf or cd or rcgm"),
+    ("consistency.py --loss isg --init scratch", "distillation needs a teacher"),
+    ("consistency.py --loss cd --tangent_norm 0.1 --huber_c 1", "--huber_c: --tangent_norm takes the squared distance"),
+    ("dmd2.py --no_gan --lambda_d 1", "--lambda_g 0 builds no discriminator"),
+    ("dmd2.py --ida 1.2", "--ida: 1.2 is out of range"),
+    ("consistency.py", "the following arguments are required: --loss"),
+    ("consistency.py --loss cd --init scratch", "distillation needs a teacher"),
+    ("consistency.py --loss fm --init imf/model.pt --data toy.npz", "trains from scratch"),
+    ("evaluate.py missing.pt", "missing.pt: no such file"),
+    ("evaluate.py evil.pt", "evil.pt: not a model.pt"),
+    ("evaluate.py imf/model.pt --data digits", "was made for shape [1, 4, 4], but --data digits has [1, 8, 8]"),
+    ("evaluate.py imf/model.pt --device tpu", "--device tpu: not usable here"),
+    ("evaluate.py imf/model.pt --n 3", "--n: 3 is out of range"),
+]
+
+
+def test_bad_input_is_one_line_and_exit_code_2(in_home, monkeypatch, capsys):
+    write_bad_inputs(in_home)
+    before = sorted(in_home.rglob("*"))
+    for command, words in BAD:
+        said = refusal(command, capsys, monkeypatch)
+        assert words in said, (command, said)
+        assert sorted(in_home.rglob("*")) == before, f"{command} wrote something"
+    assert not (in_home / "executed").exists()
+    # and as a user sees it
+    printed = run(in_home, "fsf_dmd.py --data toy.npz --init evil.pt", code=2)
+    assert len(printed.strip().splitlines()) == 1 and not (in_home / "executed").exists()
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_state(home):
+    _, printed = together(
+        home,
+        f"{TOY['fsf_dmd.py']} --steps 2 --out diverges --lr 1e30 --log_every 1",
+        f"{TOY['fsf_dmd.py']} --steps 50 --out diverges2 --lr 1e20 --log_every 1 --save_every 1",
+        code=2)
+    assert "is not finite at step" in printed and "tau in [" in printed and "Traceback" not in printed
+    path = home / "diverges2" / "state.pt"
+    assert not path.exists() or all(v.isfinite().all() for _, v in tensors(state(home, "diverges2")["net"]))
+    run(home, f"{TOY['fsf_dmd.py']} --steps 2 --out damaged")
+    path = home / "damaged" / "state.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    assert "cannot be resumed" in run(home, f"{TOY['fsf_dmd.py']} --steps 4 --out damaged", code=2)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_spares_the_last_state(home):
+    run(home, f"{TOY['fsf_dmd.py']} --steps 2 --out full")
+    (home / "full" / "state.tmp").symlink_to("/dev/full")                               # the device that is always full
+    printed = run(home, f"{TOY['fsf_dmd.py']} --steps 4 --out full", code=2)
+    assert "no space left on the disk" in printed and "Traceback" not in printed
+    assert state(home, "full")["step"] == 2
+    run(home, f"{TOY['fsf_dmd.py']} --steps 4 --out full")                              # with space again it goes on
+    assert state(home, "full")["step"] == 4

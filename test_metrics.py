@@ -1,0 +1,409 @@
+"""The part of the suite (see test_all.py) on numbers out.
+
+Metrics and their golden numbers, the health panel, the classifier, samplers, FID's networks, FID.
+"""
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden_weights import golden_features, golden_input, golden_ints, golden_state
+from PIL import Image
+
+import common
+import consistency
+import evaluate
+import fid
+import inception
+import watch
+from data import Data, load_data
+from metrics import EVAL_SEED, Features, frechet_distance, inception_score, moments, precision_recall
+from test_helpers import HERE, golden, rand, refusal, run, small_net
+
+# ---- golden numbers of the metrics -----------------------------------------------------------------------------------
+
+def golden_set(cfg, name):
+    made = dict(cfg["sets"][name])
+    prefix = cfg["weights"]["prefix"]
+    if "ints" in made:
+        n, d, low, high = made["ints"]
+        return golden_ints(f"input:{name}:i", (n, d), low, high, prefix).float()
+    return golden_features(**made, prefix=prefix)
+
+
+def test_frechet_distance_matches_exact_values():
+    z, cfg = golden("metrics")
+    for case, sets in cfg["fid"].items():
+        real, fake = golden_set(cfg, sets["real"]), golden_set(cfg, sets["fake"])
+        found = frechet_distance(*moments(real), *moments(fake))
+        assert found == pytest.approx(float(z[f"fid.{case}.exact"]), rel=1e-6, abs=1e-5), case
+
+
+def test_inception_score_matches_torch_fidelity_and_stylegan3():
+    z, cfg = golden("metrics")
+    for case, s in cfg["is"].items():
+        logits = golden_input(f"input:{s['name']}", (s["n"], s["classes"]), cfg["weights"]["prefix"]) * s["scale"]
+        probs = logits.double().softmax(1)
+        shuffled = inception_score(probs, s["splits"])
+        in_order = inception_score(probs, s["splits"], shuffle=False)
+        np.testing.assert_allclose(shuffled, z[f"is.{case}.torch_fidelity_shuffled"], atol=1e-5)
+        np.testing.assert_allclose(in_order, z[f"is.{case}.torch_fidelity_in_order"], atol=1e-5)
+
+
+def test_precision_recall_match_brute_force():
+    z, cfg = golden("metrics")
+    for case, s in cfg["pr"].items():
+        real, fake = golden_set(cfg, s["real"]), golden_set(cfg, s["fake"])
+        found = precision_recall(real, fake, s["k"], chunk=137)
+        np.testing.assert_allclose(found, z[f"pr.{case}.float64_le"], atol=1e-9, err_msg=case)
+
+
+# ---- metrics, closed forms -------------------------------------------------------------------------------------------
+
+def test_frechet_distance_closed_forms():
+    a = torch.linspace(0.5, 2, 20, dtype=torch.float64)
+    b = torch.linspace(2, 0.3, 20, dtype=torch.float64)
+    shifted = torch.full((20,), 0.3, dtype=torch.float64)
+    expected = 20 * 0.09 + (a.sqrt() - b.sqrt()).square().sum().item()      # diagonal Gaussians, means 0.3 apart
+    found = frechet_distance(torch.zeros(20), a.diag(), shifted, b.diag())
+    assert found == pytest.approx(expected, rel=1e-8)
+
+    features = rand(300, 20) @ rand(20, 20, seed=1)
+    mu, cov = moments(features)
+    assert frechet_distance(mu, cov, mu, cov) <= 1e-9 * cov.trace()
+    with pytest.raises(ValueError, match="shapes"):
+        frechet_distance(mu, cov, mu[:5], cov[:5, :5])
+    with pytest.raises(ValueError, match="NaN"):
+        frechet_distance(mu, cov * float("nan"), mu, cov)
+
+
+def test_precision_and_recall_are_not_swapped():
+    real = rand(400, 8)
+    collapsed = real[:1] + 1e-3 * rand(400, 8, seed=1)           # one mode: all good, nothing covered
+    precision, recall = precision_recall(real, collapsed)
+    assert precision == 1
+    assert recall < 0.01
+    assert precision_recall(collapsed, real) == (recall, precision)
+    assert inception_score(torch.eye(10).double().repeat(20, 1), 1)[0] == pytest.approx(10)
+    assert inception_score(torch.full((50, 10), 0.1), 5)[0] == pytest.approx(1)
+
+
+# ---- the health panel ------------------------------------------------------------------------------------------------
+
+class HealthRun:
+    """What `watch.health` needs of a common.Run."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.step = 7
+        self.model = torch.nn.Linear(1, 1)
+        self.args = consistency.parse_args(["--loss", "imf"])
+        self.data = load_data("digits")
+        self.lines = []
+
+    def write(self, line):
+        self.lines.append(line)
+        written = [json.dumps(dict(step=7) | line) + "\n" for line in self.lines]
+        (self.folder / "metrics.jsonl").write_text("".join(written))
+
+
+def test_health_measures_what_it_says(tmp_path):
+    def square(x_hat, tau, eps, y):
+        return x_hat.pow(2).sum((1, 2, 3))
+
+    def three_squares(x_hat, tau, eps, y):
+        return 3 * x_hat.pow(2).sum((1, 2, 3))
+
+    health_run = HealthRun(tmp_path)
+    watch.health(
+        health_run,
+        generator=lambda z, y: 0.5 * z[:, 0] + 2,
+        v_fake=lambda y: lambda x, t: x + 0.3 * t.view(-1, 1, 1, 1),
+        v_teacher=lambda y: lambda x, t: x,
+        dm=square,
+        gan=three_squares,
+        M=2,
+    )
+    found = health_run.lines[0]
+    assert found["x_hat_mean"] == pytest.approx(2, abs=0.02)
+    assert found["x_hat_std"] == pytest.approx(0.5, abs=0.02)
+    assert found["gan_dm_ratio"] == pytest.approx(3, rel=1e-5)
+    gaps = [found[f"gap_{high}"] for high in (0.2, 0.4, 0.6, 0.8, 1.0)]
+    assert gaps == pytest.approx([0.3 * middle for middle in (0.101, 0.301, 0.501, 0.701, 0.901)], rel=1e-3)
+    with Image.open(tmp_path / "health_000007.png") as picture:
+        assert picture.size[0] > 800
+        assert len(picture.convert("L").getcolors()) > 50
+
+
+# ---- the classifier of a pixel data set ------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_the_feature_classifier_generalises_and_is_deterministic(tmp_path):
+    digits = load_data("digits")
+    even = Data(digits.x[::2], digits.y[::2], 10, digits.mean, digits.std, "even digits")
+    first, cached = Features(even, tmp_path / "a"), Features(even, tmp_path / "a")
+    again = Features(even, tmp_path / "b")
+    assert first.hash == cached.hash == again.hash
+
+    _, probs = first(digits.x[1::2])                             # images it has not seen
+    assert (probs.argmax(1) == digits.y[1::2]).double().mean() > 0.965
+    floor = first.floor()
+    noise = torch.randn(even.x.shape, generator=torch.Generator().manual_seed(0))
+    noisy = first.metrics(even.x + noise, even.y)
+    assert noisy["fd"] > 3 * floor["fd"]
+    assert floor["acc"] > 0.99
+    assert 9 < floor["is"] <= 10
+    with pytest.raises(common.BadInput, match="NaN"):
+        first.metrics(even.x * float("nan"), even.y)
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+def test_samples_do_not_depend_on_the_batch_size():
+    net = small_net("in_context", torch.float32)
+    seven, y = evaluate.generate(net, 20, (2, 4, 4), 2, omega=2.0, guide_to=0.9, batch=7)
+    whole, _ = evaluate.generate(net, 20, (2, 4, 4), 2, omega=2.0, guide_to=0.9, batch=64)
+    torch.testing.assert_close(seven, whole, rtol=0, atol=1e-5)
+    assert y.tolist() == [i % 3 for i in range(20)]
+    other, _ = evaluate.generate(net, 20, (2, 4, 4), 2, omega=1.0, guide_to=0.9)
+    assert (other - whole).abs().max() > 1e-4                    # guidance reaches the sampler
+
+
+def test_velocity_of_a_flow_map_is_sampled_by_euler_steps():
+    """--velocity: x - dt u(x, t, t), asked as iMF trains it (omega inside its interval, 1 outside).
+
+    With few steps it is another sampler than the flow map.
+    """
+    net = small_net("in_context", dtype=torch.float32)
+    found, y = evaluate.generate(net, 6, (2, 4, 4), 4, omega=3.0, guide_to=0.6, velocity=True)
+    x = common.noise_by_index(EVAL_SEED, range(6), (2, 4, 4))
+    with torch.no_grad():
+        for t in (1.0, 0.75, 0.5, 0.25):
+            omega = 3.0 if t <= 0.6 else 1.0
+            guidance = torch.tensor([[omega, 0.0, 1.0]]).expand(6, 3)
+            times = torch.full((6,), t)
+            x = x - 0.25 * net(x, times, y, times, guidance)
+    torch.testing.assert_close(found, x, rtol=0, atol=1e-5)
+    flow_map, _ = evaluate.generate(net, 6, (2, 4, 4), 4, omega=3.0, guide_to=0.6)
+    assert (found - flow_map).abs().max() > 1e-3
+    assert evaluate.sampler_steps(net) == [1, 2, 4]
+    assert evaluate.sampler_steps(net, velocity=True) == [25]
+    assert evaluate.sampler_steps(net, [250], True) == [250]
+
+
+# ---- FID's network ---------------------------------------------------------------------------------------------------
+
+def golden_inception():
+    """(expected outputs, the network with its golden weights, uint8 images [n, 3, H, W])"""
+    z, cfg = golden("inception")
+    net = inception.Inception()
+    keys = {}
+    for line in (HERE / "golden" / "inception_keys.txt").read_text().splitlines():
+        if "\t" in line:
+            name, shape, _ = line.split("\t")
+            keys[name] = tuple(int(n) for n in re.findall(r"\d+", shape))
+    assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == keys
+    assert len(keys) == 566
+    net.load_state_dict(golden_state(keys, net.state_dict(), **cfg["weights"]))
+
+    prefix = cfg["weights"]["prefix"]
+    n, _, h, w = cfg["inputs"]["images"]["shape"]
+    tiles = golden_ints("input:tiles", (n, 3, h // 16, w // 16), 0, 256, prefix)
+    tiles = tiles.repeat_interleave(16, 2).repeat_interleave(16, 3)
+    noise = golden_ints("input:noise", (n, 3, h, w), -40, 41, prefix)
+    images = (tiles + noise).clamp(0, 255).to(torch.uint8)
+    return z, net.eval(), images
+
+
+def test_inception_matches_torch_fidelity_and_pytorch_fid(tmp_path):
+    z, net, images = golden_inception()
+    as_published = {k: v for k, v in net.state_dict().items() if "tracked" not in k}     # 472 tensors
+    torch.save(as_published, tmp_path / "weights.pth")
+    for source, pipeline in (("torch_fidelity", "adm"), ("pytorch_fid", "pytorch_fid")):
+        loaded, _ = inception.load_inception(tmp_path / "weights.pth", pipeline)
+        with torch.no_grad():
+            features, logits = loaded(images)
+        expected = torch.tensor(z[f"{source}.2048"])
+        assert (features - expected).abs().max() <= 2e-4 * expected.std()
+        if source == "torch_fidelity":
+            expected = torch.tensor(z["torch_fidelity.logits_unbiased"])
+            assert (logits - expected).abs().max() <= 2e-4 * expected.std()
+
+
+def test_inception_weights_in_nvidias_layout(tmp_path):
+    """378 tensors without gammas, in a TorchScript archive: the same network."""
+    _, net, _ = golden_inception()
+    with torch.no_grad():
+        for k, v in net.state_dict().items():
+            if k.endswith("bn.weight"):
+                v.fill_(1)
+    names = inception.nvidia_names()
+    assert len(names) == 378
+    assert len(set(names.values())) == 378
+    tree = torch.nn.Module()
+    for theirs, ours in names.items():
+        *path, last = theirs.split(".")
+        at = tree
+        for part in path:
+            if not hasattr(at, part):
+                at.add_module(part, torch.nn.Module())
+            at = getattr(at, part)
+        at.register_buffer(last, net.state_dict()[ours])
+    torch.jit.script(tree).save(tmp_path / "nvidia.pt")
+    loaded, digest = inception.load_inception(tmp_path / "nvidia.pt")
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), net.state_dict().values()))
+
+    torch.save(net.state_dict(), tmp_path / "torchvision.pth")
+    assert inception.load_inception(tmp_path / "torchvision.pth")[1] == digest           # one network, one hash
+    short = {k: v for k, v in net.state_dict().items() if not k.startswith("Mixed_7c")}
+    torch.save(short, tmp_path / "short.pth")
+    with pytest.raises(common.BadInput, match="missing Mixed_7c"):
+        inception.load_inception(tmp_path / "short.pth")
+
+
+def test_resize_is_tensorflow_1s():
+    image = rand(1, 2, 5, 7).float()
+    found = inception.resize_tf1(image, 11)
+    for i, j in ((0, 0), (3, 8), (10, 10), (7, 2)):
+        y, x = i * 5 / 11, j * 7 / 11                            # no half-pixel shift
+        top, left = int(y), int(x)
+        bottom, right = min(top + 1, 4), min(left + 1, 6)        # clamped at the border
+        wy, wx = y - top, x - left
+        upper = (1 - wx) * image[0, :, top, left] + wx * image[0, :, top, right]
+        lower = (1 - wx) * image[0, :, bottom, left] + wx * image[0, :, bottom, right]
+        expected = (1 - wy) * upper + wy * lower
+        torch.testing.assert_close(found[0, :, i, j], expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- FID -------------------------------------------------------------------------------------------------------------
+
+def evaluate_here(command):
+    """`python evaluate.py COMMAND` in this process."""
+    common.main(evaluate.run, lambda: evaluate.parse_args(command.split()))
+
+
+def write_fid_networks():
+    """inception.pth and vgg16.pth in this folder.  -> VGG16's tensors, as torchvision's file holds them"""
+    _, net, _ = golden_inception()
+    torch.save(net.state_dict(), "inception.pth")
+    torch.manual_seed(0)
+    last_layer = {"classifier.6.weight": torch.ones(10, 4096), "classifier.6.bias": torch.ones(10)}
+    vgg = inception.VGG16().state_dict() | last_layer
+    assert len(vgg) == 32
+    torch.save(vgg, "vgg16.pth")
+    return vgg
+
+
+FOLDER = "--from_images folder --inception inception.pth --ref ref/reference.npz"
+BAD_FID = [  # arguments of evaluate.py, words of the one line
+    (FOLDER, "6 images give no covariance"),
+    (f"{FOLDER} --few 1", "003.png: not a readable image"),
+    ("--from_images images.npz --inception inception.pth --ref badref.npz --few 1", "expected finite mu [2048]"),
+    ("--from_images images.npz --inception inception.pth", "needs --ref"),
+    ("--from_images images.npz", "need --inception"),
+    ("ref --inception inception.pth", "needs --data"),
+    ("ref", "need --inception"),
+    ("", "expected one of CHECKPOINT"),
+    ("a.pt --from_images images.npz", "expected one of CHECKPOINT"),
+    ("a.pt --ref b.npz", "need --inception"),
+    ("ref --data badref.npz --inception inception.pth", "expected an .npz with arr_0"),
+    ("grid missing.pt", "missing.pt: no such file"),
+    ("ref --data images.npz --inception inception.pth --vgg short.pth", "missing classifier.3.weight"),
+    ("--from_images images.npz --inception nowhere.pth --ref ref/reference.npz", "which you download yourself"),
+]
+
+
+@pytest.mark.slow
+def test_fid_of_images_resumes_and_says_what_it_is(tmp_path, monkeypatch, capsys):
+    """`evaluate.py ref` on a folder and `--from_images` on an .npz of the same images.
+
+    Batch size, processes and an interruption change nothing.
+    """
+    monkeypatch.chdir(tmp_path)
+    vgg = write_fid_networks()
+    array = np.random.default_rng(0).integers(0, 256, (6, 20, 20, 3)).astype(np.uint8)
+    np.savez("images.npz", arr_0=array)
+    Path("folder/class").mkdir(parents=True)
+    for i, image in enumerate(array):
+        Image.fromarray(image).save(f"folder/class/{i:03d}.png")
+
+    # The reference: of one process or of two, in batches of 2 or of 3.
+    nets = "--inception inception.pth --vgg vgg16.pth --few 1"
+    run(
+        tmp_path, "evaluate.py ref --data folder --inception inception.pth --few 1 --batch_size 3 --out two",
+        processes=2,
+    )
+    evaluate_here(f"ref --data folder {nets} --batch_size 2 --out ref")
+    made = sorted(path.name for path in Path("two/features").glob("*.pt"))
+    assert made == ["features_000000.pt", "features_000003.pt"]
+    with np.load("ref/reference.npz") as ref, np.load("two/reference.npz") as two:
+        sigma, features = ref["sigma"], ref["features"]
+        assert ref["vgg"].shape == (6, 4096)
+        assert ref["vgg"].std() > 0
+        assert np.abs(two["features"] - features).max() < 1e-5 * features.std()
+    torch.testing.assert_close(torch.tensor(sigma), torch.cov(torch.tensor(features).double().T))
+
+    # The same images against it.
+    command = f"--from_images images.npz {nets} --ref ref/reference.npz --batch_size 5 --out out"
+    evaluate_here(command)
+    first, second = Path("out/features/features_000000.pt"), Path("out/features/features_000005.pt")
+    found = torch.load(first, weights_only=True)["features"]
+    torch.testing.assert_close(found, torch.tensor(features[:5]), rtol=0, atol=1e-5 * features.std().item())
+    result = json.loads(Path("out/fid.json").read_text())
+    printed = capsys.readouterr().out
+    assert result["fid"] < 1e-6 * np.trace(sigma)
+    assert result["precision_inception"] == result["recall_inception"] == 1
+    assert result["precision_vgg"] > 0.8
+    assert result["label"] == "FID (n = 6)"
+    for words in ("FID (n = 6)", "in one)", "(adm), VGG16", "reference ref/reference.npz", "torch 2"):
+        assert words in printed
+
+    # Again, as if killed in between.
+    written = first.stat().st_mtime_ns
+    second.unlink()
+    evaluate_here(command)
+    assert first.stat().st_mtime_ns == written
+    assert second.exists()
+    assert json.loads(Path("out/fid.json").read_text())["fid"] == result["fid"]
+
+    damaged = {name: value.clone() for name, value in torch.load(first, weights_only=True).items()}
+    damaged["features"][2, 7] = math.nan
+    with pytest.raises(common.BadInput, match="NaN or infinity"):
+        fid.inception_metrics(damaged, fid.read_reference("ref/reference.npz"))
+
+    # ADM's layout: statistics of more than its images.
+    np.savez("adm.npz", arr_0=array[:4], mu=np.arange(2048.0), sigma=np.eye(2048))
+    evaluate_here("ref --data adm.npz --inception inception.pth --few 1 --out adm")
+    adm = fid.read_reference("adm/reference.npz")
+    assert (adm["mu"] == np.arange(2048)).all()
+    assert np.abs(adm["features"] - features[:4]).max() < 1e-5 * features.std()
+
+    unreadable = Path("folder/class/003.png")
+    unreadable.write_bytes(unreadable.read_bytes()[:300])
+    np.savez("badref.npz", mu=np.zeros(7), sigma=np.eye(7))
+    torch.save({k: v for k, v in vgg.items() if "classifier.3" not in k}, "short.pth")
+    for command, words in BAD_FID:
+        said = refusal(f"evaluate.py {command}", capsys, monkeypatch)
+        assert words in said, (command, said)
+
+
+def test_images_of_any_mode_are_read_as_rgb(tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (9, 9)).astype(np.uint8)
+    half_transparent = np.stack([grey, grey // 2, grey, np.full_like(grey, 128)], 2)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    Image.fromarray(half_transparent).save(tmp_path / "b.png")
+    Image.fromarray(grey).quantize(256).save(tmp_path / "c.png")
+    n, images, _ = fid.image_source(tmp_path)
+    a, b, c = images(0, 3)
+    assert n == 3
+    assert a.dtype == torch.uint8
+    assert all((a[k] == torch.tensor(grey)).all() for k in range(3))
+    assert (b[0] == torch.tensor(grey)).all()                    # its colours, not blended
+    assert (b[1] == torch.tensor(grey // 2)).all()
+    assert (c.float() - a.float()).abs().max() <= 1
+    Image.fromarray(grey[:5]).save(tmp_path / "d.png")
+    with pytest.raises(common.BadInput, match="d.png: is 9 x 5, others 9 x 9"):
+        fid.image_source(tmp_path)[1](0, 4)
