@@ -2,9 +2,9 @@
 
 A method script reads from top to bottom without opening this file.  Three rules hold everywhere:
 
-  * All randomness of step k is drawn on the CPU from (seed, k) for the GLOBAL batch; a process or micro-batch takes its
-    rows.  So results depend neither on the number of processes nor on --micro_batch, and a resumed run sees what it
-    would have seen.
+  * All randomness of step k is drawn on the CPU from (purpose, seed, k) for the GLOBAL batch (`Stream`); a process or
+    micro-batch takes its rows.  So results depend neither on the number of processes nor on --micro_batch, and a
+    resumed run sees what it would have seen.
   * Losses are per-sample means [b]; a script backpropagates their sum over the global batch size, and gradients are
     summed over processes (`sync_gradients`).  No DistributedDataParallel: it hides the sum, and skips it silently under
     torch.func.
@@ -21,10 +21,12 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.distributed as dist
@@ -147,14 +149,37 @@ def gradient_norm(net):
 # Randomness and batches
 # ----------------------------------------------------------------------------------------------------------------------
 
-def step_rng(seed, step):
-    """The CPU generator of one training step."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2 + 1)
+class Stream:
+    """Random numbers of one purpose, on the CPU: numpy's Philox, a counter-based generator.
+
+    Its 128-bit key is (purpose, seed) and the upper half of its 256-bit counter is the position (a step, an epoch; an
+    index and a jump), so two streams that differ in any of these share no number, whatever is drawn from them.
+    Every random number of training and sampling but the initial weights (torch.manual_seed) comes from here.
+    """
+
+    def __init__(self, purpose, seed, *position):
+        key = np.array([zlib.crc32(purpose.encode()), seed], dtype=np.uint64)
+        counter = np.zeros(4, dtype=np.uint64)
+        counter[2:2 + len(position)] = position
+        self.rng = np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+    def normal(self, *shape):
+        """N(0, 1), float32."""
+        return torch.from_numpy(self.rng.standard_normal(shape, dtype=np.float32))
+
+    def uniform(self, *shape):
+        """U[0, 1), float32."""
+        return torch.from_numpy(self.rng.random(shape, dtype=np.float32))
+
+    def integers(self, high, *shape):
+        """Integers in 0 .. high - 1, int64; a plain int without shape."""
+        drawn = self.rng.integers(high, size=shape or None)
+        return torch.from_numpy(drawn) if shape else int(drawn)
 
 
 @lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
-    return torch.randperm(n, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 2))
+    return torch.from_numpy(Stream("order", seed, epoch).rng.permutation(n))
 
 
 def batch_rows(n, batch_size, seed, step):
@@ -181,13 +206,12 @@ def micro_batches(batch, args, device):
         yield SimpleNamespace(**{k: v[rows].to(device, non_blocking=True) for k, v in batch.items()})
 
 
-def noise_by_index(seed, indices, shape):
-    """Noise [len(indices), *shape] of which row i depends on (seed, index i) alone.
+def noise_by_index(purpose, seed, indices, shape, jump=0):
+    """Noise [len(indices), *shape] of which row i depends on (purpose, seed, index i, jump) alone.
 
     So the batch size and the number of processes change nothing.
     """
-    generators = [torch.Generator().manual_seed(seed * 1_000_003 + int(i)) for i in indices]
-    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+    return torch.stack([Stream(purpose, seed, int(i), jump).normal(*shape) for i in indices])
 
 
 def trainable(flag, *nets):
@@ -221,6 +245,12 @@ def update_ema(ema, net, decay):
 def frozen_copy(net):
     """A copy of a network that nothing trains: EMA, teacher, fake side."""
     return copy.deepcopy(net).requires_grad_(False).eval()
+
+
+def frozen_view(net):
+    """A network with the same weights, now and after every update, through which they get no gradient."""
+    same = {id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()}
+    return copy.deepcopy(net, same).eval()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -338,14 +368,14 @@ def refuse_other_data(path, checkpoint, data):
         raise BadInput(f"{path}: was trained on latents of another VAE ({vae}) than --data {data.source} ({data.vae})")
 
 
-def load_start(path, data):
+def load_start(path, data, flow_map=True):
     """(student, frozen teacher) that start from a model.pt.
 
-    A plain velocity network becomes a flow map by decoupled conditioning.
+    flow_map: a plain velocity network becomes a flow map by decoupled conditioning; without, the student stays plain.
     """
     teacher, _ = load_network(path, data)
     net = teacher
-    if teacher.conditioning == "plain":
+    if teacher.conditioning == "plain" and flow_map:
         net = LightningDiT(**teacher.config | dict(conditioning="decoupled"))
         net.load_state_dict(teacher.state_dict())                   # the same parameters (DMF)
     return copy.deepcopy(net).train(), frozen_copy(teacher)
@@ -541,11 +571,11 @@ class Run:
             save_atomic(parts | dict(step=self.step, evaluations=self.evaluations), self.folder / "state.pt")
             args = {k: v for k, v in vars(self.args).items() if k != "sources"}
             save_atomic(dict(config=self.model.config, weights=self.model.state_dict(), data=self.data.meta,
-                             step=self.step, args=args), self.folder / "model.pt")
+                             sampler=self.args.sampler, step=self.step, args=args), self.folder / "model.pt")
         barrier()
         self.restart_clock()
 
-    def result(self, definition):
+    def result(self, definition, other_sampler=None):
         """Write result.json: last and best of every metric, with their definition.  -> the dict"""
         last, best = {}, {}
         if self.evaluations:
@@ -556,7 +586,8 @@ class Run:
             choose = min if k.startswith("fd") else max             # a distance is best low
             at = choose(self.evaluations, key=lambda e, k=k: e[k])
             best[k] = dict(value=at[k], step=at["step"])
-        result = dict(last=last, best=best, evaluations=self.evaluations, definition=definition)
+        result = dict(last=last, best=best, evaluations=self.evaluations, definition=definition,
+                      other_sampler=other_sampler or {})
         if self.main:
             (self.folder / "result.json").write_text(json.dumps(result, indent=1))
         return result

@@ -6,7 +6,7 @@ import pytest
 import evaluate
 from test_helpers import small_images, train  # puts golden/ on the path, for every test file
 
-FEW_SAMPLES = ((1,), 60, 0, False)              # steps, n, seed, velocity of `evaluate`
+FEW_SAMPLES = ((1,), 60, 0, None)               # steps, n, seed, sampler of `evaluate`
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Flow matching, improved MeanFlow, RCGM, consistency training and distillation.
 
 What FSF-DMD starts from, its L_CD, and its baselines.
-
 Paper: Kim, Lee, Park, "Distribution Matching Distillation without Fake Score Network", arXiv 2605.19256 (bracketed
 numbers).  Table 2 row 3, Table 3 rows 1 and 9, Table 4 row 3, Table 5 "iMF" and "RCGM".
 
@@ -23,7 +22,7 @@ imf, ct and cd are one regression of the average velocity u(x_t, t, s) onto its 
 
 and rcgm is the same with imf's v as tangent, d/dt [(t-s) u] taken as a backward difference over delta.
 
-    python consistency.py --loss imf              # digits, 2 CPU cores: half a minute; fsf_dmd.py starts from it
+    python consistency.py --loss imf              # digits, 2 CPU cores: a minute; fsf_dmd.py starts from it
     python consistency.py --loss cd --init imf    # the baseline that FSF-DMD is compared with
     python consistency.py --loss cd --init fm     # the same from a plain velocity network (Table 4)
 
@@ -36,30 +35,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import (BadInput, Run, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
-                    gradient_norm, load_checkpoint, load_start, main, micro_batches, new_network, rank, setup, step_rng,
-                    sync_gradients, update_ema)
+from common import (BadInput, Run, Stream, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
+                    gradient_norm, load_checkpoint, load_network, load_start, main, micro_batches, new_network, rank,
+                    setup, sync_gradients, update_ema)
 from data import load_data
 from evaluate import metric_space
-from flags import flow_map_flags, number, parser, refuse, refuse_idle, resolve
+from flags import flow_map_flags, number, parser, refuse, refuse_idle, resolve, teacher_flag
 from model import expand, flow_map, gate_guidance, guided_map, guided_velocity, interpolate, total_derivative
 from normuon import NorMuon, param_groups
 from watch import begin, finish, watch
 
 # pixels: for the digits, chosen by the search in RESULTS.md.  latents: as the paper's Table 6.
 PRESETS = {
-    ("pixels", "scratch"): dict(
-        size="tiny", steps=200, lr=6e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=50),
+    ("pixels", "scratch"): dict(                    # mostly s = t: the velocity, which teaches, is ahead of the map
+        size="tiny", steps=400, lr=6e-3, mask_prob=0.9, omega=1.0, guide_to=1.0, omega_max=1.0,
+        save_every=50, eval_every=50),
     ("pixels", "imf"): dict(
-        size="tiny", steps=200, lr=3e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=50),
+        size="tiny", steps=200, lr=3e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=50, eval_every=50),
     ("pixels", "fm"): dict(
-        size="tiny", steps=200, lr=3e-3, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=50),
+        size="tiny", steps=200, lr=3e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=50, eval_every=50),
     ("latents", "scratch"): dict(
         size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
-        omega=6.0, guide_to=0.9, save_every=500),
+        omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500),
     ("latents", "imf"): dict(
         size="B/1", steps=40_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
-        omega=6.0, guide_to=0.9, save_every=500),
+        omega=6.0, guide_to=0.9, cd_guidance="drawn", omega_max=8.0, omega_law="truncexp", save_every=500),
     ("latents", "fm"): dict(
         size="B/1", steps=20_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
         omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500),
@@ -68,18 +68,17 @@ PRESETS = {
 PRESETS_OF_LOSS = {
     "fm": {
         ("pixels", "scratch"): dict(
-            size="tiny", steps=400, lr=1.2e-2, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=0),
-        ("latents", "scratch"): dict(
+            size="tiny", steps=400, lr=1.2e-2, cosine=0, omega=1.0, guide_to=1.0, save_every=50, eval_every=0),
+        ("latents", "scratch"): dict(                                                   # LightningDiT's recipe
             size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
-            omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500),
+            time_law="logitnormal:0,1", cosine=1, omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500),
     },
     "rcgm": {
         ("pixels", "scratch"): dict(
-            size="tiny", steps=400, lr=1.2e-2, omega=1.0, guide_to=1.0, omega_max=2.0, save_every=50, eval_every=50),
+            size="tiny", steps=400, lr=1.2e-2, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=50, eval_every=50),
     },
 }
-# The conditioning of a network from scratch.
-CONDITIONING = dict(fm="plain", ct="decoupled", imf="in_context", rcgm="in_context")
+CONDITIONING = dict(fm="plain", ct="decoupled", imf="in_context", rcgm="in_context")    # from scratch
 # The losses that read a flag: with any other it would do nothing, and is refused.
 READ_BY = dict(
     mask_prob=("ct", "imf", "cd", "rcgm"),
@@ -87,7 +86,7 @@ READ_BY = dict(
     jvp=("ct", "imf", "cd"),
     fd_h=("ct", "imf", "cd"),
     huber_c=("ct", "imf", "cd", "rcgm", "isg"),
-    cosine=("ct", "imf", "cd", "rcgm"),
+    cosine=("fm", "ct", "imf", "cd", "rcgm"),
     tangent_norm=("ct", "imf", "cd"),
     omega=("fm", "imf", "cd", "rcgm", "isg"),
     guide_to=("fm", "imf", "cd", "rcgm", "isg"),
@@ -97,6 +96,8 @@ READ_BY = dict(
     omega_law=("imf", "rcgm", "cd", "isg"),
     n_tokens=("imf", "rcgm", "cd", "isg"),
     token_block=("imf", "rcgm", "cd", "isg"),
+    teacher=("cd", "isg"),
+    target_ema=("rcgm",),
     delta=("rcgm",),
     order=("rcgm",),
     clamp=("rcgm",),
@@ -106,15 +107,19 @@ READ_BY = dict(
 
 # ---- method ----------------------------------------------------------------------------------------------------------
 
-def draw_times(r: Tensor, mask: Tensor, law: str = "uniform", mask_prob: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Uniform draws r [B, 2], mask [B] -> times t, s [B] with 0 <= s <= t <= 1.
+def draw_times(r: Tensor, law: str = "uniform", mask_prob: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Uniform draws r [B, 2] -> times t, s [B] with 0 <= s <= t <= 1: two draws of the law, sorted.
 
-    Two draws of the law, sorted; s := t where mask < mask_prob.
+    law: "uniform", or "logitnormal:MEAN,SCALE" (left out: iMF's -0.4,1).  Random masking sets s := t in a fixed share
+    of the rows, evenly spread over the batch, instead of tossing a coin for each: the same B mask_prob rows at every
+    step (the data are shuffled), so that the shapes of what is computed for the others never change.
     """
-    if law == "logitnormal":
-        r = torch.sigmoid(-0.4 + torch.special.ndtri(r))                                # iMF: logit-normal(-0.4, 1)
+    if law != "uniform":
+        mean, scale = (float(number) for number in (law.partition(":")[2] or "-0.4,1").split(","))
+        r = torch.sigmoid(mean + scale * torch.special.ndtri(r))
     t, s = r.amax(1), r.amin(1)
-    return t, torch.where(mask < mask_prob, t, s)
+    count = torch.arange(len(r) + 1, dtype=torch.float64).mul(mask_prob).floor()        # masked rows before row i
+    return t, torch.where((count.diff() > 0).to(t.device), t, s)
 
 
 def draw_guidance(r: Tensor, law: str = "loguniform", omega_max: float = 8.0) -> Tensor:
@@ -136,17 +141,23 @@ def distance(pred: Tensor, target: Tensor, c: float = 1e-3, cosine: bool = True)
     """
     d = ((pred - target).flatten(1).pow(2).mean(1) + c ** 2).sqrt() - c
     if cosine and pred.shape[1] > 1:
-        d = d + (1 - F.cosine_similarity(pred, target, dim=1)).flatten(1).mean(1)
+        d = d + cosine_distance(pred, target)
     return d
 
 
-def flow_matching_loss(u: Callable, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+def cosine_distance(pred: Tensor, target: Tensor) -> Tensor:
+    """1 - cosine over the channels, its mean over positions, of each sample [B].  pred, target [B, C, ...]."""
+    return (1 - F.cosine_similarity(pred, target, dim=1)).view(len(pred), -1).mean(1)
+
+
+def flow_matching_loss(u: Callable, x0: Tensor, eps: Tensor, t: Tensor, cosine: bool = False) -> Tensor:
     """Flow matching, Eq. 1: mean over elements of (u(x_t,t,t) - (eps - x0))^2 for each sample -> [B].
 
-    u: callable (x, t, s).
+    u: callable (x, t, s).  cosine: LightningDiT's recipe adds 1 - cosine over the channels.
     """
-    x_t = interpolate(x0, eps, t)                                                       # [B, C, H, W]
-    return (u(x_t, t, t) - (eps - x0)).flatten(1).pow(2).mean(1)
+    v = u(interpolate(x0, eps, t), t, t)                                                # [B, C, H, W]
+    loss = (v - (eps - x0)).flatten(1).pow(2).mean(1)
+    return loss + cosine_distance(v, eps - x0) if cosine and x0.shape[1] > 1 else loss
 
 
 def consistency_loss(u: Callable, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, tangent: Tensor, h: float = 0.005,
@@ -242,16 +253,17 @@ def rcgm_loss(u: Callable, u_ema: Callable, x_t: Tensor, t: Tensor, s: Tensor, v
     return distance(pred, pred.detach() - e.clamp(-clamp, clamp), c, cosine)            # Eq. 67
 
 
-def guided_rcgm_loss(net: Callable, ema: Callable, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, y: Tensor,
+def guided_rcgm_loss(net: Callable, target: Callable, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, y: Tensor,
                      guidance: Tensor, *options, **rho) -> Tensor:
-    """RCGM on the data of each sample -> [B], guided as iMF is, with the EMA network's velocities.
+    """RCGM on the data of each sample -> [B], guided as iMF is, with the target network's velocities.
 
-    net, ema: see guided_target.  y [B], null where dropped; guidance [B, 3]; options, rho: of rcgm_loss.
+    target: an EMA of net with a short memory; both as in guided_target.  y [B], null where dropped; guidance [B, 3];
+    options, rho: of rcgm_loss.
     """
     guidance = whole_interval(guidance, t, s)
     x_t = interpolate(x0, eps, t)                                                       # [B, C, H, W]
-    v, _ = guided_target(ema, x_t, eps - x0, t, y, guidance)
-    return rcgm_loss(lambda x, t, s: net(x, t, y, s, guidance), lambda x, t, s: ema(x, t, y, s, guidance),
+    v, _ = guided_target(target, x_t, eps - x0, t, y, guidance)
+    return rcgm_loss(lambda x, t, s: net(x, t, y, s, guidance), lambda x, t, s: target(x, t, y, s, guidance),
                      x_t, t, s, v, *options, **rho)
 
 
@@ -274,6 +286,7 @@ def parse_args(argv=None):
     p = parser(__doc__, "scratch (fm, imf, ct, rcgm), imf or fm (cd, isg: the network of that --loss, trained first "
                "if need be), or a model.pt")
     flow_map_flags(p)
+    teacher_flag(p)
     add = p.method.add_argument
     add("--loss", choices=["fm", "imf", "ct", "cd", "rcgm", "isg"], required=True, help="see above")
     add("--cd_guidance", choices=["fixed", "drawn"], default="fixed",
@@ -285,6 +298,8 @@ def parse_args(argv=None):
     add("--order", type=number(int, 1), default=2, help="rcgm: N, jumps of the EMA network in Eq. 66 (2, the paper)")
     add("--clamp", type=number(float, 0), default=1.0,
         help="rcgm: clamp of the residual to [-clamp, clamp] (1, TwinFlow); 0: off")
+    add("--target_ema", type=number(float, 0, 1), default=0.99,
+        help="rcgm: EMA decay of its target network (TwinFlow: 0.99 to 0.999)")
     add("--M", type=number(int, 1), default=2, help="isg: segments of [0, 1]")
     loss = p.parse_known_args(argv)[0].loss
     distils = loss in ("cd", "isg")
@@ -302,6 +317,7 @@ def parse_args(argv=None):
         refuse_idle(args)
     if args.tangent_norm:
         refuse(args, ["huber_c", "cosine"], "--tangent_norm takes the squared distance")
+    args.sampler = "euler" if loss == "fm" else "flow_map"
     return args
 
 
@@ -327,15 +343,17 @@ def pretrained(args, loss):
     return path
 
 
-def starting_networks(args, data, device, conditioning="in_context"):
-    """--init -> (student, frozen teacher; None from scratch) on the device.
+def starting_networks(args, data, device, conditioning="in_context", flow_map=True):
+    """--init and --teacher -> (student, frozen teacher; None from scratch) on the device.
 
-    Fresh, or of consistency.py --loss imf or fm, or of a model.pt.
+    Fresh, or of consistency.py --loss imf or fm, or of a model.pt.  flow_map: see common.load_start.
     """
     if args.init == "scratch":
         return new_network(args, data, conditioning).to(device).train(), None
     path = pretrained(args, args.init) if args.init in ("imf", "fm") else args.init
-    net, teacher = load_start(path, data)
+    net, teacher = load_start(path, data, flow_map)
+    if getattr(args, "teacher", None):                                                  # TwinFlow has no such flag
+        teacher = frozen_copy(load_network(args.teacher, data)[0])
     return net.to(device), teacher.to(device)
 
 
@@ -351,6 +369,9 @@ def train(args):
     opt = NorMuon(param_groups(net), lr=args.lr)
     compile_blocks(args, net, ema, teacher)
     state = dict(net=net, ema=ema, opt=opt, teacher=teacher)
+    target = frozen_copy(net) if args.loss == "rcgm" else None                  # RCGM's own EMA, of a short memory
+    compile_blocks(args, target)
+    state |= dict(target=target)
     features = metric_space(data, args)
     channels = args.cfg_channels or None                                        # of a plain teacher's CFG
     huber = dict(c=args.huber_c, cosine=args.cosine)
@@ -369,33 +390,31 @@ def train(args):
     def draw(g, index):
         """The global batch of one turn and its random numbers."""
         rows = batch_rows(len(data.x), B, args.seed, index)
-        batch = dict(x0=data.x[rows], y=data.y[rows], eps=torch.randn(B, *shape, generator=g))
-        r, mask = torch.rand(B, 2, generator=g), torch.rand(B, generator=g)
-        if args.loss == "fm":                                                   # Eq. 1: one draw of the law
-            r = r[:, :1].expand(B, 2)
-        batch["t"], batch["s"] = draw_times(r, mask, args.time_law, args.mask_prob)
-        batch["y_drop"] = torch.where(torch.rand(B, generator=g) < args.label_drop, null, batch["y"])
-        batch["guidance"] = draw_guidance(torch.rand(B, 3, generator=g), args.omega_law, args.omega_max)
+        batch = dict(x0=data.x[rows], y=data.y[rows], eps=g.normal(B, *shape))
+        r = g.uniform(B, 1 if args.loss == "fm" else 2)                         # Eq. 1: one draw of the law
+        batch["t"], batch["s"] = draw_times(r, args.time_law, args.mask_prob)
+        batch["y_drop"] = torch.where(g.uniform(B) < args.label_drop, null, batch["y"])
+        batch["guidance"] = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
         if teacher and args.cd_guidance == "fixed":
             batch["guidance"] = fixed.expand(B, 3)
         if args.loss == "isg":                                                  # segment [s, t], r inside it
-            batch["t"] = 1 - torch.randint(args.M, (B,), generator=g) / args.M
+            batch["t"] = 1 - g.integers(args.M, B) / args.M
             batch["s"] = batch["t"] - 1 / args.M
-            inside = 0.1 + 0.8 * torch.rand(B, generator=g)                     # SenseFlow: 0.05 off both ends of 0.5
+            inside = 0.1 + 0.8 * g.uniform(B)                     # SenseFlow: 0.05 off both ends of 0.5
             batch["r"] = batch["s"] + inside / args.M
         return batch
 
     with Run(args, state, ema, data) as run:
         begin(run, features)
         for step in run.steps():
-            g, total = step_rng(args.seed, step), {}
+            g, total = Stream("step", args.seed, step), {}
             batch = draw(g, step)
 
             # -- generator turn
             for b in micro_batches(batch, args, device):
                 with autocast(args, device):
                     if args.loss == "fm":                                       # Eq. 1
-                        loss = flow_matching_loss(velocity(b.y_drop), b.x0, b.eps, b.t)
+                        loss = flow_matching_loss(velocity(b.y_drop), b.x0, b.eps, b.t, args.cosine)
                     elif args.loss == "imf":                                    # Eq. 6
                         loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, **rho)
                     elif args.loss == "ct":                                     # Eq. 6 without guidance
@@ -405,7 +424,7 @@ def train(args):
                         loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
                                                  channels, **rho)
                     elif args.loss == "rcgm":                                   # Eq. 66-67
-                        loss = guided_rcgm_loss(net, ema, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
+                        loss = guided_rcgm_loss(net, target, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
                                                 args.delta, args.order, args.clamp or math.inf, **huber)
                     else:                                                       # Eq. 61-62
                         x_t = interpolate(b.x0, b.eps, b.t)
@@ -418,6 +437,8 @@ def train(args):
             opt.step()
             opt.zero_grad()                                                     # frees the gradients' memory
             update_ema(ema, net, ema_decay(args, step))
+            if target:
+                update_ema(target, net, args.target_ema)
 
             # -- log, measure, look, save
             run.log(total, batch, grad_norm)

@@ -142,7 +142,7 @@ def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)) / 255.0, labels
 
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pgm", ".ppm", ".pnm", ".tif", ".tiff")
 UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)   # what Pillow raises
 
 

@@ -11,7 +11,7 @@ Lee, Park, arXiv 2605.19256 (bracketed numbers): Table 2 rows 4-6, Table 3 row 8
     fake side    || v_fake(x_t, t) - (eps - sg x_hat) ||^2
                  + lambda_D [ softplus(D(fake)) + softplus(-D(real)) ]                                        [52-54]
     --ida A      after a generator update: fake <- A fake + (1 - A) generator                                 [60]
-    --cd 1       the generator's loss becomes L_CD + lambda L_DMD (rCM)                                       [59]
+    --cd 1       the generator's loss becomes L_CD + lambda (all of the above) (rCM)                          [59]
 
 One step is ONE generator update and R = --ttur fake updates (TTUR 1:R counted as DMD2 does): the first fake update has
 the samples of the generator turn, the others their own rollouts.  Discriminator: two DDT blocks and a class token on
@@ -20,8 +20,11 @@ the features of the fake network's first blocks (model.DiscriminatorHead), which
     python dmd2.py --init imf --ttur 5                  # digits, 2 CPU cores: about 2 minutes
     python dmd2.py --init imf --ttur 5 --no_gan         # without the GAN: it is not built at all
 
---init imf | fm | scratch: as in fsf_dmd.py.  From scratch the teacher is the network in training, and L_CT (iMF) takes
-the place of L_CD.
+--init imf | fm | scratch: as in fsf_dmd.py, but from fm the student stays a plain network, which needs no target time:
+its rollout and its sampler only ever jump to 0; with --cd 1 it is made a flow map.  From scratch the teacher is the
+network in training, and L_CT (iMF) takes the place of L_CD.
+
+A generator is sampled as it was trained: with Eq. 17 to its end (M jumps, renoised), with --cd 1 as a flow map.
 
 Cost in forward passes of one network (backward = 2), M = 2, averaged over i: generator turn 5.5, first fake turn 3, the
 others 4.5 each; the GAN adds 1.1 and 3.3 R.  At R = 5 that is 26.5 without and 44.1 with it; FSF-DMD takes 14.
@@ -32,13 +35,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import (BadInput, Run, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
-                    gradient_norm, main, micro_batches, setup, step_rng, sync_gradients, trainable,
-                    update_ema)
+from common import (BadInput, Run, Stream, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
+                    frozen_view, gradient_norm, main, micro_batches, setup, sync_gradients, trainable, update_ema)
 from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, starting_networks
 from data import load_data
 from evaluate import metric_space
-from flags import CONSISTENCY_FLAGS, flow_map_flags, health_flag, number, parser, refuse, refuse_idle, resolve
+from flags import (CONSISTENCY_FLAGS, flow_map_flags, health_flag, number, parser, refuse, refuse_idle, resolve,
+                   teacher_flag)
 from model import DiscriminatorHead, IMFDiT, backward_simulation, expand, guided_map, guided_velocity, interpolate
 from normuon import NorMuon, param_groups
 from watch import begin, finish, health, watch
@@ -46,23 +49,24 @@ from watch import begin, finish, health, watch
 # pixels: for the digits, chosen by the search in RESULTS.md.  latents: the columns of the paper's Table 6.
 PRESETS = {
     ("pixels", "imf"): dict(
-        size="tiny", steps=100, lr=3e-4, fake_lr=3e-3, M=2, lam=1.0, omega=1.0, guide_to=1.0, omega_max=2.0,
+        size="tiny", steps=100, lr=3e-4, fake_lr=3e-3, M=2, lam=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=50, eval_every=50, health_every=50),
     ("pixels", "fm"): dict(
-        size="tiny", steps=100, lr=1e-3, M=2, lam=1.0, omega=1.0, guide_to=1.0, omega_max=2.0,
+        size="tiny", steps=100, lr=1e-3, M=2, lam=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=50, eval_every=50, health_every=50),
     ("pixels", "scratch"): dict(
-        size="tiny", steps=400, lr=6e-3, M=1, cd=1, ttur=1, lam=0.1, omega=1.0, guide_to=1.0, omega_max=2.0,
+        size="tiny", steps=400, lr=6e-3, M=1, cd=1, ttur=1, lam=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=50, eval_every=50, health_every=50),
     ("latents", "imf"): dict(
         size="B/1", steps=15_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2,
-        omega=6.0, guide_to=0.9, save_every=500, health_every=500),
+        omega=6.0, guide_to=0.9, cd_guidance="drawn", omega_max=8.0, omega_law="truncexp",
+        save_every=500, health_every=500),
     ("latents", "fm"): dict(
         size="B/1", steps=6_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2,
         omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500, health_every=500),
     ("latents", "scratch"): dict(
         size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=1, cd=1, ttur=1,
-        omega=6.0, guide_to=0.9, save_every=500, health_every=500),
+        omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500, health_every=500),
 }
 
 
@@ -115,11 +119,12 @@ def parse_args(argv=None):
     p = parser(__doc__, "imf or fm (the network of consistency.py --loss imf or fm, trained first if need be), "
                "scratch, or a model.pt")
     flow_map_flags(p)
+    teacher_flag(p)
     health_flag(p)
     add = p.method.add_argument
     add("--M", type=number(int, 1),
         help="M of Eq. 17, steps of the backward simulation; 1: single-step simulation (Table 3)")
-    add("--lam", type=number(float, 0, open_low=True), default=0.01, help="lambda of Eq. 59, with --cd 1; else 1")
+    add("--lam", type=number(float, 0, open_low=True), default=0.01, help="lambda of Eq. 59, with --cd 1")
     add("--cd", type=int, choices=[0, 1], default=0,
         help="1: generator loss L_CD + lambda L_DMD (Eq. 59); scratch: L_CT + lambda L_DMD")
     add("--cd_guidance", choices=["fixed", "drawn"], default="fixed",
@@ -131,8 +136,8 @@ def parse_args(argv=None):
     add("--no_gan", dest="lambda_g", action="store_const", const=0.0, help="the same as --lambda_g 0")
     add("--lambda_d", type=number(float, 0, open_low=True), default=1e-2,
         help="lambda_D of Eq. 54, the GAN term of the fake side")
-    add("--disc_trunk", choices=["fake", "teacher"], default="fake",
-        help="whose first blocks the discriminator reads; the teacher's stay frozen")
+    add("--disc_trunk", choices=["fake", "teacher", "generator"], default="fake",
+        help="whose first blocks the discriminator reads; those of the teacher and the generator get no gradient")
     add("--ida", type=number(float, 0, 1), default=1.0, help="a of Eq. 60 (SenseFlow: 0.97); 1: off")
     p.set_defaults(init="imf")
     args = resolve(p, argv, PRESETS, "dmd2")
@@ -147,6 +152,7 @@ def parse_args(argv=None):
         refuse(args, ["lam", "cd_guidance", *CONSISTENCY_FLAGS], "belongs to L_CD, which needs --cd 1")
         args.lam = 1.0                                                                  # Eq. 50-51 alone
     refuse_idle(args)
+    args.sampler = "flow_map" if args.cd else "renoised"
     return args
 
 
@@ -170,13 +176,13 @@ def train(args):
     data = load_data(args.data)
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 
-    net, teacher = starting_networks(args, data, device)
+    net, teacher = starting_networks(args, data, device, flow_map=bool(args.cd))
     ema = frozen_copy(net)
     opt = NorMuon(param_groups(net), lr=args.lr)
     compile_blocks(args, net, ema, teacher)
     state = dict(net=net, ema=ema, opt=opt, teacher=teacher)
     fake, head, fake_side = new_fake_side(args, net, device)
-    trunk = fake if args.disc_trunk == "fake" else teacher
+    trunk = dict(fake=fake, teacher=teacher, generator=frozen_view(net))[args.disc_trunk]
     opt_fake = NorMuon(param_groups(*fake_side), lr=args.fake_lr or args.lr)
     state |= dict(fake=fake, head=head, opt_fake=opt_fake)
     features = metric_space(data, args)
@@ -199,21 +205,18 @@ def train(args):
     def draw(g, index):
         """The global batch of one turn and its random numbers."""
         rows = batch_rows(len(data.x), B, args.seed, index)
-        batch = dict(x0=data.x[rows], y=data.y[rows], eps=torch.randn(B, *shape, generator=g))
-        r, mask = torch.rand(B, 2, generator=g), torch.rand(B, generator=g)
-        batch["t"], batch["s"] = draw_times(r, mask, args.time_law, args.mask_prob)
-        batch["y_drop"] = torch.where(torch.rand(B, generator=g) < args.label_drop, null, batch["y"])
+        batch = dict(x0=data.x[rows], y=data.y[rows], eps=g.normal(B, *shape))
+        batch["t"], batch["s"] = draw_times(g.uniform(B, 2), args.time_law, args.mask_prob)
+        batch["y_drop"] = torch.where(g.uniform(B) < args.label_drop, null, batch["y"])
         batch["guidance"] = fixed.expand(B, 3)
         if args.cd_guidance == "drawn" or not teacher:
-            batch["guidance"] = draw_guidance(torch.rand(B, 3, generator=g), args.omega_law, args.omega_max)
-        batch["z"] = torch.randn(B, args.M, *shape, generator=g)                # rollout noise; Eq. 17 needs M of them
-        batch["tau"] = 0.02 + 0.96 * torch.rand(B, generator=g)                 # U(0.02, 0.98), as DMD2
-        for name in ("t_fake", "t_gen", "t_real"):
-            batch[name] = torch.rand(B, generator=g)
-        batch["eps_tau"] = torch.randn(B, *shape, generator=g)
-        for name in ("eps_fake", "eps_gen", "eps_real"):
-            batch[name] = torch.randn(B, *shape, generator=g)
-        k = int(torch.randint(args.M, (1,), generator=g))
+            batch["guidance"] = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
+        batch["z"] = g.normal(B, args.M, *shape)                # rollout noise; Eq. 17 needs M of them
+        batch["tau"] = 0.02 + 0.96 * g.uniform(B)                 # U(0.02, 0.98), as DMD2
+        batch["eps_tau"] = g.normal(B, *shape)
+        for name in ("fake", "gen", "real"):
+            batch[f"t_{name}"], batch[f"eps_{name}"] = g.uniform(B), g.normal(B, *shape)
+        k = g.integers(args.M)
         return batch, k
 
     def panel(run):
@@ -224,14 +227,14 @@ def train(args):
             return args.lam * dmd_loss(x, v_fake(y), v_teacher(y), tau, eps)[0]
 
         def gan(x, tau, eps, y):
-            return args.lambda_g * gan_generator_loss(D(y)(x, tau, eps))
+            return args.lam * args.lambda_g * gan_generator_loss(D(y)(x, tau, eps))
 
         health(run, generator, v_fake, v_teacher, dm, gan if head else None, args.M)
 
     with Run(args, state, ema, data) as run:
         begin(run, features)
         for step in run.steps():
-            g, total = step_rng(args.seed, step), {}
+            g, total = Stream("step", args.seed, step), {}
             batch, k = draw(g, step * args.ttur)
 
             # -- generator turn
@@ -251,10 +254,10 @@ def train(args):
                 with autocast(args, device):
                     x_hat = backward_simulation(u(b.y), b.z, k, args.M)         # Eq. 17
                     loss, gap = dmd_loss(x_hat, v_fake(b.y), v_teacher(b.y), b.tau, b.eps_tau)
-                    objective = args.lam * loss                                 # Eq. 59
+                    objective = args.lam * loss                                 # Eq. 15, 59
                     if head:
                         gan = gan_generator_loss(D(b.y)(x_hat, b.t_gen, b.eps_gen))
-                        objective = objective + args.lambda_g * gan             # Eq. 54
+                        objective = objective + args.lam * args.lambda_g * gan  # Eq. 54
                         accumulate(total, B, gan_g=gan)
                 (objective.sum() / B).backward()
                 accumulate(total, B, dm=loss, gap=gap)

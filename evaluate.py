@@ -27,11 +27,12 @@ from flags import Parser, number
 from inception import Inception  # noqa: F401  (a public name of this file too, as the four metrics below)
 from metrics import EVAL_SEED, METRICS, Features
 from metrics import frechet_distance, inception_score, moments, precision_recall  # noqa: F401
-from model import LightningDiT, euler_sample, fixed_guidance, guided_map, guided_velocity, sample
+from model import LightningDiT, backward_simulation, euler_sample, fixed_guidance, guided_map, guided_velocity, sample
 from vae import VAE, load_vae
 
 EULER_STEPS = 25                # of a velocity, where --steps does not say; the paper's teacher rows use many too
 PER_CLASS = 2                   # samples of a class in a picture
+SAMPLERS = ("flow_map", "renoised", "renoised_ddim", "renoised_fixed", "euler")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,13 +43,14 @@ PER_CLASS = 2                   # samples of a class in a picture
 @torch.no_grad()
 def generate(net: LightningDiT, n: int, shape: tuple[int, ...], steps: int, omega: float = 1.0, guide_to: float = 1.0,
              channels: int | None = None, seed: int = EVAL_SEED, batch: int = 500, classes: int | None = None,
-             start: int = 0, velocity: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+             start: int = 0, sampler: str | None = None, shift: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """n samples [n, C, H, W] and their classes [n], 0, 1, 2, ... in turn (of the first `classes` if given), on the CPU.
 
-    shape: (C, H, W).  steps: of the flow map, or Euler steps of the instantaneous velocity (a plain network; any other
-    with velocity=True).  omega, guide_to: CFG scale and the end of its interval, an input of the network or (plain, on
-    `channels`) real CFG.  start: index of the first sample; noise and class of sample i depend on (seed, i) alone.
+    shape: (C, H, W).  sampler: one of SAMPLERS (default: euler of a plain network, else flow_map); steps: its steps.
+    omega, guide_to: CFG scale and the end of its interval, an input of the network or (plain, on `channels`) real CFG.
+    start: index of the first sample; noise and class of sample i depend on (seed, i) alone.  shift: of euler's times.
     """
+    sampler = sampler or default_sampler(net)
     device = next(net.parameters()).device
     was_training = net.training
     net.eval()
@@ -56,52 +58,62 @@ def generate(net: LightningDiT, n: int, shape: tuple[int, ...], steps: int, omeg
     y = indices % (classes or net.num_classes)
     samples = []
     for rows, labels in zip(indices.split(batch), y.split(batch)):
-        eps = noise_by_index(seed, rows, shape).to(device)
+        eps = noise_by_index("samples", seed, rows, shape).to(device)
         guidance = fixed_guidance(omega, 0.0, guide_to, eps)
-        x = few_steps(net, eps, labels.to(device), steps, guidance, channels, velocity)
+        if sampler.startswith("renoised"):                       # the first noise is the other samplers', then fresh
+            more = [noise_by_index("samples", seed, rows, shape, jump) for jump in range(1, steps)]
+            eps = torch.stack([eps.cpu(), *more], dim=1).to(device)
+        x = few_steps(net, sampler, eps, labels.to(device), steps, guidance, channels, shift)
         samples.append(x.cpu())
     net.train(was_training)
     return torch.cat(samples), y
 
 
-def few_steps(net, eps, y, steps, guidance, channels, velocity):
-    """Noise [b, C, H, W] -> samples, by the sampler that belongs to the network, or that of its velocity."""
-    if velocity or net.conditioning == "plain":
-        return euler_sample(lambda x, t, y: guided_velocity(net, x, t, y, guidance, channels), eps, y, steps)
-    return sample(lambda x, t, y, s: guided_map(net, x, t, s, y, guidance), eps, y, steps)
+def default_sampler(net: LightningDiT) -> str:
+    """Of a network of which nothing else is known: official weights, or one that was just built."""
+    return "euler" if net.conditioning == "plain" else "flow_map"
 
 
-def sampler_steps(net: LightningDiT, steps: list | None = None, velocity: bool = False,
-                  flow_map: tuple = (1, 2, 4)) -> list[int]:
-    """The numbers of steps to sample with: those given, else 25 of a velocity, and 1, 2 and 4 of a flow map."""
+@torch.no_grad()
+def few_steps(net, sampler, eps, y, steps, guidance, channels, shift):
+    """Noise [b, C, H, W] (renoised: [b, steps, C, H, W]) -> samples [b, C, H, W]."""
+    if sampler == "euler":
+        return euler_sample(lambda x, t, y: guided_velocity(net, x, t, y, guidance, channels), eps, y, steps, shift)
+    if sampler == "flow_map":
+        return sample(lambda x, t, y, s: guided_map(net, x, t, s, y, guidance), eps, y, steps)
+    noise = sampler.removeprefix("renoised").removeprefix("_") or "fresh"
+    return backward_simulation(lambda x, t, s: guided_map(net, x, t, s, y, guidance), eps, steps - 1, steps, noise)
+
+
+def sampler_steps(sampler: str, steps: list | None = None, few: tuple = (1, 2, 4)) -> list[int]:
+    """The numbers of steps to sample with: those given, else 25 of euler, and `few` of the other samplers."""
     if steps:
         return list(steps)
-    return [EULER_STEPS] if velocity or net.conditioning == "plain" else list(flow_map)
+    return [EULER_STEPS] if sampler == "euler" else list(few)
 
 
 def evaluate(net: LightningDiT, features: Features | None, args: argparse.Namespace, steps: list | None = None,
-             n: int = 2000, seed: int = EVAL_SEED, velocity: bool = False) -> dict[str, float]:
+             n: int = 2000, seed: int = EVAL_SEED, sampler: str | None = None) -> dict[str, float]:
     """{"fd_1step": ..., "fd_2step": ..., ...}: every metric at every number of sampling steps (see `sampler_steps`).
 
-    args: anything with omega, guide_to and cfg_channels, the guidance to sample with.  velocity: as in `generate`.
+    args: anything with omega, guide_to, cfg_channels and sampler: how to sample.  sampler: another one than args'.
     features None (latents): {}.
     """
     if features is None:
         return {}
-    found = {}
-    for N in sampler_steps(net, steps, velocity):
+    found, sampler = {}, sampler or args.sampler
+    for N in sampler_steps(sampler, steps):
         x, y = generate(net, n, features.shape, N, args.omega, args.guide_to, args.cfg_channels or None, seed,
-                        velocity=velocity)
+                        sampler=sampler, shift=getattr(args, "shift_euler", 1.0))
         for name, value in features.metrics(x, y).items():
             found[f"{name}_{N}step"] = value
     return found
 
 
-def show(path: Path, nets: list, data: Data, args: argparse.Namespace, steps: list | None = None,
-         velocity: bool = False) -> None:
-    """A picture: real images, then the samples of each (caption, network) in `nets`, from the same noise.
+def show(path: Path, nets: list, data: Data, args: argparse.Namespace, steps: list | None = None) -> None:
+    """A picture: real images, then samples of each (caption, network, sampler) in `nets`, from the same noise.
 
-    A row holds the first ten classes, a band PER_CLASS rows.  args, velocity: as in `evaluate`, and args.vae.
+    A row holds the first ten classes, a band PER_CLASS rows.  args: as in `evaluate`, and args.vae.
     """
     shown = min(data.num_classes, 10)
     rows_of = [(data.y == c).nonzero()[:, 0] for c in range(shown)]
@@ -113,10 +125,10 @@ def show(path: Path, nets: list, data: Data, args: argparse.Namespace, steps: li
             else:                                                # no image of this class: an even patch
                 real.append(torch.zeros(1, *data.x.shape[1:]))
     bands = [("real", torch.cat(real))]
-    for caption, net in nets:
-        for N in sampler_steps(net, steps, velocity, flow_map=(1, 2)):
+    for caption, net, sampler in nets:
+        for N in sampler_steps(sampler, steps, few=(1, 2)):
             x, _ = generate(net, PER_CLASS * shown, data.x.shape[1:], N, args.omega, args.guide_to,
-                            args.cfg_channels or None, classes=shown, velocity=velocity)
+                            args.cfg_channels or None, classes=shown, sampler=sampler)
             bands.append((f"{caption}: {N}-step samples", x))
     device = next(nets[0][1].parameters()).device
     preview(path, bands, data.meta, decoder(args.vae, data.vae, device))
@@ -211,23 +223,26 @@ def samples_as_images(args: argparse.Namespace, device: torch.device) -> tuple[C
     """
     net, checkpoint, data = load_for_sampling(args)
     net = net.to(device)
-    omega, guide_to, channels = sampling(args, checkpoint)
+    omega, guide_to, channels, sampler = sampling(args, checkpoint)
     vae = decoder(args.vae, data.vae, device)
-    steps = sampler_steps(net, args.steps, args.velocity)[0]
+    steps = sampler_steps(sampler, args.steps)[0]
     if data.kind == "latents" and vae is None:
         raise BadInput("images of latents need the autoencoder: pass --vae")
-    kind = "Euler steps" if args.velocity or net.conditioning == "plain" else "steps"
     rounding = "rounded" if vae is None else "truncated"
-    sampler = (f"{args.what} ({args.weights} weights {weights_hash(net)}), {steps} {kind}, "
-               f"omega {omega} on [0, {guide_to}], classes in turn, noise by index, seed {args.seed}, uint8 {rounding}")
+    what = (f"{args.what} ({args.weights} weights {weights_hash(net)}), {steps} steps ({named(sampler, args.shift)}), "
+            f"omega {omega} on [0, {guide_to}], classes in turn, noise by index, seed {args.seed}, uint8 {rounding}")
 
     def images(start, stop):
         x, _ = generate(net, stop - start, data.x.shape[1:], steps, omega, guide_to, channels, args.seed, start=start,
-                        velocity=args.velocity)
+                        sampler=sampler, shift=args.shift)
         pixels = torch.from_numpy(to_images(x, data.meta, vae)).permute(0, 3, 1, 2)
         return pixels.expand(-1, 3, -1, -1)                      # grey images three times
 
-    return images, sampler
+    return images, what
+
+
+def named(sampler: str, shift: float) -> str:
+    return sampler if shift == 1 else f"{sampler}, shift {shift:.4g}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,13 +271,21 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[LightningDiT, dict, Dat
     return net, checkpoint, data
 
 
-def sampling(args: argparse.Namespace, checkpoint: dict) -> tuple[float, float, int | None]:
-    """(omega, guide_to, channels) of the flags, else of the run that made the checkpoint."""
+def sampling(args: argparse.Namespace, checkpoint: dict) -> tuple[float, float, int | None, str]:
+    """(omega, guide_to, channels, sampler) of the flags, else of the run that made the checkpoint.
+
+    BadInput for a sampler that this network does not have.
+    """
     def chosen(name, default):
         flag = getattr(args, name)
         return checkpoint["args"].get(name, default) if flag is None else flag
 
-    return chosen("omega", 1.0), chosen("guide_to", 1.0), chosen("cfg_channels", 0) or None
+    plain = checkpoint["config"]["conditioning"] == "plain"
+    sampler = args.sampler or checkpoint.get("sampler") or ("euler" if plain else "flow_map")
+    if plain and sampler == "flow_map":
+        raise BadInput(f"--sampler flow_map: {args.what} is a velocity network, which has no target time; "
+                       "expected euler or renoised")
+    return chosen("omega", 1.0), chosen("guide_to", 1.0), chosen("cfg_channels", 0) or None, sampler
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -278,10 +301,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--weights", choices=["ema", "raw"], default="ema",
                    help="of a run folder: the EMA (model.pt), or the weights in training (state.pt beside it)")
     p.add_argument("--steps", type=number(int, 1), nargs="+",
-                   help="sampling steps (default: 1 2 4 of a flow map, 25 of a velocity; with --inception the first)")
-    p.add_argument("--velocity", action="store_true",
-                   help="sample the instantaneous velocity of a flow map, u(x, t, t), with Euler steps: "
-                        "the paper's teacher rows")
+                   help="sampling steps (default: 1 2 4, of euler 25; with --inception the first)")
+    p.add_argument("--sampler", choices=SAMPLERS,
+                   help="default: what the network was trained for.  flow_map: deterministic t -> s steps; renoised: "
+                        "jumps to 0 with noise between them (DMD2, SiD); euler: of the velocity u(x, t, t), the "
+                        "paper's teacher rows")
+    p.add_argument("--shift", type=number(float, 0, open_low=True), default=1.0,
+                   help="euler: k of its times k r / (1 + (k-1) r); LightningDiT's timestep shift 0.3 is 3.333")
     p.add_argument("--n", type=number(int, 4),
                    help="images (default: 2000; with --inception 50,000, or all of a folder)")
     p.add_argument("--omega", type=number(float, 1), help="CFG scale (default: the run's)")
@@ -334,24 +360,26 @@ def run(args: argparse.Namespace) -> None:
 def measure_without_inception(args: argparse.Namespace) -> None:
     """A checkpoint's metrics in the feature space of its pixel data set (none of latents), and a picture."""
     net, checkpoint, data = load_for_sampling(args)
-    args.omega, args.guide_to, args.cfg_channels = sampling(args, checkpoint)
+    args.omega, args.guide_to, args.cfg_channels, args.sampler = sampling(args, checkpoint)
+    if args.shift != 1 and args.sampler != "euler":
+        raise BadInput("--shift: belongs to --sampler euler; leave that out")
     net = net.to(pick_device(args.device))
     features = None if args.grid else metric_space(data, args)
     n = args.n or 2000
-    metrics = evaluate(net, features, args, args.steps, n, args.seed, args.velocity)
+    args.shift_euler = args.shift
+    metrics = evaluate(net, features, args, args.steps, n, args.seed)
     folder = Path(args.what).parent
     name = folder.name[:30]
     out = Path(args.out or folder)
     out.mkdir(parents=True, exist_ok=True)
     if features is not None:
         print(table([(name, metrics)], features.floor()))
-        euler = ", Euler steps of u(x, t, t)" if args.velocity else ""
         definition = (f"{features.definition(n, args.seed, args.weights.upper())}; "
-                      f"omega {args.omega} on t in [0, {args.guide_to}]{euler}, torch {torch.__version__}")
+                      f"sampler {named(args.sampler, args.shift)}, omega {args.omega} on t in [0, {args.guide_to}], "
+                      f"torch {torch.__version__}")
         print(definition)
         (out / "evaluation.json").write_text(json.dumps(metrics | dict(definition=definition), indent=1))
-    steps = sampler_steps(net, args.steps, args.velocity)
-    show(out / "samples.png", [(name, net)], data, args, steps, args.velocity)
+    show(out / "samples.png", [(name, net, args.sampler)], data, args, sampler_steps(args.sampler, args.steps))
     wrote = f"wrote {out / 'samples.png'}"
     if features is not None:
         wrote += f" and {out / 'evaluation.json'}"

@@ -73,7 +73,7 @@ def parser(doc, init_help):
         help="rows per forward pass; saves memory, changes no result (0: all at once)")
     add("--lr", type=number(float, 0, open_low=True),
         help="NorMuon learning rate, official scale (6e-4 acts like AdamW at 1e-4)")
-    add("--seed", type=number(int, 0), default=0, help="of the weights, the data order and all noise")
+    add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="of the weights, the data order and all noise")
     add("--precision", choices=["fp32", "bf16"], default="fp32",
         help="bf16: autocast; weights, losses and finite differences stay fp32 (TF32 on CUDA)")
 
@@ -94,13 +94,33 @@ def parser(doc, init_help):
     return p
 
 
+def time_law(text):
+    """argparse type: uniform, or logitnormal:MEAN,SCALE (logitnormal alone is iMF's); see consistency.draw_times."""
+    if text == "uniform":
+        return text
+    name, _, numbers = text.partition(":")
+    try:
+        mean, scale = (float(n) for n in (numbers or "-0.4,1").split(","))
+    except ValueError:
+        name = ""
+    if name != "logitnormal" or not (math.isfinite(mean) and 0 < scale < math.inf):
+        raise argparse.ArgumentTypeError(f"{text}: expected uniform or logitnormal:MEAN,SCALE with a positive scale")
+    return f"logitnormal:{mean:g},{scale:g}"
+
+
+def teacher_flag(p):
+    p.network.add_argument(
+        "--teacher", help="model.pt of the frozen teacher (default: the network of --init); the paper also trains DMD2 "
+        "from a distilled student with the original teacher")
+
+
 def flow_map_flags(p):
     """Flags of every script that trains a flow map: time law, derivative, distance, guidance, tokens."""
     add = p.method.add_argument
     add("--mask_prob", type=number(float, 0, 1), default=0.5,
-        help="probability of s := t, the paper's random masking (Table 3); 0 in its plain CD row")
-    add("--time_law", choices=["uniform", "logitnormal"], default="uniform",
-        help="law of the two draws sorted into (t, s); logitnormal is iMF's (-0.4, 1)")
+        help="share of rows with s := t, the paper's random masking (Table 3); 0 in its plain CD row")
+    add("--time_law", type=time_law, default="uniform",
+        help="law of the two draws sorted into (t, s): uniform or logitnormal:MEAN,SCALE (iMF: -0.4,1)")
     add("--jvp", choices=["fd", "exact"], default="fd",
         help="du/dt by central difference, as the paper, or by torch.func.jvp")
     add("--fd_h", type=number(float, 0, 0.5, open_low=True), default=0.005, help="h of the central difference")
@@ -145,6 +165,8 @@ def resolve(p, argv, presets, script):
     preset = presets[kind, init_kind] | stored
     values = defaults | preset | given
     values["init"] = init
+    if values.get("teacher") and not Path(values["teacher"]).is_file():
+        raise BadInput(f"--teacher {values['teacher']}: no such file, expected a model.pt")
     if not values["out"]:
         values["out"] = folder_name(script, values, given, defaults | preset, init_kind)
     args = argparse.Namespace(**values)
@@ -212,9 +234,10 @@ def refuse_idle(args):
     if args.start == "fm":
         refuse(args, ["n_tokens", "token_block", "cd_guidance", "omega_max", "omega_law"],
                "the network of --init fm has no guidance input")
-    else:
+    elif not args.teacher:
         refuse(args, ["cfg_channels"], "belongs to --init fm; the augmented network takes omega as an input")
     if args.start == "scratch":
+        refuse(args, ["teacher"], "--init scratch has none")
         refuse(args, ["cd_guidance"], "L_CT of --init scratch draws omega as iMF does")
     elif args.cd_guidance == "fixed":
         refuse(args, ["omega_max", "omega_law"], "omega is drawn with --cd_guidance drawn only")

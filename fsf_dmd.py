@@ -36,12 +36,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from common import (Run, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy, gradient_norm, main,
-                    micro_batches, setup, step_rng, sync_gradients, update_ema)
+from common import (Run, Stream, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
+                    gradient_norm, main, micro_batches, setup, sync_gradients, update_ema)
 from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, starting_networks
 from data import load_data
 from evaluate import metric_space
-from flags import flow_map_flags, health_flag, number, parser, refuse, refuse_idle, resolve
+from flags import flow_map_flags, health_flag, number, parser, refuse, refuse_idle, resolve, teacher_flag
 from model import backward_simulation, guided_map, guided_velocity, interpolate, shift_time
 from normuon import NorMuon, param_groups
 from watch import begin, finish, health, watch
@@ -49,23 +49,25 @@ from watch import begin, finish, health, watch
 # pixels: for the digits, chosen by the search in RESULTS.md.  latents: the columns of the paper's Table 6.
 PRESETS = {
     ("pixels", "imf"): dict(
-        size="tiny", steps=200, lr=3e-3, M=2, lam=0.5, shift=1.0, omega=1.0, guide_to=1.0, omega_max=2.0,
+        size="tiny", steps=200, lr=3e-3, M=2, lam=0.5, shift=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=50, eval_every=50, health_every=50),
     ("pixels", "fm"): dict(
-        size="tiny", steps=200, warmup=100, lr=3e-3, M=2, lam=0.02, shift=1.0, omega=1.0, guide_to=1.0, omega_max=2.0,
+        size="tiny", steps=200, warmup=100, lr=3e-3, M=2, lam=0.02, shift=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=50, eval_every=50, health_every=50),
     ("pixels", "scratch"): dict(
-        size="tiny", steps=400, lr=6e-3, M=1, lam=0.01, shift=1.0, omega=1.0, guide_to=1.0, omega_max=2.0,
+        size="tiny", steps=400, lr=6e-3, M=1, lam=0.01, shift=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=50, eval_every=50, health_every=50),
     ("latents", "imf"): dict(
         size="B/1", steps=4_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2, lam=0.05, shift=10.0,
-        omega=6.0, guide_to=0.9, save_every=500, health_every=500),
+        omega=6.0, guide_to=0.9, cd_guidance="drawn", omega_max=8.0, omega_law="truncexp",
+        save_every=500, health_every=500),
     ("latents", "fm"): dict(
         size="B/1", steps=26_000, warmup=20_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2,
-        lam=0.001, shift=10.0, omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500, health_every=500),
+        lam=0.001, shift=10.0, cosine_factor=1, omega=6.0, guide_to=0.9, cfg_channels=3,
+        save_every=500, health_every=500),
     ("latents", "scratch"): dict(
         size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=1, lam=0.01, shift=1.0,
-        omega=6.0, guide_to=0.9, save_every=500, health_every=500),
+        omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500, health_every=500),
 }
 
 
@@ -118,6 +120,7 @@ def parse_args(argv=None):
     p = parser(__doc__, "imf or fm (the network of consistency.py --loss imf or fm, trained first if need be), "
                "scratch, or a model.pt")
     flow_map_flags(p)
+    teacher_flag(p)
     health_flag(p)
     add = p.method.add_argument
     add("--M", type=number(int, 1), help="M of Eq. 18, steps of the rollout")
@@ -140,6 +143,7 @@ def parse_args(argv=None):
     refuse_idle(args)
     if args.rollout == "dmd2":
         refuse(args, ["rollout_grad"], "Eq. 17 has gradient in its last call only")
+    args.sampler = "flow_map"
     return args
 
 
@@ -172,17 +176,16 @@ def train(args):
     def draw(g, index):
         """The global batch of one turn and its random numbers."""
         rows = batch_rows(len(data.x), B, args.seed, index)
-        batch = dict(x0=data.x[rows], y=data.y[rows], eps=torch.randn(B, *shape, generator=g))
-        r, mask = torch.rand(B, 2, generator=g), torch.rand(B, generator=g)
-        batch["t"], batch["s"] = draw_times(r, mask, args.time_law, args.mask_prob)
-        batch["y_drop"] = torch.where(torch.rand(B, generator=g) < args.label_drop, null, batch["y"])
+        batch = dict(x0=data.x[rows], y=data.y[rows], eps=g.normal(B, *shape))
+        batch["t"], batch["s"] = draw_times(g.uniform(B, 2), args.time_law, args.mask_prob)
+        batch["y_drop"] = torch.where(g.uniform(B) < args.label_drop, null, batch["y"])
         batch["guidance"] = fixed.expand(B, 3)
         if args.cd_guidance == "drawn" or not teacher:
-            batch["guidance"] = draw_guidance(torch.rand(B, 3, generator=g), args.omega_law, args.omega_max)
-        batch["z"] = torch.randn(B, args.M, *shape, generator=g)                # rollout noise; Eq. 17 needs M of them
-        batch["tau"] = shift_time(torch.rand(B, generator=g), args.shift)
-        batch["eps_tau"] = torch.randn(B, *shape, generator=g)
-        k = int(torch.randint(args.M, (1,), generator=g))
+            batch["guidance"] = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
+        batch["z"] = g.normal(B, args.M, *shape)                # rollout noise; Eq. 17 needs M of them
+        batch["tau"] = shift_time(g.uniform(B), args.shift)
+        batch["eps_tau"] = g.normal(B, *shape)
+        k = g.integers(args.M)
         return batch, k
 
     def panel(run):
@@ -195,7 +198,7 @@ def train(args):
     with Run(args, state, ema, data) as run:
         begin(run, features)
         for step in run.steps():
-            g, total = step_rng(args.seed, step), {}
+            g, total = Stream("step", args.seed, step), {}
             batch, k = draw(g, step)
 
             # -- generator turn
@@ -219,7 +222,7 @@ def train(args):
                         x, U = b.z[:, 0], b.z[:, 0] - x_hat
                     loss, gap = fsf_dmd_loss(x, U, v_fake(b.y), v_teacher(b.y), b.tau, b.eps_tau,
                                              args.weight, args.clip, args.cosine_factor)
-                    objective = args.lam * loss                                 # Eq. 15
+                    objective = args.lam * loss                                 # Eq. 15, 59
                 (objective.sum() / B).backward()
                 accumulate(total, B, fsf=loss, gap=gap)
             sync_gradients(net)

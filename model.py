@@ -144,9 +144,8 @@ def backward_simulation(u: Callable, eps: Tensor, k: int, M: int, noise: str = "
     """DMD2's rollout, Eq. 17 -> x_hat [B, ...]: k jumps to 0 without gradient, each renoised, then one with gradient.
 
     u: callable (x, t, s), times as floats.  eps [B, M, ...]: fresh noise for every step; real data never enter.
-    k in 0 .. M-1, the same for the whole batch; with k = M - 1 it is the M-step sampler of DMD2 and SiD.
-    noise: how a jump's x0 goes back to the next time (SiD): fresh noise, the noise that the jump implies (ddim: the
-    generator becomes deterministic), or the first noise again (fixed).
+    k in 0 .. M-1, the same for the whole batch; with k = M - 1 it is the M-step sampler of DMD2 and SiD.  noise (SiD):
+    a jump's x0 goes back with fresh noise, the noise that the jump implies (ddim, deterministic) or the first (fixed).
     """
     x = eps[:, 0]
     for i in range(k):
@@ -194,8 +193,11 @@ def guided_velocity(net: nn.Module, x: Tensor, t: Tensor, y: Tensor, guidance: T
 def guided_map(net: nn.Module, x: Tensor, t: Tensor | float, s: Tensor | float, y: Tensor, guidance: Tensor) -> Tensor:
     """Average velocity u(x_t, t, s | y) of a flow map.
 
-    guidance [B, 3]: an input of an in_context network; a decoupled one has it in its weights.
+    guidance [B, 3]: an input in_context; a decoupled network has it in its weights.  A plain network knows no s: as the
+    student of DMD2 and SiD from flow matching it only ever jumps to 0.
     """
+    if net.conditioning == "plain":
+        return net(x, t, y)
     return net(x, t, y, s, guidance if net.conditioning == "in_context" else None)
 
 
@@ -221,10 +223,7 @@ class RMSNorm(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """A scalar in [0, 1] -> [B, D].
-
-    Raw, not times 1000: the fastest feature is cos(t), so d/dt stays O(1) and differences are safe.
-    """
+    """A scalar in [0, 1] -> [B, D].  Not times 1000: the fastest feature is cos(t), so d/dt stays O(1)."""
 
     def __init__(self, dim, freq_dim=256, max_period=10000):
         super().__init__()

@@ -23,8 +23,10 @@ small tau.
     python sid.py --init imf --lambda_g 0.01            # data-aided: a discriminator; without it no image is ever read
 
 One step is one fake update, then one generator update, each on its own fresh samples (1:1, fake first, as the official
-code).  Cost in forward passes of one network (backward = 2; backward to the input alone = 1), M = 2, averaged over k:
-fake turn 4.5, generator turn 3.5 and 2 each for teacher and fake: 12.
+code).  From fm the student stays a plain network: its rollout and its sampler only ever jump to 0.
+
+Cost in forward passes of one network (backward = 2; backward to the input alone = 1), M = 2, averaged over k: fake turn
+4.5, generator turn 3.5 and 2 each for teacher and fake: 12.
 """
 import math
 from collections.abc import Callable
@@ -32,13 +34,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from common import (Run, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy, gradient_norm, main,
-                    micro_batches, setup, step_rng, sync_gradients, trainable, update_ema)
+from common import (Run, Stream, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
+                    gradient_norm, main, micro_batches, setup, sync_gradients, trainable, update_ema)
 from consistency import starting_networks
 from data import load_data
 from dmd2 import fake_loss, gan_discriminator_loss, gan_generator_loss, new_fake_side
 from evaluate import metric_space
-from flags import health_flag, number, parser, refuse, resolve
+from flags import health_flag, number, parser, refuse, resolve, teacher_flag
 from model import backward_simulation, guided_map, guided_velocity, interpolate, v_to_x0
 from normuon import NorMuon, param_groups
 from watch import begin, finish, health, watch
@@ -52,10 +54,10 @@ PRESETS = {
         size="tiny", steps=200, lr=1e-4, fake_lr=1e-3, omega=2.0, guide_to=1.0,
         save_every=50, eval_every=50, health_every=50),
     ("latents", "imf"): dict(
-        size="B/1", steps=15_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
+        size="B/1", steps=15_000, batch_size=128, lr=6e-5, fake_lr=6e-4, ema=0.99995, precision="bf16",
         omega=6.0, guide_to=0.9, save_every=500, health_every=500),
     ("latents", "fm"): dict(
-        size="B/1", steps=15_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
+        size="B/1", steps=15_000, batch_size=128, lr=6e-5, fake_lr=6e-4, ema=0.99995, precision="bf16",
         omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500, health_every=500),
 }
 # w(tau) on the loss in x0-space; SiD-DiT found that the choice changes contrast and saturation, not much else.
@@ -104,6 +106,7 @@ def sid_loss(x_hat: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps:
 def parse_args(argv=None):
     p = parser(__doc__, "imf or fm (the network of consistency.py --loss imf or fm, trained first if need be), "
                "or a model.pt")
+    teacher_flag(p)
     health_flag(p)
     add = p.method.add_argument
     add("--M", type=number(int, 1), default=2, help="steps of the generator (SiD-DiT: 4; FSF-DMD's tables: 2)")
@@ -126,10 +129,11 @@ def parse_args(argv=None):
     args = resolve(p, argv, PRESETS, "sid")
     if args.lambda_g == 0:
         refuse(args, ["lambda_d"], "--lambda_g 0 builds no discriminator")
-    if args.start == "imf":
+    if args.start == "imf" and not args.teacher:
         refuse(args, ["cfg_channels"], "belongs to --init fm; the augmented network takes omega as an input")
     if args.M == 1:
         refuse(args, ["noise"], "--M 1 never renoises")
+    args.sampler = "renoised" if args.noise == "fresh" else f"renoised_{args.noise}"
     return args
 
 
@@ -140,7 +144,7 @@ def train(args):
     data = load_data(args.data)
     B, shape = args.batch_size, data.x.shape[1:]
 
-    net, teacher = starting_networks(args, data, device)
+    net, teacher = starting_networks(args, data, device, flow_map=False)
     ema = frozen_copy(net)
     opt = NorMuon(param_groups(net), lr=args.lr)
     compile_blocks(args, net, ema, teacher)
@@ -168,9 +172,9 @@ def train(args):
         """The global batch of one turn and its random numbers."""
         rows = batch_rows(len(data.x), B, args.seed, index)
         batch = dict(y=data.y[rows])
-        batch["z"] = torch.randn(B, args.M, *shape, generator=g)                # rollout noise; Eq. 17 needs M of them
-        batch["eps_tau"] = torch.randn(B, *shape, generator=g)
-        batch["tau"] = draw_times(torch.rand(B, generator=g))
+        batch["z"] = g.normal(B, args.M, *shape)                # rollout noise; Eq. 17 needs M of them
+        batch["eps_tau"] = g.normal(B, *shape)
+        batch["tau"] = draw_times(g.uniform(B))
         if head:
             batch["x0"] = data.x[rows]
         return batch
@@ -190,8 +194,8 @@ def train(args):
     with Run(args, state, ema, data) as run:
         begin(run, features)
         for step in run.steps():
-            g, total = step_rng(args.seed, step), {}
-            k = int(torch.randint(args.M, (1,), generator=g))                   # of both turns
+            g, total = Stream("step", args.seed, step), {}
+            k = g.integers(args.M)                   # of both turns
 
             # -- fake turn: the generator is fixed
             trainable(True, *fake_side)

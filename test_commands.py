@@ -302,7 +302,7 @@ def test_without_gan_the_real_images_are_never_seen(in_home, few_samples, capsys
 @pytest.mark.parametrize("init, ours, baseline", [
     ("imf", "--init imf/model.pt --warmup 3", "--loss cd --init imf/model.pt"),
     ("fm", "--init fm/model.pt --warmup 3 --omega 2", "--loss cd --init fm/model.pt --omega 2"),
-    ("scratch", "--init scratch --lam 0", "--loss imf"),
+    ("scratch", "--init scratch --lam 0", "--loss imf --mask_prob 0.5"),
 ])
 def test_without_its_own_term_fsf_dmd_is_its_baseline(in_home, few_samples, capsys, init, ours, baseline):
     """During --warmup FSF-DMD is consistency distillation; from scratch, with lambda 0, it is iMF."""

@@ -46,8 +46,8 @@ def test_batches_are_epochs_and_depend_on_nothing_but_seed_and_step():
     assert not torch.equal(rows[:50], rows[50:100])
     assert torch.equal(common.batch_rows(50, 16, 3, 7), rows[7 * 16:8 * 16])
     assert not torch.equal(common.batch_rows(50, 16, 4, 7), rows[7 * 16:8 * 16])
-    noise = common.noise_by_index(0, range(10), (2, 3))
-    assert torch.equal(common.noise_by_index(0, [7, 2], (2, 3)), noise[[7, 2]])          # row i belongs to index i
+    noise = common.noise_by_index("samples", 0, range(10), (2, 3))
+    assert torch.equal(common.noise_by_index("samples", 0, [7, 2], (2, 3)), noise[[7, 2]])        # row i is index i's
 
 
 def test_ema_warms_up_to_its_cap():
@@ -292,7 +292,7 @@ def test_latents_are_both_flips_normalised_once(photos):
     image = data.read_image(files[5][0], 16).float()[None] / 127.5 - 1       # [1, 3, 16, 16] in [-1, 1]
     for k, x in enumerate((image, image.flip(3))):
         mean, std = net.encode(x)
-        expected = mean + std * common.noise_by_index(0, [10 + k], (4, 8, 8))
+        expected = mean + std * common.noise_by_index("vae", 0, [10 + k], (4, 8, 8))
         torch.testing.assert_close(undone[24 * k + 5][None], expected, rtol=0, atol=1e-4)
 
 

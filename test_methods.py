@@ -128,12 +128,12 @@ def test_bf16_keeps_every_gradient_and_an_exact_derivative():
 
 
 def test_time_and_guidance_laws():
-    r, mask = uniform(20000, 2), uniform(20000, seed=1)
-    t, s = consistency.draw_times(r, mask, "uniform", 0.5)
+    r = uniform(20000, 2)
+    t, s = consistency.draw_times(r, "uniform", 0.5)
     assert (s <= t).all()
-    assert (s == t).double().mean() == pytest.approx(0.5, abs=0.01)
+    assert (s == t).double().mean() == 0.5
     assert t.mean() == pytest.approx(2 / 3, abs=0.01)
-    t, s = consistency.draw_times(r, mask, "logitnormal", 0.0)
+    t, s = consistency.draw_times(r, "logitnormal", 0.0)
     logit = torch.logit(torch.cat([t, s]))
     assert (s < t).all()
     assert logit.mean() == pytest.approx(-0.4, abs=0.02)
@@ -649,7 +649,7 @@ def test_without_consistency_distillation_the_generator_collapses():
     """
     def cd(net, ema):
         x0 = torch.randint(2, (256, 1)) * 2 - 1 + 0.3 * torch.randn(256, 1)
-        t, s = consistency.draw_times(torch.rand(256, 2) * 0.98 + 0.01, torch.rand(256), "uniform", 0.5)
+        t, s = consistency.draw_times(torch.rand(256, 2) * 0.98 + 0.01, "uniform", 0.5)
         x_t = model.interpolate(x0, torch.randn(256, 1), t)
         v = two_modes_v(x_t, t)
         return consistency.consistency_loss(net, x_t, t, s, v, v).mean()

@@ -173,13 +173,13 @@ def test_samples_do_not_depend_on_the_batch_size():
 
 
 def test_velocity_of_a_flow_map_is_sampled_by_euler_steps():
-    """--velocity: x - dt u(x, t, t), asked as iMF trains it (omega inside its interval, 1 outside).
+    """--sampler euler: x - dt u(x, t, t), asked as iMF trains it (omega inside its interval, 1 outside).
 
     With few steps it is another sampler than the flow map.
     """
     net = small_net("in_context", dtype=torch.float32)
-    found, y = evaluate.generate(net, 6, (2, 4, 4), 4, omega=3.0, guide_to=0.6, velocity=True)
-    x = common.noise_by_index(EVAL_SEED, range(6), (2, 4, 4))
+    found, y = evaluate.generate(net, 6, (2, 4, 4), 4, omega=3.0, guide_to=0.6, sampler="euler")
+    x = common.noise_by_index("samples", EVAL_SEED, range(6), (2, 4, 4))
     with torch.no_grad():
         for t in (1.0, 0.75, 0.5, 0.25):
             omega = 3.0 if t <= 0.6 else 1.0
@@ -189,9 +189,9 @@ def test_velocity_of_a_flow_map_is_sampled_by_euler_steps():
     torch.testing.assert_close(found, x, rtol=0, atol=1e-5)
     flow_map, _ = evaluate.generate(net, 6, (2, 4, 4), 4, omega=3.0, guide_to=0.6)
     assert (found - flow_map).abs().max() > 1e-3
-    assert evaluate.sampler_steps(net) == [1, 2, 4]
-    assert evaluate.sampler_steps(net, velocity=True) == [25]
-    assert evaluate.sampler_steps(net, [250], True) == [250]
+    assert evaluate.sampler_steps(evaluate.default_sampler(net)) == [1, 2, 4]
+    assert evaluate.sampler_steps("euler") == [25]
+    assert evaluate.sampler_steps("euler", [250]) == [250]
 
 
 # ---- FID's network ---------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from common import (BadInput, Run, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
-                    gradient_norm, main, micro_batches, setup, step_rng, sync_gradients, update_ema)
+from common import (BadInput, Run, Stream, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
+                    gradient_norm, main, micro_batches, setup, sync_gradients, update_ema)
 from consistency import draw_guidance, draw_times, guided_rcgm_loss, imf_loss, starting_networks
 from data import load_data
 from evaluate import metric_space
@@ -41,17 +41,24 @@ from watch import begin, finish, health, watch
 # pixels: for the digits, chosen by the search in RESULTS.md.  latents: as FSF-DMD's Table 6.
 PRESETS = {
     ("pixels", "imf"): dict(
-        size="tiny", steps=200, lr=3e-3, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=2.0,
+        size="tiny", steps=200, lr=3e-3, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=50, eval_every=50, health_every=50),
     ("pixels", "scratch"): dict(
-        size="tiny", steps=400, lr=6e-3, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=2.0,
+        size="tiny", steps=400, lr=6e-3, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=50, eval_every=50, health_every=50),
     ("latents", "imf"): dict(
         size="B/1", steps=40_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", lam=1.0, lam_adv=0.1,
-        omega=6.0, guide_to=0.9, save_every=500, health_every=500),
+        omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500, health_every=500),
     ("latents", "scratch"): dict(
         size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", lam=1.0, lam_adv=0.1,
-        omega=6.0, guide_to=0.9, save_every=500, health_every=500),
+        omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500, health_every=500),
+}
+
+# RCGM from scratch has the learning rate that consistency.py --loss rcgm has.
+PRESETS_OF_RCGM = {
+    ("pixels", "scratch"): dict(
+        size="tiny", steps=400, lr=1.2e-2, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
+        save_every=50, eval_every=50, health_every=50),
 }
 
 
@@ -99,15 +106,19 @@ def parse_args(argv=None):
     add("--order", type=number(int, 1), default=2, help="rcgm: N, jumps of the EMA network in Eq. 66 (2, the paper)")
     add("--clamp", type=number(float, 0), default=1.0,
         help="rcgm: clamp of its residual to [-clamp, clamp] (1, TwinFlow); 0: off")
+    add("--target_ema", type=number(float, 0, 1), default=0.99,
+        help="rcgm: EMA decay of its target network (TwinFlow: 0.99 to 0.999)")
     p.set_defaults(init="scratch")
-    args = resolve(p, argv, PRESETS, "twinflow")
+    base = p.parse_known_args(argv)[0].base
+    args = resolve(p, argv, PRESETS | PRESETS_OF_RCGM if base == "rcgm" else PRESETS, "twinflow")
     refuse(args, ["cfg_channels"], "the augmented network takes omega as an input")
     if args.base == "imf":
-        refuse(args, ["delta", "order", "clamp"], "belongs to --base rcgm")
+        refuse(args, ["delta", "order", "clamp", "target_ema"], "belongs to --base rcgm")
     else:
         refuse(args, ["jvp", "fd_h"], "belongs to --base imf")
     if args.jvp == "exact":
         refuse(args, ["fd_h"], "--jvp exact takes no difference")
+    args.sampler = "flow_map"
     return args
 
 
@@ -126,6 +137,9 @@ def train(args):
     opt = NorMuon(param_groups(net), lr=args.lr)
     compile_blocks(args, net, ema)
     state = dict(net=net, ema=ema, opt=opt)
+    target = frozen_copy(net) if args.base == "rcgm" else None                  # RCGM's own EMA, of a short memory
+    compile_blocks(args, target)
+    state |= dict(target=target)
     features = metric_space(data, args)
     rho = dict(c=args.huber_c, cosine=args.cosine)
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # guidance of every term but the base
@@ -142,15 +156,14 @@ def train(args):
     def draw(g, index):
         """The global batch of one turn and its random numbers."""
         rows = batch_rows(len(data.x), B, args.seed, index)
-        batch = dict(x0=data.x[rows], y=data.y[rows], eps=torch.randn(B, *shape, generator=g))
-        r, mask = torch.rand(B, 2, generator=g), torch.rand(B, generator=g)
-        batch["t"], batch["s"] = draw_times(r, mask, args.time_law, args.mask_prob)
-        batch["y_drop"] = torch.where(torch.rand(B, generator=g) < args.label_drop, null, batch["y"])
-        batch["guidance"] = draw_guidance(torch.rand(B, 3, generator=g), args.omega_law, args.omega_max)
+        batch = dict(x0=data.x[rows], y=data.y[rows], eps=g.normal(B, *shape))
+        batch["t"], batch["s"] = draw_times(g.uniform(B, 2), args.time_law, args.mask_prob)
+        batch["y_drop"] = torch.where(g.uniform(B) < args.label_drop, null, batch["y"])
+        batch["guidance"] = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
         for name in ("z", "eps_adv", "eps_tau"):
-            batch[name] = torch.randn(B, *shape, generator=g)
+            batch[name] = g.normal(B, *shape)
         for name in ("t_adv", "tau"):
-            batch[name] = torch.rand(B, generator=g)
+            batch[name] = g.uniform(B)
         return batch
 
     def panel(run):
@@ -162,7 +175,7 @@ def train(args):
     with Run(args, state, ema, data) as run:
         begin(run, features)
         for step in run.steps():
-            g, total = step_rng(args.seed, step), {}
+            g, total = Stream("step", args.seed, step), {}
             batch = draw(g, step)
 
             # -- generator turn
@@ -172,7 +185,7 @@ def train(args):
                         loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
                                         h=args.fd_h, exact=args.jvp == "exact", **rho)
                     else:                                                       # Eq. 66-67
-                        loss = guided_rcgm_loss(net, ema, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
+                        loss = guided_rcgm_loss(net, target, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
                                                 args.delta, args.order, args.clamp or math.inf, **rho)
                 (loss.sum() / B).backward()                                     # frees its graph before the next
                 accumulate(total, B, **{args.base: loss})
@@ -188,6 +201,8 @@ def train(args):
             opt.step()
             opt.zero_grad()                                                     # frees the gradients' memory
             update_ema(ema, net, ema_decay(args, step))
+            if target:
+                update_ema(target, net, args.target_ema)
 
             # -- log, measure, look, save
             run.log(total, batch, grad_norm)

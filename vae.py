@@ -341,7 +341,7 @@ def encode_rows(vae: VAE, files: list, rows: range, args: argparse.Namespace, de
             for k, view in enumerate((x, x.flip(3))):
                 with autocast(args, device):
                     mean, std = vae.encode(view)
-                noise = noise_by_index(args.seed, [2 * i + k for i in kept], mean.shape[1:]).to(device)
+                noise = noise_by_index("vae", args.seed, [2 * i + k for i in kept], mean.shape[1:]).to(device)
                 z = mean.float() + std.float() * noise
                 views[k].append(z.to(dtype).cpu())
             labels += [files[i][1] for i in kept]

@@ -6,9 +6,9 @@ import torch
 
 from common import noise_by_index
 from data import to_images
-from evaluate import decoder, evaluate, show, table
+from evaluate import decoder, default_sampler, evaluate, show, table
 from metrics import EVAL_SEED
-from model import interpolate, v_to_x0
+from model import fixed_guidance, interpolate, v_to_x0
 
 SAMPLES = 2000                  # of an evaluation while training
 
@@ -24,9 +24,11 @@ def watch(run, features, start=None, panel=None):
     args = run.args
     if run.main and run.due(args.eval_every):
         run.evaluated(evaluate(run.model, features, args))
+        if run.model.conditioning == "in_context" and getattr(args, "omega_max", 1) > 1:
+            run.write(dict(omega_response=omega_response(run.model, run.data)))
     if run.main and run.due(args.preview_every):
-        nets = [("start", start)] if start else []
-        nets.append((f"after {run.step} training steps", run.model))
+        nets = [("start", start, default_sampler(start))] if start else []
+        nets.append((f"after {run.step} training steps", run.model, args.sampler))
         show(run.folder / f"samples_{run.step:06d}.png", nets, run.data, args)
     if run.main and panel and args.health_every and run.due(args.health_every):
         panel(run)
@@ -44,10 +46,37 @@ def finish(run, features):
               "no metric of latents is computed while training")
         return
     first, last = run.evaluations[0], run.evaluations[-1]
-    result = run.result(features.definition(SAMPLES))
+    result = run.result(f"{features.definition(SAMPLES)}; sampler {run.args.sampler}", other_sampler(run, features))
     print(table([("at step 0", first), (f"after {last['step']} steps", last)], features.floor()))
     print(f"{result['definition']}\n"
           f"{run.folder}: model.pt, result.json, metrics.jsonl, samples_{run.step:06d}.png")
+
+
+@torch.no_grad()
+def omega_response(net, data, n=100):
+    """How much of omega a network has learned: v(omega = 2) - v(omega = 1) projected on v_cond - v_uncond.
+
+    1: it guides as classifier-free guidance does.  0: it ignores its input omega, and what it was trained with, on
+    average, is baked in.  On the first n rows of the data, noised to times in (0, 1].
+    """
+    device = next(net.parameters()).device
+    rows = torch.arange(min(n, len(data.x)))
+    x0, y = data.x[rows].to(device), data.y[rows].to(device)
+    t = (rows.to(device) + 1) / len(rows)
+    x_t = interpolate(x0, noise_by_index("health", EVAL_SEED, rows, x0.shape[1:]).to(device), t)
+    at_1, at_2 = fixed_guidance(1.0, 0.0, 1.0, x_t), fixed_guidance(2.0, 0.0, 1.0, x_t)
+    v_uncond = net(x_t, t, torch.full_like(y, net.num_classes), None, at_1)
+    v_cond = net(x_t, t, y, None, at_1)
+    wanted, found = v_cond - v_uncond, net(x_t, t, y, None, at_2) - v_cond
+    return ((found * wanted).sum() / (wanted * wanted).sum()).item()
+
+
+def other_sampler(run, features):
+    """The last network once more with the sampler that it was not trained for, for result.json; {} if it has none."""
+    if run.model.conditioning == "plain":
+        return {}
+    other = "flow_map" if run.args.sampler.startswith("renoised") else "renoised"
+    return dict(sampler=other) | evaluate(run.model, features, run.args, sampler=other)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -69,7 +98,7 @@ def health(run, generator, v_fake, v_teacher, dm=None, gan=None, M=1, n=100):
     gan_dm_ratio             median over samples of |d gan / d x_hat| / |d dm / d x_hat|
     """
     device, shape = next(run.model.parameters()).device, run.data.x.shape[1:]
-    noise = noise_by_index(EVAL_SEED, range(n), (M + 1, *shape)).to(device)
+    noise = noise_by_index("health", EVAL_SEED, range(n), (M + 1, *shape)).to(device)
     z, eps = noise[:, :M], noise[:, M]
     y = torch.arange(n, device=device) % run.data.num_classes
     with torch.no_grad():
