@@ -63,11 +63,11 @@ COST = [
     ("imf: DMD2 1:5, no GAN",         "imf", DMD2 + " --no_gan"),
     ("imf: DMD2 1:5",                 "imf", DMD2),
     ("imf: DMD2 + IDA",               "imf", DMD2 + " --ida 0.97"),
-    ("imf: DMD2 + L_CD",              "imf", DMD2 + " --cd 1"),
+    ("imf: DMD2 + L_CD",              "imf", DMD2 + " --cd 1 --steps 54000"),   # its peak in the paper
     ("imf: SiD",                      "imf", "sid.py --init {start}"),
     ("fm: Consistency distillation",  "fm",  CD_MASKED),
     ("fm: DMD2 1:5",                  "fm",  DMD2),
-    ("fm: DMD2 + L_CD",               "fm",  DMD2 + " --cd 1"),
+    ("fm: DMD2 + L_CD",               "fm",  DMD2 + " --cd 1 --steps 33000"),
     ("fm: FSF-DMD",                   "fm",  FSF + " --warmup 0 --steps 6000"),
     ("FM",                            None,  "consistency.py --loss fm"),
     ("iMF",                           None,  "consistency.py --loss imf"),

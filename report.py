@@ -33,14 +33,20 @@ METRICS = [
 
 
 def collect(job, kind):
-    """One run: dict(evaluations=[{step, fd_2step, ...}], sec_per_step, memory_gb).  kind: of data, as in data_kind."""
+    """One run: dict(evaluations=[{step, fd_2step, ...}], other_sampler, sec_per_step, memory_gb).
+
+    kind: of data, as in data_kind.  evaluations: with the sampler that the network was trained for; other_sampler: the
+    last one with another.
+    """
+    other = {}
     if kind == "latents":
         evaluations = read_fids(job.folder)
     elif job.command[0] == "evaluate.py":
         measured = json.loads((job.folder / "evaluation.json").read_text())
         evaluations = [dict(step=0) | {k: v for k, v in measured.items() if k.endswith("step")}]
     else:
-        evaluations = json.loads((job.folder / "result.json").read_text())["evaluations"]
+        result = json.loads((job.folder / "result.json").read_text())
+        evaluations, other = result["evaluations"], result["other_sampler"]
     evaluations = [{k: round(v, 4) for k, v in evaluation.items()} for evaluation in evaluations]
 
     lines = []
@@ -51,6 +57,7 @@ def collect(job, kind):
     memory = [line.get("memory_gb", 0) for line in lines]
     return dict(
         evaluations=evaluations,
+        other_sampler={k: round(v, 4) if isinstance(v, float) else v for k, v in other.items()},
         sec_per_step=round(float(np.median(seconds)), 4) if seconds else None,
         memory_gb=round(max(memory), 3) if memory else None,
     )
@@ -111,7 +118,8 @@ def summarise(number, row, runs):
 def compare(rows, reference, metric):
     """{row: [mean of the paired differences to the reference row, p of the paired t-test after Holm's correction]}.
 
-    Pairs are of the seeds that both rows have; fewer than three show nothing.
+    Pairs are of the seeds that both rows have; fewer than three show nothing.  Rows with the same values in every seed
+    are one sampler under two names, and count once.
     """
     if reference not in rows:
         return {}
@@ -126,10 +134,15 @@ def compare(rows, reference, metric):
         p = ttest_rel(ours, theirs).pvalue if difference.std() > 0 else 1.0
         found[r] = [difference.mean(), p]
     # Holm: the i-th smallest p of m, times m - i, never below the one before.
+    twins = {}                                                       # values of a row -> the rows that have them
+    for r in sorted(found, key=lambda r: found[r][1]):
+        values = tuple(final_value(rows[r], seed, metric) for seed in rows[r]["seeds"])
+        twins.setdefault(values, []).append(r)
     worst = 0.0
-    for i, r in enumerate(sorted(found, key=lambda r: found[r][1])):
-        worst = max(worst, min(1.0, found[r][1] * (len(found) - i)))
-        found[r][1] = worst
+    for i, same in enumerate(twins.values()):
+        worst = max(worst, min(1.0, found[same[0]][1] * (len(twins) - i)))
+        for r in same:
+            found[r][1] = worst
     return found
 
 
@@ -302,6 +315,8 @@ def figure(kind, table, rows, path):
     distance.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     distance.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
     distance.tick_params(axis="y", which="both", labelsize=8)
+    band = f"band: standard error of the paired difference to row {table.reference}"
+    drawing.suptitle(f"mean over seeds; {band}", fontsize=8)
     drawing.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     drawing.savefig(path, dpi=100)
 
@@ -337,17 +352,17 @@ def samples(args, rows, jobs, path):
     classes = min(data.num_classes, 10)
     first = [(data.y == c).nonzero()[:1, 0] for c in range(classes)]                  # row numbers, [1] each
     bands = [("real", torch.cat([data.x[row] for row in first]))]
-    unset = argparse.Namespace(omega=None, guide_to=None, cfg_channels=None)          # so the run's guidance is taken
     for r, row in rows.items():
         if not row["n"]:
             continue
         job = jobs[r][min(row["seeds"])]
         evaluated = job.command[0] == "evaluate.py"
         net, checkpoint = load_network(job.command[1] if evaluated else job.folder / "model.pt", data)
-        omega, guide_to, channels = sampling(unset, checkpoint)
-        velocity = "--velocity" in job.command
+        sampler = "euler" if "euler" in job.command else None                         # None: the run's own
+        flags = argparse.Namespace(omega=None, guide_to=None, cfg_channels=None, sampler=sampler, what=row["label"])
+        omega, guide_to, channels, sampler = sampling(flags, checkpoint)
         x, _ = generate(net, classes, data.x.shape[1:], row["N"], omega, guide_to, channels, classes=classes,
-                        velocity=velocity)
+                        sampler=sampler)
         bands.append((f"{r} {row['label']}, {row['N']} steps", x))
     preview(path, bands, data.meta, decoder(args.vae, data.vae, torch.device("cpu")))
 

@@ -4,7 +4,7 @@ Paper: Kim, Lee, Park, "Distribution Matching Distillation without Fake Score Ne
 golden/paper_tables.json.
 
     python reproduce.py 2                    # Table 2 on digits: 11 rows x 5 seeds, 45 minutes on 2 CPU cores
-    python reproduce.py 2 --start strong     # from an iMF trained four times as long
+    python reproduce.py 2 --start strong     # from an iMF trained twice as long
     python reproduce.py 2 --list             # the commands, to paste
     python reproduce.py 2 --row 7 --seeds 1  # one row
     python reproduce.py 2 --data latents --vae VAE --inception WEIGHTS --ref REFERENCE --seeds 1 --fid_every 1000
@@ -58,7 +58,8 @@ PAPER = json.loads((HERE / "golden" / "paper_tables.json").read_text())
 
 # label: in the paper.  paper: its values, {column: value}.  start: imf, fm, or None (from scratch).
 # command: None for the start itself; {start} stands for its model.pt, other names in braces for FLAGS.
-Row = namedtuple("Row", "label paper start command")
+# via: a command from that start whose model.pt stands for {via} in the row's own command.
+Row = namedtuple("Row", "label paper start command via", defaults=[None])
 
 # reference: number of the row that the others are compared with.
 Table = namedtuple("Table", "title reference rows")
@@ -72,9 +73,11 @@ STARTS = {
 FLAGS = {
     #          pixels                          latents
     "strong": (" --steps 800",                 ""),                   # the iMF of --start strong
-    "long":   (" --steps 400",                 ""),                   # the iMF of Table 5
+    "imf":    (" --mask_prob 0.5",             ""),                   # of Table 5, where it is no start
     "m1":     (" --lam 0.05",                  ""),
-    "cd1":    (" --lr 1e-3 --fake_lr 1e-3",    ""),
+    "cd1":    (" --lr 1e-3 --fake_lr 1e-3",    " --steps 54000"),     # DMD2 + L_CD: its peak in the paper, from an iMF
+    "cd1_fm": ("",                             " --steps 33000"),     # and from a velocity network
+    "euler":  ("",                             " --steps 250 --shift 3.3333"),  # LightningDiT: timestep shift 0.3
     "lam8":   (" --lam 0.5",                   " --lam 0.05"),
     "fm_all": ("",                             " --cfg_channels 0"),
     "fm_few": (" --cfg_channels 1",            " --cfg_channels 3"),
@@ -82,7 +85,7 @@ FLAGS = {
 
 # {control}: the steps of the start and of a distillation together, for (kind of data, --start).
 CONTROL = {
-    ("pixels", "weak"): 400,
+    ("pixels", "weak"): 600,
     ("pixels", "strong"): 1000,
     ("latents", "weak"): 404_000,
 }
@@ -95,7 +98,7 @@ UNTUNED = " --weight one --shift 1 --lam 0.1 --mask_prob 0"           # Table 3 
 
 TABLE_2 = {
     "Pretrained flow map (iMF)":               None,
-    "Teacher velocity network":                "evaluate.py {start} --velocity",
+    "Teacher velocity network":                "evaluate.py {start} --sampler euler",
     "Consistency distillation":                CD,
     "DMD2":                                    DMD2,
     "DMD2 + IDA":                              DMD2 + " --ida 0.97",
@@ -115,15 +118,15 @@ TABLE_3 = {
     "Consistency distillation + random masking": CD_MASKED,
 }
 TABLE_4 = {
-    "Teacher velocity network":                "evaluate.py {start}{fm_all}",
-    "+ 3-channel CFG":                         "evaluate.py {start}{fm_few}",
+    "Teacher velocity network":                "evaluate.py {start}{euler}{fm_all}",
+    "+ 3-channel CFG":                         "evaluate.py {start}{euler}{fm_few}",
     "Consistency distillation":                CD,
     "DMD2 (TTUR 1:5)":                         DMD2,
-    "DMD2 + L_CD (TTUR 1:5)":                  DMD2 + " --cd 1 --mask_prob 0",
+    "DMD2 + L_CD (TTUR 1:5)":                  DMD2 + " --cd 1 --mask_prob 0{cd1_fm}",
     "FSF-DMD":                                 FSF,
 }
 TABLE_5 = {
-    "iMF":                                     "consistency.py --loss imf{long}",
+    "iMF":                                     "consistency.py --loss imf{imf}",
     "iMF + DMD2":                              "dmd2.py --init scratch",
     "iMF + TwinFlow":                          "twinflow.py --base imf",
     "RCGM":                                    "consistency.py --loss rcgm",
@@ -157,10 +160,16 @@ TABLE_10 = {
     "fm: DMD2 + L_CD":                         TABLE_4["DMD2 + L_CD (TTUR 1:5)"],
     "fm: FSF-DMD":                             TABLE_4["FSF-DMD"],
 }
-NOT_IN_PAPER = [                                                      # at the end of our Table 2
+# "We additionally train DMD2 on the consistency-distilled networks and report the better": student and teacher differ.
+DMD2_FROM_CD = "dmd2.py --init {via} --teacher {start}"
+NOT_IN_TABLE_2 = [                                                    # at the end of ours
     Row("Consistency distillation + random masking (Table 3)", dict(fid=4.98), "imf", CD_MASKED),
     Row("SiD", {}, "imf", "sid.py --init {start}"),
     Row("control: the iMF trained on", {}, None, "consistency.py --loss imf --steps {control}"),
+    Row("DMD2 from row 3", {}, "imf", DMD2_FROM_CD, CD),
+]
+NOT_IN_TABLE_4 = [
+    Row("DMD2 from row 3", {}, "fm", DMD2_FROM_CD, CD),
 ]
 
 
@@ -207,9 +216,9 @@ def rows_of_table_10():
 
 
 TABLES = {
-    "2":  Table("Flow-map-initialised", 3, rows_of("table2", "imf", TABLE_2) + NOT_IN_PAPER),
+    "2":  Table("Flow-map-initialised", 3, rows_of("table2", "imf", TABLE_2) + NOT_IN_TABLE_2),
     "3":  Table("Ablation", 1, rows_of("table3", "imf", TABLE_3)),
-    "4":  Table("Flow-matching-initialised", 3, rows_of("table4", "fm", TABLE_4)),
+    "4":  Table("Flow-matching-initialised", 3, rows_of("table4", "fm", TABLE_4) + NOT_IN_TABLE_4),
     "5":  Table("From scratch", 1, rows_of("table5", None, TABLE_5)),
     "7":  Table("TTUR and GAN", 13, rows_of_table_7()),
     "8":  Table("Timestep shift k", 1, rows_of_table_8()),
@@ -232,24 +241,31 @@ def init_name(args):
     return path.parent.name if path.name == "model.pt" else path.stem
 
 
-def job(args, command, seed, start=None):
+def job(args, command, seed, start=None, via=None):
     """The run of one command and one seed.  Its folder is named after its arguments."""
     kind = data_kind(args.data)
     choices = {name: pixels if kind == "pixels" else latents for name, (pixels, latents) in FLAGS.items()}
-    script, *flags = shlex.split(command.format(start="START", control=CONTROL[kind, args.start], **choices))
+    names = dict(start="START", via="VIA", control=CONTROL[kind, args.start])
+    script, *flags = shlex.split(command.format(**names, **choices))
 
     name = [Path(script).stem]
-    if start and args.init:
+    if via:
+        name.append(via.folder.name.removeprefix("consistency-").removesuffix(f"-seed{seed}"))
+    elif start and args.init:
         name.append(init_name(args))
     elif start:
         name.append(start.folder.name.removeprefix("consistency-loss").removesuffix(f"-seed{seed}"))
-    joined = "".join(flag for flag in flags if flag not in ("--init", "START"))
+    joined = "".join(flag for flag in flags if flag not in ("--init", "START", "--teacher", "VIA"))
     if joined:
         name.append(joined.replace("--", "-").replace("/", "_").removeprefix("-"))
     folder = args.runs / Path(args.data).stem / "-".join([*name, f"seed{seed}"])
 
-    model = str(args.init or start.folder / "model.pt") if start else ""
-    argv = [script] + [model if flag == "START" else flag for flag in flags]
+    models = {}
+    if start:
+        models["START"] = str(args.init or start.folder / "model.pt")
+    if via:
+        models["VIA"] = str(via.folder / "model.pt")
+    argv = [script] + [models.get(flag, flag) for flag in flags]
     if args.data != "digits":
         argv += ["--data", args.data]
     if script != "evaluate.py":
@@ -261,7 +277,7 @@ def job(args, command, seed, start=None):
         measure = ["--vae", args.vae, "--inception", args.inception, "--ref", args.ref, "--n", str(args.n or 50_000)]
         if args.n and args.n <= 2048:
             measure += ["--few", "1"]
-    return Job(folder, tuple(argv), tuple(measure), None if args.init else start)
+    return Job(folder, tuple(argv), tuple(measure), via or (None if args.init else start))
 
 
 def jobs_of(args, rows, seed):
@@ -272,9 +288,10 @@ def jobs_of(args, rows, seed):
         if row.start:
             flags = "{strong}" if args.start == "strong" and row.start == "imf" else ""
             start = job(args, STARTS[row.start] + flags, seed)
+        via = job(args, row.via, seed, start) if row.via else None
         if command is None and args.init:
             command = "evaluate.py {start}"
-        found[r] = job(args, command, seed, start) if command else start
+        found[r] = job(args, command, seed, start, via) if command else start
     return found
 
 
@@ -298,9 +315,16 @@ def sources(*scripts):
     return dict(sorted(found.items())) | dict(torch=torch.__version__)
 
 
+def chain(job):
+    """A job, the one that it starts from, the one that that starts from, ..."""
+    found = [job]
+    while found[-1].start:
+        found.append(found[-1].start)
+    return found
+
+
 def sources_of(job):
-    scripts = [j.command[0] for j in (job, job.start) if j]
-    return sources(*scripts)
+    return sources(*[j.command[0] for j in chain(job)])
 
 
 def identity(job):
@@ -416,8 +440,7 @@ class Runner:
         if not job.measure:
             return [job.command]
         if job.command[0] == "evaluate.py":
-            a_velocity = "--velocity" in job.command or "lossfm" in job.command[1] or self.args.table == "4"
-            return self.fids(job, job.command[:-2], 0, [25] if a_velocity else [2])
+            return self.fids(job, job.command[:-2], 0, [sampling_steps(job.command)])
 
         total = self.steps_of(job)
         pieces = [total]
@@ -442,7 +465,8 @@ class Runner:
         for N in counts:
             out = job.folder / f"fid_{at:06d}_{N}step"
             if not (out / "fid.json").exists():
-                lines.append([*evaluate, "--steps", str(N), *job.measure, "--out", str(out)])
+                steps = [] if "--steps" in evaluate else ["--steps", str(N)]
+                lines.append([*evaluate, *steps, *job.measure, "--out", str(out)])
         return lines
 
     def steps_of(self, job):
@@ -452,13 +476,19 @@ class Runner:
         return int(re.search(r"--steps +(\d+)", said)[1])
 
 
+def sampling_steps(command):
+    """The steps of an evaluate.py row: those given, else 25 of Euler, else 2."""
+    if "--steps" in command:
+        return int(command[command.index("--steps") + 1])
+    return 25 if "euler" in command else 2
+
+
 def with_starts(jobs):
-    """The jobs and the starts that they need, each once."""
+    """The jobs and the starts that they need, each once, starts first."""
     found = {}
     for each in jobs:
-        if each.start:
-            found[each.start] = None
-        found[each] = None
+        for j in reversed(chain(each)):
+            found[j] = None
     return list(found)
 
 
@@ -474,7 +504,7 @@ def run_all(args, wanted):
     before = {s: signal.signal(s, signal.default_int_handler) for s in signals}
     try:
         # Starts first: nothing in the queue waits for what comes after it.
-        for j in sorted(open_jobs, key=lambda j: j.start is not None):
+        for j in sorted(open_jobs, key=lambda j: len(chain(j))):
             waits = [futures[j.start]] if j.start in futures else []
             futures[j] = pool.submit(runner.run, j, waits)
         with tqdm(total=len(unique), initial=kept, unit="run", dynamic_ncols=True) as bar:
@@ -528,7 +558,7 @@ def parse_args(argv=None):
     g.add_argument("--data", default="digits",
                    help="digits, an .npz, an image folder, or a folder of latent shards (see FID of latents)")
     g.add_argument("--start", choices=["weak", "strong"], default="weak",
-                   help="tables 2, 3, 7, 8, 9, 10 on pixels: the iMF they start from, of 200 or of 800 steps")
+                   help="tables 2, 3, 7, 8, 9, 10 on pixels: the iMF they start from, of 400 or of 800 steps")
     g.add_argument("--init",
                    help="tables 2 to 9 but 5: start from this model.pt, or official weights, not from one trained here")
     g.add_argument("--seeds", type=number(int, 1), default=5, help="seeds 0, 1, ... of every row (default: 5)")
@@ -614,8 +644,7 @@ def print_commands(rows, jobs):
     starts = []
     for each in jobs.values():
         for j in each.values():
-            if j.start and j.start not in starts:
-                starts.append(j.start)
+            starts += [start for start in chain(j)[:0:-1] if start not in starts]
     for start in starts:
         print(f"# a start\npython {shlex.join(start.command)}")
     for r, row in rows.items():

@@ -73,23 +73,24 @@ def test_every_row_is_a_command_that_its_script_accepts(inputs, data, monkeypatc
 def test_list_prints_what_would_run(capsys):
     """Starts first, then each row's command for each seed.
 
-    The strong start is four times as long, and its control as much longer as a distillation.
+    The strong start is twice as long, and its control as much longer as a distillation.
     """
     reproduce.run(arguments("2", "--start", "strong", "--seeds", "2"))
     lines = capsys.readouterr().out.splitlines()
     commands = [line for line in lines if not line.startswith("#")]
-    assert len(commands) == 2 + 11 * 2
+    assert len(commands) == 2 * 2 + 12 * 2
     for command in commands:
         assert re.match(r"python \w+\.py .* --out runs/reproduce/digits/\S+-seed[01]$", command)
     folder = "runs/reproduce/digits/consistency-lossimf-steps800-seed0"
     assert commands[0] == f"python consistency.py --loss imf --steps 800 --seed 0 --out {folder}"
-    assert "--steps 1000 --seed 1" in commands[-1]
+    assert "--steps 1000 --seed 1" in commands[-3]                    # before the row that starts from row 3
+    assert "--teacher runs/reproduce/digits/consistency-lossimf-steps800-seed1/model.pt" in commands[-1]
     assert "# row 7: FSF-DMD M=2 (the paper: 3.85, at 4000)" in lines
 
 
 def test_rows_are_the_papers_and_its_lost_numbers_stay_lost():
     counts = {name: len(table.rows) for name, table in reproduce.TABLES.items()}
-    assert counts == {"2": 8 + 3, "3": 9, "4": 6, "5": 6, "7": 16, "8": 5, "9": 9, "10": 10}
+    assert counts == {"2": 8 + 4, "3": 9, "4": 6 + 1, "5": 6, "7": 16, "8": 5, "9": 9, "10": 10}
     fids = {name: [row.paper.get("fid") for row in table.rows] for name, table in reproduce.TABLES.items()}
     assert fids["2"][:8] == [9.1, 8.54, 6.06, 4.18, 4.2, 4.67, 3.85, 3.96]
     assert fids["5"] == [None] * 6
@@ -114,7 +115,7 @@ def test_differences_are_paired_over_seeds_and_corrected_for_many_rows():
         1: fake_row(base),
         2: fake_row({0: 11.0, 1: 22.0, 2: 43.0}),
         3: fake_row({0: 10.0, 1: 20.0, 2: 40.0}),
-        4: fake_row({0: 9.9, 1: 19.9, 2: 39.7, 7: 0.0}),
+        4: fake_row({0: 9.9, 1: 19.9, 2: 39.7}),
     }
     found = report.compare(rows, 1, "fd")
     assert found[2][0] == pytest.approx(2)
@@ -129,6 +130,9 @@ def test_differences_are_paired_over_seeds_and_corrected_for_many_rows():
     assert report.compare(rows, 1, "is")[2][0] == pytest.approx(-2)
     one_seed = {1: fake_row({0: 1.0}), 2: fake_row({0: 2.0})}
     assert report.compare(one_seed, 1, "fd") == {}                    # shows nothing
+    # Rows 4 and 5 are one sampler under two names: they count once.
+    twins = report.compare(rows | {5: fake_row({0: 9.9, 1: 19.9, 2: 39.7})}, 1, "fd")
+    assert twins[4] == twins[5] and twins[4] == pytest.approx(found[4]) and twins[2] == pytest.approx(found[2])
     assert report.spread([1.0, 3.0], 1) == "2.0 ± 1.4"
     assert report.spread([1.0], 1) == "1.0"
     assert report.spread([], 1) == "-"
@@ -148,7 +152,7 @@ def test_latents_are_trained_in_pieces_and_the_best_fid_is_found(inputs, tmp_pat
     assert lines[1] == (f"evaluate.py {folder}/model.pt --data {latents} --steps 2 --vae V --inception W --ref R "
                         f"--n 2000 --few 1 --out {folder}/fid_001500_2step")
     [teacher], [pretrained] = runner.commands(jobs[2]), runner.commands(jobs[1])
-    assert "--velocity" in teacher and teacher[teacher.index("--steps") + 1] == "25"
+    assert "euler" in teacher and teacher[teacher.index("--steps") + 1] == "25"
     assert pretrained[:2] == ["evaluate.py", str(start)] and "2" in pretrained
 
     for at, fid in ((1500, 5.0), (3000, 4.0), (4000, 4.5)):
@@ -170,7 +174,7 @@ def test_bad_flags_end_in_one_line(capsys, monkeypatch, inputs):
     for command, words in (
         ("reproduce.py 6", "invalid choice"),
         ("reproduce.py cost", "invalid choice"),
-        ("reproduce.py 2 --row 12", "expected 1 to 11"),
+        ("reproduce.py 2 --row 13", "expected 1 to 12"),
         ("reproduce.py 5 --start strong", "--start strong"),
         ("reproduce.py 2 --seeds 0", "--seeds"),
         (f"reproduce.py 2 --data {inputs}/latents", "needs --vae, --inception and --ref"),
@@ -236,7 +240,7 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
     [run] = row["seeds"].values()
     assert list(row["seeds"]) == ["0"] and row["N"] == 25 and len(run["evaluations"]) == 1
     fd = run["evaluations"][0]["fd_25step"]
-    own = json.loads((runs / "toy" / "evaluate-imf-velocity-seed0" / "evaluation.json").read_text())
+    own = json.loads((runs / "toy" / "evaluate-imf-samplereuler-seed0" / "evaluation.json").read_text())
     assert fd > 0 and fd == pytest.approx(own["fd_25step"], abs=1e-4)                 # the number is the script's own
     assert f"| {report.spread([fd], 1)} |" in page
 
@@ -252,7 +256,7 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
     printed, _ = third.communicate(timeout=300)
     changed = "consistency-lossimf-seed0: consistency.py changed since, the kept run is removed and runs again"
     assert third.returncode == 0 and changed in printed
-    assert "evaluate-imf-velocity-seed0: consistency.py changed since" in printed
+    assert "evaluate-imf-samplereuler-seed0: consistency.py changed since" in printed
     assert f"| {report.spread([fd], 1)} |" in (out / "README.md").read_text()
 
 
@@ -329,7 +333,9 @@ def test_every_table_in_results_follows_from_its_runs_and_stands_in_the_text():
         args = reproduce.parse_args(shlex.split(command)[2:])
         assert (args.table, args.data, args.out.name) == (stored["table"], stored["data"], "results")
         assert stored["start"] in (args.start, "")
-        assert len(rows) == len(table.rows) and all(row["n"] == 5 for row in rows.values()), folder
+        # Row "DMD2 from row 3" is younger than these runs.
+        labels = [row.label for row in table.rows if row.label != "DMD2 from row 3"]
+        assert [row["label"] for row in rows.values()] == labels and all(row["n"] == 5 for row in rows.values()), folder
         if folder.name in text:
             assert tables.split("\n\n")[0] in text, folder
             assert f"results/{folder.name}/curves.png" in text, folder

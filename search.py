@@ -1,0 +1,162 @@
+"""The settings of the digits' presets: six for every method, on two seeds that no table reports.
+
+    python search.py weak                    # from the iMF of 400 steps: 6 methods x 6 settings x 2 seeds, 50 minutes
+    python search.py strong                  # from the iMF of 800 steps
+    python search.py fm                      # from the velocity network (Table 4)
+    python search.py scratch                 # Table 5
+    python search.py weak --method SiD       # one method
+
+Every setting is the command line of a script, run on seeds 100 and 101, each from a start of the same seed, for the
+preset's steps.  The criterion is the distance after the last step at 2 sampling steps, with the sampler that the
+network was trained for; the mean of both seeds decides.  The paper's own lambda and shift are among them.
+Runs are kept, stopped and continued as reproduce.py's.  Leaves search-digits-<start> in --out: README.md, runs.json.
+"""
+import argparse
+import json
+import os
+import shlex
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import report
+from common import BadInput, main
+from flags import Parser, number
+from reproduce import DMD2, FSF, STARTS, is_done, job, run_all
+
+SEEDS = (100, 101)
+SIX_RATES = ["--lr 0.001", "--lr 0.002", "--lr 0.003", "--lr 0.0045", "--lr 0.006", "--lr 0.012"]
+TWO_SIDES = [                                                         # generator, fake side
+    "--lr 0.0001 --fake_lr 0.001",
+    "--lr 0.0003 --fake_lr 0.001",
+    "--lr 0.0003 --fake_lr 0.003",
+    "--lr 0.001 --fake_lr 0.001",
+    "--lr 0.001 --fake_lr 0.003",
+    "--lr 0.003 --fake_lr 0.003",
+]
+BOTH_LOSSES = [
+    "--lam 0.01 --lr 0.001 --fake_lr 0.001",
+    "--lam 0.1 --lr 0.001 --fake_lr 0.001",
+    "--lam 1 --lr 0.001 --fake_lr 0.001",
+    "--lam 0.01 --lr 0.003 --fake_lr 0.003",
+    "--lam 0.1 --lr 0.003 --fake_lr 0.003",
+    "--lam 1 --lr 0.003 --fake_lr 0.003",
+]
+
+
+def lambda_and_shift(*lams):
+    return [f"--lam {lam} --shift {k}" for lam in lams for k in (1, 10)]
+
+
+FROM_IMF = {
+    "CD":                 ("consistency.py --loss cd --init {start}", SIX_RATES),
+    "FSF-DMD, M = 2":     (FSF + " --M 2", lambda_and_shift(0.01, 0.05, 0.2)),
+    "FSF-DMD, M = 1":     (FSF + " --M 1", lambda_and_shift(0.01, 0.05, 0.2)),
+    "DMD2":               (DMD2, TWO_SIDES),
+    "DMD2 + L_CD":        (DMD2 + " --cd 1", BOTH_LOSSES),
+    "SiD":                ("sid.py --init {start}", ["--lr 0.00003 --fake_lr 0.001", *TWO_SIDES[:5]]),
+}
+FROM_FM = {
+    "CD":                 ("consistency.py --loss cd --init {start}", SIX_RATES),
+    "FSF-DMD, M = 2":     (FSF + " --M 2", lambda_and_shift(0.001, 0.02, 0.1)),
+    "DMD2":               (DMD2, TWO_SIDES),
+    "DMD2 + L_CD":        (DMD2 + " --cd 1", BOTH_LOSSES),
+    "SiD":                ("sid.py --init {start}", ["--lr 0.00003 --fake_lr 0.001", *TWO_SIDES[:5]]),
+}
+FROM_SCRATCH = {
+    "iMF":                ("consistency.py --loss imf --mask_prob 0.5",
+                           ["--lr 0.0015", "--lr 0.003", "--lr 0.006", "--lr 0.012", "--lr 0.024", "--lr 0.048"]),
+    "RCGM":               ("consistency.py --loss rcgm",
+                           ["--lr 0.003", "--lr 0.006", "--lr 0.012", "--lr 0.024", "--lr 0.048", "--lr 0.096"]),
+    "iMF + DMD2":         ("dmd2.py --init scratch",
+                           ["--lam 0.003", "--lam 0.01", "--lam 0.03", "--lam 0.1", "--lam 0.3", "--lam 1"]),
+    "iMF + TwinFlow":     ("twinflow.py --base imf",
+                           [f"--lam {lam} --lam_adv {adv}" for lam in (0.03, 0.1, 0.3) for adv in (0.1, 0.3)]),
+    "RCGM + TwinFlow":    ("twinflow.py --base rcgm",
+                           [f"--lam {lam} --lam_adv {adv}" for lam in (0.03, 0.1, 0.3) for adv in (0.1, 0.3)]),
+    "FSF-DMD":            ("fsf_dmd.py --init scratch", lambda_and_shift(0.001, 0.01, 0.05)),
+}
+# start: (the start's command, or None from scratch; its methods)
+SEARCHES = {
+    "weak": (STARTS["imf"], FROM_IMF),
+    "strong": (STARTS["imf"] + "{strong}", FROM_IMF),
+    "fm": (STARTS["fm"], FROM_FM),
+    "scratch": (None, FROM_SCRATCH),
+}
+
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("start", choices=list(SEARCHES), help="where the methods start from")
+    p.add_argument("--method", choices=sorted({name for _, methods in SEARCHES.values() for name in methods}),
+                   help="this method only")
+    p.add_argument("--jobs", type=number(int, 1), default=min(8, os.cpu_count() or 1), help="runs at a time")
+    p.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
+    p.add_argument("--out", type=Path, default=Path("runs/reproduce/tables"), help="where the folder is made")
+    return p.parse_args(argv)
+
+
+def run(args):
+    start_command, methods = SEARCHES[args.start]
+    if args.method:
+        methods = {name: methods[name] for name in methods if name == args.method}
+    found = argparse.Namespace(data="digits", init=None, runs=args.runs, start="weak", jobs=args.jobs, table=None)
+    jobs = {}                                                         # {(method, setting): [Job of each seed]}
+    for method, (command, settings) in methods.items():
+        for setting in settings:
+            jobs[method, setting] = [one_run(found, start_command, f"{command} {setting}", seed) for seed in SEEDS]
+    failed = run_all(found, [j for each in jobs.values() for j in each])
+    rows = []
+    for (method, setting), each in jobs.items():
+        runs = [report.collect(j, "pixels") for j in each if is_done(j)]
+        rows.append(dict(method=method, setting=setting, command=shlex.join(each[0].command), runs=runs,
+                         distance=[run["evaluations"][-1]["fd_2step"] for run in runs]))
+    write(args, rows)
+    if failed:
+        raise BadInput(f"{len(failed)} runs failed: " + "; ".join(j.folder.name for j in failed))
+
+
+def one_run(args, start_command, command, seed):
+    start = job(args, start_command, seed) if start_command else None
+    return job(args, command, seed, start)
+
+
+def write(args, rows):
+    """Print the search, and leave it in a folder.  rows: [dict(method, setting, command, runs, distance)]"""
+    lines = report.markdown_lines(["method", "setting", "distance, 2 steps", "of each seed", ""], body(rows))
+    folder = args.out / f"search-digits-{args.start}"
+    folder.mkdir(parents=True, exist_ok=True)
+    head = dict(start=args.start, seeds=SEEDS, torch=torch.__version__, cores=os.cpu_count())
+    (folder / "runs.json").write_text(json.dumps(dict(head, rows=rows), indent=1) + "\n")
+    text = "\n".join(lines)
+    (folder / "README.md").write_text(f"""# Search on the digits, start: {args.start}
+
+Made by `python search.py {args.start}`, torch {torch.__version__}.  Seeds {SEEDS[0]} and {SEEDS[1]}, which no table
+reports.  The distance is after the last step, with the sampler that the network was trained for; **bold**: the lowest
+mean of its method.  [runs.json](runs.json): the command of every setting, and every evaluation of every seed.
+
+{text}
+""")
+    print(f"{text}\n\nwrote README.md and runs.json into {folder}")
+
+
+def body(rows):
+    """Cells of the table; the best setting of a method is bold."""
+    best = {}
+    for row in rows:
+        if row["distance"]:
+            best.setdefault(row["method"], []).append(np.mean(row["distance"]))
+    cells = []
+    for row in rows:
+        mean = np.mean(row["distance"]) if row["distance"] else float("nan")
+        text = f"{mean:.1f}"
+        if row["distance"] and mean == min(best[row["method"]]):
+            text = f"**{text}**"
+        each = ", ".join(f"{value:.1f}" for value in row["distance"])
+        cells.append([row["method"], f"`{row['setting']}`", text, each, "" if len(row["distance"]) == 2 else "failed"])
+    return cells
+
+
+if __name__ == "__main__":
+    main(run, parse_args)
