@@ -51,7 +51,7 @@ PRESETS = {
         size="tiny", steps=400, lr=6e-3, mask_prob=0.9, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=50, eval_every=50),
     ("pixels", "imf"): dict(
-        size="tiny", steps=200, lr=3e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=50, eval_every=50),
+        size="tiny", steps=200, lr=2e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=50, eval_every=50),
     ("pixels", "fm"): dict(
         size="tiny", steps=200, lr=3e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=50, eval_every=50),
     ("latents", "scratch"): dict(

@@ -74,11 +74,10 @@ FLAGS = {
     #          pixels                          latents
     "strong": (" --steps 800",                 ""),                   # the iMF of --start strong
     "imf":    (" --mask_prob 0.5",             ""),                   # of Table 5, where it is no start
-    "m1":     (" --lam 0.05",                  ""),
+    "m1":     (" --lam 0.01",                  ""),
     "cd1":    (" --lr 1e-3 --fake_lr 1e-3",    " --steps 54000"),     # DMD2 + L_CD: its peak in the paper, from an iMF
     "cd1_fm": ("",                             " --steps 33000"),     # and from a velocity network
     "euler":  ("",                             " --steps 250 --shift 3.3333"),  # LightningDiT: timestep shift 0.3
-    "lam8":   (" --lam 0.5",                   " --lam 0.05"),
     "fm_all": ("",                             " --cfg_channels 0"),
     "fm_few": (" --cfg_channels 1",            " --cfg_channels 3"),
 }
@@ -197,7 +196,8 @@ def rows_of_table_7():
 
 
 def rows_of_table_8():
-    return [Row(f"k = {k}", values, "imf", FSF + f"{{lam8}} --shift {k} --weight one") for k, values in paper("table8")]
+    command = FSF + " --lam 0.05 --weight one --shift "
+    return [Row(f"k = {k}", values, "imf", f"{command}{k}") for k, values in paper("table8")]
 
 
 def rows_of_table_9():

@@ -510,7 +510,7 @@ def test_fid_of_a_checkpoint_and_its_raw_weights(photos, monkeypatch, capsys):
     assert ema["fid"] > 0
     assert ema["fid"] != raw["fid"]
     assert "raw weights" in raw["definition"]
-    assert "2 steps, omega 6.0 on [0, 0.9]" in ema["definition"]
+    assert "2 steps (flow_map), omega 6.0 on [0, 0.9]" in ema["definition"]
 
     evaluate_here("grid metric/model.pt --vae vae.pt --out pictures2")
     assert Path("pictures2/samples.png").exists()

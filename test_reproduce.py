@@ -20,9 +20,12 @@ import pytest
 import scipy.stats
 import torch
 
+import consistency
 import cost
+import fsf_dmd
 import report
 import reproduce
+import search
 from data import data_kind
 from test_all import HERE, environment, refusal, small_images
 
@@ -772,7 +775,7 @@ def test_presets_of_the_digits_are_what_the_search_chose():
     lam = {(script, start): preset(script, start)["lam"]
            for script in ("fsf_dmd", "dmd2", "twinflow") for start in ("imf", "scratch")}
     assert lam == {
-        ("fsf_dmd", "imf"): 0.5,
+        ("fsf_dmd", "imf"): 0.01,                                     # of the newer search, below
         ("fsf_dmd", "scratch"): 0.01,
         ("dmd2", "imf"): 1,
         ("dmd2", "scratch"): 0.1,
@@ -782,4 +785,35 @@ def test_presets_of_the_digits_are_what_the_search_chose():
     dmd2, sid = preset("dmd2", "imf"), preset("sid", "imf")
     assert (dmd2["lr"], dmd2["fake_lr"]) == (3e-4, 3e-3)
     assert (sid["lr"], sid["fake_lr"]) == (1e-4, 1e-3)
-    assert preset("fsf_dmd", "imf")["shift"] == 1
+
+
+def test_the_new_start_of_the_digits_and_its_first_search_are_in_the_text():
+    """Both tables of RESULTS.md follow from their runs.json; the presets of CD and FSF-DMD are the best of that search."""
+    text = (HERE / "RESULTS.md").read_text()
+    starts = json.loads((KEPT / "start-digits" / "runs.json").read_text())["rows"]
+    means = {}
+    for mask in (0.5, 0.75, 0.9):
+        of_both = [row for row in starts if row["mask_prob"] == mask]
+        assert [row["seed"] for row in of_both] == [100, 101] and all(row["steps"] == 400 for row in of_both)
+        means[mask] = [statistics.mean(row[f"fd_{N}step"] for row in of_both) for N in (1, 2, 4, 25)]
+        assert f"| {mask} | " + " | ".join(f"{mean:.1f}" for mean in means[mask]) + " |" in text
+    chosen = consistency.PRESETS["pixels", "scratch"]
+    assert (chosen["steps"], chosen["mask_prob"]) == (400, 0.9)
+
+    rows = json.loads((KEPT / "search-digits-weak" / "runs.json").read_text())["rows"]
+    lines = [report.markdown_line(cells) for cells in search.body(rows)]
+    assert "\n".join(lines) in text and "\n".join(lines) in (KEPT / "search-digits-weak" / "README.md").read_text()
+    distance = {(row["method"], row["setting"]): statistics.mean(row["distance"]) for row in rows}
+    best = {}
+    for (method, _), value in distance.items():
+        best[method] = min(value, best.get(method, math.inf))
+    lam, shift = (fsf_dmd.PRESETS["pixels", "imf"][name] for name in ("lam", "shift"))
+    assert distance["FSF-DMD, M = 2", f"--lam {lam} --shift {shift:.0f}"] == best["FSF-DMD, M = 2"]
+    assert distance["CD", f"--lr {consistency.PRESETS['pixels', 'imf']['lr']}"] == best["CD"]
+    same_rate = distance["CD", f"--lr {fsf_dmd.PRESETS['pixels', 'imf']['lr']}"]
+    words = (f"CD takes the distance from {means[0.9][1]:.1f} to {best['CD']:.1f}, and the best FSF-DMD with M = 2 to "
+             f"{best['FSF-DMD, M = 2']:.1f}")
+    assert words in " ".join(text.split()) and f"at that learning rate ({same_rate:.1f})" in text
+    fsf = {k: [distance["FSF-DMD, M = 2", f"--lam {lam} --shift {k}"] for lam in (0.01, 0.05, 0.2)] for k in (1, 10)}
+    assert fsf[1] == sorted(fsf[1]) and fsf[10] == sorted(fsf[10])    # every larger lambda costs distance,
+    assert all(one > ten for one, ten in zip(fsf[1][1:], fsf[10][1:], strict=True))                 # more at k = 1
