@@ -788,7 +788,7 @@ def test_presets_of_the_digits_are_what_the_search_chose():
 
 
 def test_the_new_start_of_the_digits_and_its_first_search_are_in_the_text():
-    """Both tables of RESULTS.md follow from their runs.json; the presets of CD and FSF-DMD are the best of that search."""
+    """Both tables of RESULTS.md follow from their runs.json; presets of CD and FSF-DMD are the best of that search."""
     text = (HERE / "RESULTS.md").read_text()
     starts = json.loads((KEPT / "start-digits" / "runs.json").read_text())["rows"]
     means = {}
