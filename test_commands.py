@@ -604,7 +604,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_state(home):
     _, printed = together(
         home,
         f"{TOY['fsf_dmd.py']} --steps 2 --out diverges --lr 1e30 --log_every 1",
-        f"{TOY['fsf_dmd.py']} --steps 50 --out diverges2 --lr 1e20 --log_every 1 --save_every 1",
+        f"{TOY['fsf_dmd.py']} --steps 50 --out diverges2 --lr 1e20 --log_every 4 --save_every 4",
         code=2)
     assert "is not finite at step" in printed and "tau in [" in printed and "Traceback" not in printed
     path = home / "diverges2" / "state.pt"
@@ -613,14 +613,3 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_state(home):
     path = home / "damaged" / "state.pt"
     path.write_bytes(path.read_bytes()[:5000])
     assert "cannot be resumed" in run(home, f"{TOY['fsf_dmd.py']} --steps 4 --out damaged", code=2)
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_one_line_and_spares_the_last_state(home):
-    run(home, f"{TOY['fsf_dmd.py']} --steps 2 --out full")
-    (home / "full" / "state.tmp").symlink_to("/dev/full")                               # the device that is always full
-    printed = run(home, f"{TOY['fsf_dmd.py']} --steps 4 --out full", code=2)
-    assert "no space left on the disk" in printed and "Traceback" not in printed
-    assert state(home, "full")["step"] == 2
-    run(home, f"{TOY['fsf_dmd.py']} --steps 4 --out full")                              # with space again it goes on
-    assert state(home, "full")["step"] == 4

@@ -231,7 +231,7 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
     assert second.returncode == 0 and "0 kept from before; 2 at a time" in printed, printed
     log = metrics.parent.with_name(metrics.parent.name + ".log").read_text()
     assert f"resuming at step {stopped}" in log
-    out = runs / "tables" / "table2-toy-weak"
+    out = runs / "tables" / "table2-toy-weak-row2"
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert {path.name for path in out.iterdir()} == {"README.md", "runs.json", "curves.png", "samples.png"}
     page, stored = (out / "README.md").read_text(), (out / "runs.json").read_text()
