@@ -8,19 +8,19 @@ A method script reads from top to bottom without opening this file.  Three rules
   * Losses are per-sample means [b]; a script backpropagates their sum over the global batch size, and gradients are
     summed over processes (`sync_gradients`).  No DistributedDataParallel: it hides the sum, and skips it silently under
     torch.func.
-  * Running a command again resumes it.  state.pt is written to a temporary name, flushed and renamed: never half a
-    checkpoint.
+  * Running a command again resumes it.  Every file is written to a temporary name, flushed and renamed (files.py):
+    never half a checkpoint.  One process a folder; state.pt is checked for flipped bytes before it is used.
 """
+import contextlib
 import copy
 import errno
 import hashlib
-import json
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
+import zipfile
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -32,35 +32,48 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from model import LightningDiT, build, load_official
-
-
-class BadInput(Exception):
-    """What the user can repair: one line that says what is wrong, what was expected and what to do.  Exit code 2."""
+from files import BadInput, Locked, first_line, json_text, lock, read_json, read_lines, reading, write_atomic
+from model import CONDITIONINGS, LightningDiT, build, load_official, refuse_differences
 
 
 def main(train, parse_args):
     """Run a script: bad input ends in one line and exit code 2."""
-    name = Path(sys.argv[0]).name
     try:
         train(parse_args())
     except BadInput as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(f"error: {error}", 2)
     except KeyboardInterrupt:                                       # outside of a Run, which saves first
-        print(f"\n{name}: stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+        leave("stopped; run the same command again to go on", 130)
     except BrokenPipeError:                                         # `| head`
         os._exit(141)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}; repair that"
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             what = "no space left on the disk; free some"
-        print(f"{name}: error: {what} and run the same command again", file=sys.stderr)
-        sys.exit(2)
+        elif error.filename is None:
+            what = f"{error.strerror or first_line(error)}; repair that"
+        leave(f"error: {what} and run the same command again", 2)
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        leave("another process of this run ended; the last state.pt is untouched, run the same command again", 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def leave(words, code):
+    """End this process with one line of its own, not one behind a bar."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr)
+    sys.exit(code)
+
+
+def is_lost(error):
+    """Whether an exception is that of a collective whose other process has died: gloo's has no type of its own."""
+    words = str(error).lower()
+    return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in words or "by peer" in words)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -88,12 +101,14 @@ def pick_device(flag):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
+    expected = "expected auto, cpu, cuda or cuda:N"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"--device {flag}: not usable here ({reason}); expected auto, cpu, cuda or cuda:N") from None
+    except Exception as error:                                      # each backend raises its own
+        raise BadInput(f"--device {flag}: not usable here ({first_line(error)}); {expected}") from None
+    if device.type not in ("cpu", "cuda"):                          # meta holds no numbers
+        raise BadInput(f"--device {flag}: not usable here; {expected}")
     return device
 
 
@@ -103,6 +118,8 @@ def setup(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "bf16"
+    if hasattr(args, "resume"):                                     # training: refused now, not after pretraining
+        check_folder(args)
     if world() > args.batch_size:
         raise BadInput(f"--batch_size {args.batch_size}: smaller than the {world()} processes, "
                        "expected at least one row for each")
@@ -257,25 +274,6 @@ def frozen_view(net):
 # Files of weights, and checkpoints
 # ----------------------------------------------------------------------------------------------------------------------
 
-def save_atomic(obj, path):
-    """torch.save that leaves either the old file or the new one: temporary name, flush to disk, rename."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(obj, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def first_line(error, width=120):
-    """The first words of an exception of a library, for one line of ours."""
-    return str(error).splitlines()[0][:width] if str(error) else type(error).__name__
-
-
 def read_weights(path):
     """The state dict in a .pt, .ckpt or .safetensors file, on the CPU.  BadInput if it is none.
 
@@ -283,20 +281,25 @@ def read_weights(path):
     """
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file")
-    try:
+    with reading(path, "a file of weights", "fetch it again, or choose another"):
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:                                        # written before torch 1.6: cannot be mapped
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                      # pickle with code, truncated zip, text file, ...
-        raise BadInput(f"{path}: not a file of weights ({first_line(error)})") from None
     if isinstance(state, dict):
         state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+    if not is_state_dict(state):
         raise BadInput(f"{path}: holds no state dict of tensors")
     return state
+
+
+def is_state_dict(state):
+    """Whether this is a dictionary of names and plain tensors."""
+    return isinstance(state, dict) and all(
+        isinstance(k, str) and torch.is_tensor(v) and v.layout == torch.strided and not v.is_quantized
+        for k, v in state.items())
 
 
 def weights_hash(net):
@@ -312,24 +315,61 @@ def load_checkpoint(path):
     """
     if str(path).endswith(".safetensors"):
         return official(path, read_weights(path))
-    try:
+    if not Path(path).exists():
+        raise BadInput(f"{path}: no such file")
+    with reading(path, "a model.pt", "take another, or train it again"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except Exception as error:                                      # truncated zip, pickle with code, text file, ...
-        raise BadInput(f"{path}: not a model.pt ({first_line(error)})") from None
     if isinstance(checkpoint, dict) and {"config", "weights", "data", "args"} <= set(checkpoint):
+        with reading(path, "a model.pt of this project", "take another, or train it again"):
+            refuse_damage(**{k: checkpoint[k] for k in ("config", "weights", "data", "args")})
         return checkpoint
     return official(path, checkpoint)
+
+
+# Whole numbers in the configuration of every network.
+SIZES_OF = ("in_channels", "input_size", "num_classes", "depth", "hidden_size", "num_heads", "patch_size")
+
+
+def refuse_damage(config, weights, data, args):
+    """ValueError for the parts of a model.pt if one is empty, of another kind, or of sizes that it cannot have."""
+    if not isinstance(config, dict) or not isinstance(args, dict) or not is_state_dict(weights):
+        raise ValueError("its config, weights or args are of another kind")
+    largest = sum(v.numel() for v in weights.values())              # no size of a network exceeds its parameters
+    for name in SIZES_OF:
+        value, most = config.get(name), len(weights) if name == "depth" else largest
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"its config has {name} {value!r}")
+    if config["input_size"] % config["patch_size"]:
+        raise ValueError(f"its config has input_size {config['input_size']}, patch_size {config['patch_size']}")
+    for name in ("n_tokens", "token_block"):
+        value = config.get(name, 1)
+        if type(value) is not int or not 0 <= value <= largest:
+            raise ValueError(f"its config has {name} {value!r}")
+    if config.get("conditioning") not in CONDITIONINGS:
+        raise ValueError(f"its config has conditioning {config.get('conditioning')!r}")
+    if data is None:                                                # of official weights
+        return
+    shape = [config["in_channels"], config["input_size"], config["input_size"]]
+    if not isinstance(data, dict) or not isinstance(data.get("source"), str) or data.get("shape") != shape:
+        raise ValueError("its data have no source, or another shape than its config")
+    if data.get("kind", "pixels") not in ("pixels", "latents") or not isinstance(data.get("vae", ""), str):
+        raise ValueError("its data are of no known kind")
+    mean, std = (torch.tensor(data[name], dtype=torch.float64) for name in ("mean", "std"))
+    channels = (config["in_channels"],)
+    if mean.shape != channels or std.shape != channels or not mean.isfinite().all() or not (0 < std).all():
+        raise ValueError("the mean and std of its data do not fit")
 
 
 def official(path, state):
     """The checkpoint dict of official LightningDiT or iMF weights, which know neither data nor flags."""
     try:
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
         net = load_official(state)
-    except (ValueError, AttributeError) as error:
+        refuse_damage(net.config, net.state_dict(), None, {})
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"{path}: not a model.pt of this project, nor official LightningDiT or iMF weights "
-                       f"({error})") from None
+                       f"({first_line(error, 300)})") from None
     return dict(config=net.config, weights=net.state_dict(), data=None, args={}, step=0)
 
 
@@ -345,11 +385,15 @@ def load_network(path, data=None, conditioning=None):
     if data is not None:
         refuse_other_data(path, checkpoint, data)
     try:
+        with torch.device("meta"):                                  # no memory for a configuration that does not fit
+            refuse_differences(build(config), checkpoint["weights"], "network")
         net = build(config)
         net.load_state_dict(checkpoint["weights"])
-    except (RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise BadInput(f"{path}: its weights do not fit its configuration ({reason})") from None
+    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise BadInput(f"{path}: its weights do not fit its configuration ({first_line(error, 160)})") from None
+    for name, v in net.state_dict().items():
+        if not v.isfinite().all():
+            raise BadInput(f"{path}: its weights are not finite ({name}); expected those of a run that did not diverge")
     return net, checkpoint
 
 
@@ -400,6 +444,52 @@ def new_network(args, data, conditioning):
 RUNTIME_FLAGS = {"vae", "steps", "micro_batch", "device", "compile", "out", "resume", "log_every", "preview_every",
                  "eval_every", "save_every", "health_every", "dry_run"}
 
+# What a run writes: only these names are removed by --resume no.
+OWN_FILES = ("args.json", "metrics.jsonl", "state.pt", "model.pt", "result.json")
+OWN_PICTURES = ("samples_[0-9]*.png", "health_[0-9]*.png")
+
+# A network that trains has weights near 1.  Beyond this one it has diverged, although its loss may be finite.
+LARGEST_WEIGHT = 1e4
+
+
+def identity(args):
+    """The flags that a run folder has to agree in."""
+    return {k: v for k, v in vars(args).items() if k not in RUNTIME_FLAGS | NO_FLAGS}
+
+
+# Of the namespace, but no flags.  wait: whether a folder at which another process is training is waited for.
+NO_FLAGS = {"sources", "wait"}
+
+
+def leftovers(folder):
+    """Temporary files of a process that was killed while it wrote."""
+    return [path for name in OWN_FILES for path in folder.glob(f".{name}.*.tmp")]
+
+
+def check_folder(args):
+    """BadInput if --out cannot be a run folder, or is that of another configuration.  Touches nothing."""
+    folder = Path(args.out)
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"--out {folder}: exists and is no run folder but a file; nothing was touched")
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise BadInput(f"--out {folder}: Not a directory: {existing} is a file; nothing was touched")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise BadInput(f"--out {folder}: cannot be written in {existing}; nothing was touched")
+    if folder.is_symlink() and args.resume == "no":
+        raise BadInput(f"--out {folder}: is a link, and --resume no does not remove through one; nothing was touched")
+    path = folder / "args.json"
+    if not path.exists():
+        ours = {folder / ".lock", *leftovers(folder)}               # of a run that was killed at once
+        if folder.exists() and set(folder.iterdir()) - ours:
+            raise BadInput(f"--out {folder}: exists and is no run folder, expected a new one; nothing was touched")
+    elif args.resume != "no":
+        before = read_json(path, "the configuration of a run", repair="--resume no starts over")
+        differ = [f"--{k} {before.get(k)} (there) {v} (here)" for k, v in identity(args).items() if before.get(k) != v]
+        if differ:
+            raise BadInput(f"{folder} holds another configuration: {', '.join(differ)}; "
+                           "choose another --out, or --resume no to start over")
+
 
 class Run:
     """One run folder while it is written.
@@ -418,58 +508,106 @@ class Run:
         self.args, self.model, self.data = args, model, data
         self.state = {name: part for name, part in state.items() if part is not None}
         self.folder, self.main = Path(args.out), rank() == 0
-        self.identity = {k: v for k, v in vars(args).items() if k not in RUNTIME_FLAGS | {"sources"}}
-        self.step, self.evaluations, self.pending, self.stop_signal = 0, [], [], None
-        self.refuse_foreign_folder()
-        barrier()
-        if args.resume == "no" and self.main and self.folder.exists():
-            shutil.rmtree(self.folder)
-        barrier()
-        self.resume()
+        self.step, self.evaluations, self.pending = 0, [], []
+        self.asked = self.stop_signal = None                        # a signal of this process; one that all agreed on
+        self.held = contextlib.ExitStack()                          # the folder's lock
+        check_folder(args)
+        try:
+            self.take_folder()
+            self.resume()
+        except BaseException:
+            self.held.close()
+            raise
 
-    def refuse_foreign_folder(self):
-        is_empty = not self.folder.exists() or self.folder.is_dir() and not any(self.folder.iterdir())
-        if not is_empty and not (self.folder / "args.json").exists():
-            raise BadInput(f"--out {self.folder}: exists and is no run folder, expected a new one; "
-                           "nothing was touched")
+    def take_folder(self):
+        """Lock the folder, and clear it with --resume no.  Nobody else reads or writes in it from here to the end."""
+        bar = None
+        while True:
+            refusal = Locked(f"{self.folder}: another process is training there")
+            taken = False
+            if self.main:
+                try:
+                    self.held.enter_context(lock(self.folder / ".lock", "training"))
+                    taken = True
+                except Locked as error:
+                    refusal = error
+            if self.of_first(int(taken)):
+                break
+            if not getattr(self.args, "wait", False):
+                raise refusal
+            if bar is None:
+                said = str(refusal).split(";")[0]
+                bar = tqdm(desc=f"waiting: {said}", bar_format="{desc} {elapsed}", disable=not self.main)
+            bar.update()
+            time.sleep(0.5)
+        if bar is not None:
+            bar.close()
+        check_folder(self.args)                                     # another one may have been here meanwhile
+        barrier()
+        if self.main:
+            for path in leftovers(self.folder):
+                path.unlink()
+        if self.main and self.args.resume == "no":
+            pictures = [path for pattern in OWN_PICTURES for path in self.folder.glob(pattern)]
+            for path in [*(self.folder / name for name in OWN_FILES), *pictures]:
+                path.unlink(missing_ok=True)
+        barrier()
+
+    def of_first(self, number):
+        """An integer of the first process, in all."""
+        if world() == 1:
+            return number
+        number = torch.tensor(number, device=next(self.model.parameters()).device)
+        dist.broadcast(number, 0)
+        return int(number)
 
     def resume(self):
-        path = self.folder / "args.json"
-        if path.exists():
-            before = json.loads(path.read_text())
-            differ = [f"--{k} {before.get(k)} (there) {v} (here)" for k, v in self.identity.items()
-                      if before.get(k) != v]
-            if differ:
-                raise BadInput(f"{self.folder} holds another configuration: {', '.join(differ)}; "
-                               "choose another --out, or --resume no to start over")
         path = self.folder / "state.pt"
         if path.exists():
-            try:
-                saved = torch.load(path, map_location="cpu", weights_only=True)
-                for name, part in self.state.items():
-                    part.load_state_dict(saved[name])
-            except Exception as error:
-                reason = " ".join(str(error).split())[:120]
-                raise BadInput(f"{path}: cannot be resumed ({reason}); --resume no starts over") from None
-            self.step, self.evaluations = saved["step"], saved["evaluations"]
+            self.load(path)
+            if self.main and not self.model_is_good():              # killed between state.pt and model.pt
+                self.save_model()
             if self.main and self.step < self.args.steps:
                 print(f"{self.folder}: resuming at step {self.step}")
             elif self.main:
                 print(f"{self.folder}: is done ({self.step} steps); --steps trains longer, --resume no starts over")
         elif self.main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "args.json").write_text(json.dumps(self.identity, indent=1))
+            write_atomic(self.folder / "args.json", json_text(identity(self.args), indent=1))
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+        barrier()
+
+    def load(self, path):
+        with reading(path, "the state of this run", "it cannot be resumed, --resume no starts over"):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()                         # torch.save leaves a CRC-32, torch.load ignores it
+            if damaged:
+                raise ValueError(f"bytes have changed in {damaged}")
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            for name, part in self.state.items():
+                part.load_state_dict(saved[name])
+            self.step, self.evaluations = int(saved["step"]), list(saved["evaluations"])
+
+    def model_is_good(self):
+        """Whether model.pt holds what state.pt holds."""
+        try:
+            checkpoint = load_checkpoint(self.folder / "model.pt")
+            found, ours = checkpoint["weights"], self.model.state_dict()
+            same = all(torch.equal(v.cpu(), found[name]) for name, v in ours.items())
+            return same and checkpoint["step"] == self.step and checkpoint["config"] == self.model.config
+        except Exception:                                           # damaged, or gone
+            return False
 
     def __enter__(self):
-        self.handlers = {s: signal.signal(s, self.ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        stops = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup
+            stops.append(signal.SIGHUP)
+        self.handlers = {s: signal.signal(s, self.ask_to_stop) for s in stops}
         self.bar = tqdm(total=self.args.steps, initial=self.step, desc=self.folder.name, disable=not self.main,
                         mininterval=0.5, dynamic_ncols=True)
         path = self.folder / "metrics.jsonl"
         if self.main and self.step and path.exists():               # lines after the saved step: killed, then resumed
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-            path.write_text("".join(line + "\n" for line in kept))
+            kept = [line for line in read_lines(path) if line["step"] <= self.step]
+            write_atomic(path, "".join(json_text(line) + "\n" for line in kept))
         self.restart_clock()
         return self
 
@@ -477,13 +615,16 @@ class Run:
         self.bar.close()
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
+        self.held.close()
 
     def restart_clock(self):
         """sec/step counts from here: evaluations and saves are left out."""
         self.clock, self.clock_step = time.perf_counter(), self.step
 
     def ask_to_stop(self, signum, frame):
-        self.stop_signal = signum
+        self.asked = signum
+        if signum == signal.SIGHUP:                                 # nobody to show it to: writing there would fail
+            self.bar.disable = True
 
     def steps(self):
         while self.step < self.args.steps:
@@ -492,17 +633,20 @@ class Run:
                 self.save()
                 self.bar.close()
                 if self.main:
-                    print(f"\nstopped at step {self.step} and saved; run the same command again to resume",
-                          file=sys.stderr)
+                    with contextlib.suppress(OSError):              # the terminal is gone
+                        print(f"\nstopped at step {self.step} and saved; run the same command again to resume",
+                              file=sys.stderr)
                 sys.exit(128 + self.stop_signal)
 
     def stopping(self):
-        """All processes stop after the same step."""
+        """All processes stop after the same step.  A signal that comes while they agree counts at the next."""
+        agreed = self.asked or 0
         if world() > 1:
-            signals = torch.tensor(self.stop_signal or 0, device=next(self.model.parameters()).device)
+            signals = torch.tensor(agreed, device=next(self.model.parameters()).device)
             dist.all_reduce(signals, op=dist.ReduceOp.MAX)
-            self.stop_signal = int(signals) or None
-        return self.stop_signal is not None
+            agreed = int(signals)
+        self.stop_signal = agreed or None
+        return agreed > 0
 
     def due(self, every):
         """True every `every` steps and at the last one (every = 0: only there)."""
@@ -536,6 +680,7 @@ class Run:
                 spans = [f"{k} in [{v.min():.3g}, {v.max():.3g}], median {v.median():.3g}" for k, v in times.items()]
                 raise BadInput(f"{bad[0]} is not finite at step {step} ({', '.join(spans)}); "
                                "the last state.pt is untouched: lower --lr, or look at the data")
+        self.refuse_divergence()
         seconds = (time.perf_counter() - self.clock) / max(1, self.step - self.clock_step)
         line = dict(zip(names, values.mean(0).tolist()))
         line |= dict(grad_norm=norms.mean().item(), sec_per_step=seconds)
@@ -548,13 +693,22 @@ class Run:
         self.pending = []
         self.restart_clock()
 
+    def refuse_divergence(self):
+        """BadInput if a weight has left all bounds: one step can do that before any loss shows it."""
+        for name, part in self.state.items():
+            if isinstance(part, torch.nn.Module):
+                largest = torch.nn.utils.get_total_norm([*part.parameters()], float("inf")).item()
+                if not largest <= LARGEST_WEIGHT:                   # or nan
+                    raise BadInput(f"the run has diverged: a weight of {name} is {largest:.3g} after step {self.step}; "
+                                   "the last state.pt is untouched: lower --lr, or look at the data")
+
     def write(self, line):
         """One line of metrics.jsonl, under the step's number."""
         if not self.main:
             return
         line = {k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}
         with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(dict(step=self.step) | line) + "\n")
+            file.write(json_text(dict(step=self.step) | line) + "\n")
 
     def evaluated(self, metrics):
         """Keep an evaluation ({} of latents), which only the first process makes."""
@@ -568,12 +722,16 @@ class Run:
         self.flush()
         if self.main:
             parts = {name: part.state_dict() for name, part in self.state.items()}
-            save_atomic(parts | dict(step=self.step, evaluations=self.evaluations), self.folder / "state.pt")
-            args = {k: v for k, v in vars(self.args).items() if k != "sources"}
-            save_atomic(dict(config=self.model.config, weights=self.model.state_dict(), data=self.data.meta,
-                             sampler=self.args.sampler, step=self.step, args=args), self.folder / "model.pt")
+            write_atomic(self.folder / "state.pt", parts | dict(step=self.step, evaluations=self.evaluations))
+            self.save_model()
         barrier()
         self.restart_clock()
+
+    def save_model(self):
+        args = {k: v for k, v in vars(self.args).items() if k not in NO_FLAGS}
+        write_atomic(self.folder / "model.pt",
+                     dict(config=self.model.config, weights=self.model.state_dict(), data=self.data.meta,
+                          sampler=self.args.sampler, step=self.step, args=args))
 
     def result(self, definition, other_sampler=None):
         """Write result.json: last and best of every metric, with their definition.  -> the dict"""
@@ -589,7 +747,7 @@ class Run:
         result = dict(last=last, best=best, evaluations=self.evaluations, definition=definition,
                       other_sampler=other_sampler or {})
         if self.main:
-            (self.folder / "result.json").write_text(json.dumps(result, indent=1))
+            write_atomic(self.folder / "result.json", json_text(result, indent=1))
         return result
 
 

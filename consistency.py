@@ -49,7 +49,7 @@ from watch import begin, finish, watch
 PRESETS = {
     ("pixels", "scratch"): dict(                    # mostly s = t: the velocity, which teaches, is ahead of the map
         size="tiny", steps=400, lr=6e-3, mask_prob=0.9, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=50, eval_every=50),
+        save_every=100, eval_every=100),
     ("pixels", "imf"): dict(
         size="tiny", steps=200, lr=2e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=50, eval_every=50),
     ("pixels", "fm"): dict(
@@ -332,7 +332,7 @@ def pretrained(args, loss):
         if args.sources.get(flag) == "given":
             argv += [f"--{flag}", str(getattr(args, flag))]
     own = parse_args(argv)
-    path = f"{own.out}/model.pt"
+    own.wait, path = True, f"{own.out}/model.pt"                # wait: for another run that is training it
     if rank() == 0:
         print(f"starts from {path}, which comes from: python consistency.py {' '.join(argv)}")
     train(own)
@@ -350,11 +350,11 @@ def starting_networks(args, data, device, conditioning="in_context", flow_map=Tr
     """
     if args.init == "scratch":
         return new_network(args, data, conditioning).to(device).train(), None
+    given = getattr(args, "teacher", None)                                              # TwinFlow has no such flag
+    given = frozen_copy(load_network(given, data)[0]) if given else None                # refused before pretraining
     path = pretrained(args, args.init) if args.init in ("imf", "fm") else args.init
-    net, teacher = load_start(path, data, flow_map)
-    if getattr(args, "teacher", None):                                                  # TwinFlow has no such flag
-        teacher = frozen_copy(load_network(args.teacher, data)[0])
-    return net.to(device), teacher.to(device)
+    net, start = load_start(path, data, flow_map)
+    return net.to(device), (given or start).to(device)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ import dmd2
 import fsf_dmd
 import sid
 import twinflow
-from common import BadInput, load_network, main, save_atomic
+from common import BadInput, load_network, main
+from files import json_text, read_json, write_atomic
 from flags import Parser, number
 from model import SIZES, LightningDiT, fixed_guidance
 from reproduce import CD_MASKED, DMD2, FSF, HERE, TABLE_5, paper, sources
@@ -120,7 +121,7 @@ def random_inputs(folder, size):
             if not p.any():                                           # the timing should not be of zeros
                 torch.nn.init.normal_(p, std=0.02)
         checkpoint = dict(config=net.config, weights=net.state_dict(), data=None, args={}, step=0)
-        save_atomic(checkpoint, folder / f"{name}.pt")
+        write_atomic(folder / f"{name}.pt", checkpoint)
     return data
 
 
@@ -329,6 +330,19 @@ at {rate} FLOP/s. [runs.json](runs.json) holds the numbers unrounded.
 """
 
 
+def kept_rows(path):
+    """{label: dict(identity, row)} measured before; what is damaged is said, and measured again."""
+    if not path.exists():
+        return {}
+    try:
+        kept = read_json(path, "what was measured before", repair="measured again")
+    except BadInput as error:
+        tqdm.write(str(error))
+        return {}
+    whole = {"identity", "row"}
+    return {label: entry for label, entry in kept.items() if isinstance(entry, dict) and whole <= entry.keys()}
+
+
 def run(args):
     on_gpu = torch.cuda.is_available()
     setting = dict(
@@ -339,7 +353,7 @@ def run(args):
     )
     chosen = [entry for i, entry in enumerate(COST, 1) if args.row in (None, i)]
     scratch, path = args.runs / "cost", args.runs / "cost.json"
-    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept = kept_rows(path)
 
     # Counting is done aside, so that this process stays small: on Linux a child's peak memory begins with its parent's.
     # Ctrl-C is for this process, which ends the other; a process that is timed must not outlive it.
@@ -350,20 +364,20 @@ def run(args):
         for entry in tqdm(chosen, unit="method", dynamic_ncols=True):
             label, _, command = entry
             identity = dict(setting, command=command, sources=sources(shlex.split(command)[0]))
-            if kept.get(label, {}).get("identity") == identity:
+            if label in kept and kept[label]["identity"] == identity:
                 continue
             if label in kept:
                 tqdm.write(f"{label}: its setting or sources changed since, measured again")
             kept[label] = dict(identity=identity, row=measure(args, setting, entry, scratch, aside))
-            path.write_text(json.dumps(kept, indent=1))
+            write_atomic(path, json_text(kept, indent=1))
             shutil.rmtree(scratch)
 
     rows = [kept[label]["row"] for label, *_ in chosen]
     found = dict(setting, torch=torch.__version__, flop_per_second_modelled=RATE, rows=rows)
     folder = args.out / ("cost-cuda" if on_gpu else "cost-cpu")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "runs.json").write_text(json.dumps(found, indent=1))
-    (folder / "README.md").write_text(page(found, args.command))
+    write_atomic(folder / "runs.json", json_text(found, indent=1))
+    write_atomic(folder / "README.md", page(found, args.command))
     print(f"{markdown(found)}\n\nwrote README.md and runs.json into {folder}")
 
 

@@ -13,8 +13,11 @@ The statistics that undo it travel with the data and with every checkpoint, and 
     LATENTS/        LightningDiT's latent shards (*.safetensors, latents_stats.pt), memory-mapped, both flips:
                     2 rows an image
 """
-import json
+import logging
 import math
+import os
+import warnings
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +25,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from common import BadInput, read_weights
+from files import first_line, read_json, reading, write_atomic
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())      # what it says of damaged files is said in our line
+
+MAX_CLASSES = 100_000           # more is no label; ImageNet-21k has 21,841
+MAX_SIDE = 512                  # pixels of an image that a network sees as it is
 
 
 @dataclass
@@ -62,10 +71,12 @@ def load_data(source: str) -> Data:
         return load_latents(source)
     else:
         images, labels = read_image_folder(source)
+    if len(images) < 2 or images.min() == images.max():
+        raise BadInput(f"--data {source}: needs at least two images that are not all alike, found {len(images)}")
+    if images.dtype == np.uint8:
+        images = (np.arange(256) / 255).astype(np.float32)[images]           # from here on 4 bytes a value
     x = torch.as_tensor(images, dtype=torch.float32)
-    y = torch.as_tensor(labels, dtype=torch.int64)
-    if len(x) < 2 or x.std() == 0:
-        raise BadInput(f"--data {source}: needs at least two images that are not all alike, found {len(x)}")
+    y = torch.as_tensor(labels.astype(np.int64))
     std, mean = torch.std_mean(x.double(), dim=(0, 2, 3))
     mean, std = mean.tolist(), std.clamp(min=1e-6).tolist()      # a constant channel is not divided by zero
     return Data(normalize(x, mean, std), y, int(y.max()) + 1, mean, std, source)
@@ -111,53 +122,113 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
     return digits.images[:, None] / 16, digits.target            # grey levels 0 .. 16
 
 
-def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """(images [N, C, H, W] in [0, 1], labels [N]) of an .npz with `images` and `labels`; BadInput if it is no such."""
-    if not Path(path).is_file():
-        raise BadInput(f"--data {path}: no such file")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = file.files
-            arrays = {name: file[name] for name in ("images", "labels") if name in names}
-    except Exception as error:                                   # zipfile, zlib and numpy each raise their own
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"--data {path}: not a readable .npz without pickled objects ({reason})") from None
-    missing = sorted({"images", "labels"} - set(arrays))
-    if missing:
-        found = ", ".join(names) or "none"
-        raise BadInput(f"--data {path}: has no array {' and no '.join(missing)} (found {found})")
+def npz_headers(path: str | Path, shown: str) -> dict[str, tuple[tuple, np.dtype]]:
+    """{name: (shape, dtype)} of the arrays of an .npz, of which it reads the headers alone.
 
-    images, labels = arrays["images"], arrays["labels"]
-    if images.ndim == 3:
-        images = images[..., None]                               # [N, H, W, 1]
-    square = images.ndim == 4 and images.shape[1] == images.shape[2]
-    if images.dtype != np.uint8 or not square or images.shape[3] not in (1, 3):
-        raise BadInput(f"--data {path}: images are {images.dtype} {list(images.shape)}, "
+    shown: the file as messages name it, with its flag.
+    """
+    with reading(shown, "a readable .npz without pickled objects"), zipfile.ZipFile(path) as archive:
+        headers = {}
+        for member in archive.namelist():
+            if not member.endswith(".npy"):
+                continue
+            with archive.open(member) as file:
+                if np.lib.format.read_magic(file) != (1, 0):
+                    raise ValueError(f"{member} is of another version of numpy's format than 1.0")
+                shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            if dtype.hasobject:
+                raise ValueError(f"{member} holds Python objects")
+            headers[member.removesuffix(".npy")] = shape, dtype
+    return headers
+
+
+def read_npz_arrays(path: str | Path, shown: str, headers: dict, names: list, share: float) -> dict[str, np.ndarray]:
+    """These arrays of an .npz; BadInput, before reading, if they take more than this share of the machine's memory.
+
+    So a small file that unpacks to a huge array does no harm.
+    """
+    wanted = sum(math.prod(headers[name][0]) * headers[name][1].itemsize for name in names)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if wanted > share * memory:
+        raise BadInput(f"{shown}: {' and '.join(names)} unpack to {wanted / 1e9:.1f} GB, expected at most "
+                       f"{share * memory / 1e9:.1f} GB on this machine of {memory / 1e9:.0f} GB; take fewer rows")
+    with reading(shown, "a readable .npz without pickled objects"), np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in names}
+
+
+def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """(uint8 images [N, C, H, W], labels [N]) of an .npz with `images` and `labels`; BadInput if it is no such."""
+    shown = f"--data {path}"
+    if not Path(path).is_file():
+        raise BadInput(f"{shown}: no such file")
+    headers = npz_headers(path, shown)
+    missing = sorted({"images", "labels"} - set(headers))
+    if missing:
+        found = ", ".join(headers) or "none"
+        raise BadInput(f"{shown}: has no array {' and no '.join(missing)} (found {found})")
+    (shape, dtype), (label_shape, label_dtype) = headers["images"], headers["labels"]
+    if len(shape) == 3:
+        shape = (*shape, 1)                                      # [N, H, W, 1]
+    square = len(shape) == 4 and shape[1] == shape[2]
+    if dtype != np.uint8 or not square or 0 in shape or shape[3] not in (1, 3):
+        raise BadInput(f"{shown}: images are {dtype} {list(shape)}, "
                        "expected uint8 [N, H, H], [N, H, H, 1] or [N, H, H, 3]")
-    if labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
-        raise BadInput(f"--data {path}: labels are {labels.dtype} {list(labels.shape)}, "
-                       f"expected {len(images)} integers")
-    if len(labels) and labels.min() < 0:
-        raise BadInput(f"--data {path}: labels start at {labels.min()}, expected 0 .. classes - 1")
-    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)) / 255.0, labels
+    if shape[1] > MAX_SIDE:
+        raise BadInput(f"{shown}: images have {shape[1]} x {shape[1]} pixels, expected at most {MAX_SIDE}; "
+                       "larger ones: python vae.py encode, of a folder of them")
+    if label_shape != shape[:1] or label_dtype.kind not in "iu":
+        raise BadInput(f"{shown}: labels are {label_dtype} {list(label_shape)}, expected {shape[0]} integers")
+
+    # Training needs 13 bytes a pixel for a moment: these, 32-bit numbers, and 64-bit ones for the statistics.
+    arrays = read_npz_arrays(path, shown, headers, ["images", "labels"], share=1 / 16)
+    refuse_labels(arrays["labels"], shown)
+    images = arrays["images"].reshape(shape)                     # [N, H, H, C]
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), arrays["labels"]
+
+
+def refuse_labels(labels: "np.ndarray | torch.Tensor", shown: str | Path) -> None:
+    """BadInput for labels that do not lie in 0 .. classes - 1 of a sane number of classes."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0:
+        raise BadInput(f"{shown}: labels start at {low}, expected 0 .. classes - 1")
+    if high >= MAX_CLASSES:
+        raise BadInput(f"{shown}: labels go up to {high}, expected at most {MAX_CLASSES - 1}, "
+                       "the number of classes less one")
 
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pgm", ".ppm", ".pnm", ".tif", ".tiff")
-UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)   # what Pillow raises
+
+
+def read_rgb(path: str | Path, largest: int | None = None) -> Image.Image:
+    """An image file as RGB, of at most `largest` pixels a side; BadInput if it cannot be read or is unreasonable.
+
+    Its size is looked at before it is unpacked.  Pillow refuses what it takes for a bomb; its warning counts as that.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if largest and max(image.size) > largest:
+                    raise BadInput(f"{path}: has {image.width} x {image.height} pixels, "
+                                   f"expected square images of at most {largest}; larger ones: python vae.py encode")
+                if 100 * min(image.size) < max(image.size) or not min(image.size):
+                    raise ValueError(f"its size is {image.width} x {image.height}")
+                return image.convert("RGB")
+    except BadInput:
+        raise
+    except Exception as error:                                   # Pillow raises a dozen kinds
+        raise BadInput(f"{path}: not a readable image ({first_line(error)}); repair or remove it") from None
 
 
 def read_image_folder(folder: str) -> tuple[np.ndarray, np.ndarray]:
-    """(images [N, 3, H, H] in [0, 1], labels [N]) of small images in class folders; all of one square size."""
+    """(uint8 images [N, 3, H, H], labels [N]) of small images in class folders; all of one square size."""
     files, _ = image_files(folder)
     images = []                                                  # of uint8 [H, H, 3]
     for path, _ in files:
-        try:
-            with Image.open(path) as image:
-                pixels = np.array(image.convert("RGB"))
-        except UNREADABLE_IMAGE:
-            raise BadInput(f"{path}: not a readable image; repair or remove it") from None
+        pixels = np.array(read_rgb(path, largest=64))
         height, width = pixels.shape[:2]
-        if not images and (width != height or width > 64):
+        if not images and width != height:
             raise BadInput(f"--data {folder}: {path.name} has {width} x {height} pixels, "
                            "expected square images of at most 64; larger ones: python vae.py encode")
         if images and pixels.shape != images[0].shape:
@@ -166,7 +237,7 @@ def read_image_folder(folder: str) -> tuple[np.ndarray, np.ndarray]:
                            "expected one size")
         images.append(pixels)
     labels = np.array([label for _, label in files])
-    return np.stack(images).transpose(0, 3, 1, 2) / 255.0, labels
+    return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)), labels
 
 
 def image_files(folder: str | Path) -> tuple[list, list]:
@@ -198,9 +269,8 @@ def read_image(path: str | Path, size: int) -> torch.Tensor | None:
     Grey and transparent images become RGB.
     """
     try:
-        with Image.open(path) as image:
-            pixels = np.array(center_crop(image.convert("RGB"), size))
-    except UNREADABLE_IMAGE:
+        pixels = np.array(center_crop(read_rgb(path), size))
+    except BadInput:
         return None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -233,8 +303,7 @@ def load_latents(folder: str) -> Data:
     mean, std = read_stats(folder, channels=found[0].latents.shape[1])
     x = Latents(found, mean, std)
     y = torch.cat([shard.labels for shard in found]).repeat(2).long()        # both views
-    path = Path(folder) / "meta.json"                            # of `python vae.py encode`
-    meta = json.loads(path.read_text()) if path.exists() else {}
+    meta = read_meta(Path(folder) / "meta.json")
     num_classes = len(meta["classes"]) if meta else int(y.max()) + 1
     if y.max() >= num_classes:
         raise BadInput(f"--data {folder}: labels go up to {int(y.max())}, but meta.json names {num_classes} classes; "
@@ -251,6 +320,18 @@ def load_latents(folder: str) -> Data:
     return Data(x, y, num_classes, mean, std, folder, "latents", meta.get("vae_hash", ""))
 
 
+def read_meta(path: Path) -> dict:
+    """The meta.json of `python vae.py encode`: classes and vae_hash; {} if there is none, as in others' folders."""
+    if not path.exists():
+        return {}
+    expected, repair = "the meta.json of `python vae.py encode`", "run that command again"
+    meta = read_json(path, expected, repair=repair)
+    with reading(path, expected, repair):
+        if not isinstance(meta["classes"], list) or not meta["classes"] or not isinstance(meta["vae_hash"], str):
+            raise ValueError("classes or vae_hash are of another kind")
+    return meta
+
+
 class Shard(NamedTuple):
     """One file of latents, memory-mapped."""
 
@@ -258,6 +339,11 @@ class Shard(NamedTuple):
     latents: torch.Tensor           # [n, C, H, W]
     latents_flip: torch.Tensor      # [n, C, H, W] of the mirrored images
     labels: torch.Tensor            # [n], integers
+
+
+REMAKE = "make it anew with `python vae.py encode`, or fetch it again"
+LATENT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LABEL_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def shards(folder: str | Path) -> list[Shard]:
@@ -268,16 +354,22 @@ def shards(folder: str | Path) -> list[Shard]:
         missing = sorted({"latents", "latents_flip", "labels"} - set(file.keys()))
         if missing:
             raise BadInput(f"{path}: has no {' and no '.join(missing)}, expected a shard of LightningDiT's format")
-        latents, flipped, labels = (file.get_tensor(name) for name in ("latents", "latents_flip", "labels"))
+        with reading(path, "a shard of LightningDiT's format", REMAKE):
+            latents, flipped, labels = (file.get_tensor(name) for name in ("latents", "latents_flip", "labels"))
         fits = latents.ndim == 4 and flipped.shape == latents.shape and labels.shape == latents.shape[:1]
+        if fits and (0 in latents.shape or latents.shape[2] != latents.shape[3]):
+            raise BadInput(f"{path}: latents are {list(latents.shape)}, expected [n, C, H, H] with n, C and H above 0; "
+                           f"{REMAKE}")
+        if not all(view.dtype in LATENT_TYPES for view in (latents, flipped)):
+            raise BadInput(f"{path}: latents are {latents.dtype} and {flipped.dtype}, expected floating point; "
+                           f"{REMAKE}")
         if found:
             fits = fits and latents.shape[1:] == found[0].latents.shape[1:]
-        if not fits or labels.is_floating_point():
+        if not fits or labels.dtype not in LABEL_TYPES:
             others = f" or with {found[0].path.name}" if found else ""
             raise BadInput(f"{path}: latents {list(latents.shape)}, latents_flip {list(flipped.shape)}, "
                            f"labels {labels.dtype} {list(labels.shape)} do not fit together{others}")
-        if len(labels) and labels.min() < 0:
-            raise BadInput(f"{path}: labels start at {labels.min()}, expected 0 .. classes - 1")
+        refuse_labels(labels, path)
         found.append(Shard(path, latents, flipped, labels))
     if not found:
         raise BadInput(f"{folder}: holds no latent shards (*.safetensors), expected those of LightningDiT "
@@ -287,11 +379,8 @@ def shards(folder: str | Path) -> list[Shard]:
 
 def open_shard(path: str | Path) -> safe_open:
     """A shard, lazily read: keys(), get_tensor(name) (memory-mapped) and metadata().  BadInput if it is damaged."""
-    try:
+    with reading(path, "a whole safetensors file", REMAKE):
         return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"{path}: not a whole safetensors file ({reason}); make it anew") from None
 
 
 def read_stats(folder: str | Path, channels: int) -> tuple[list, list]:
@@ -299,8 +388,10 @@ def read_stats(folder: str | Path, channels: int) -> tuple[list, list]:
     path = Path(folder) / "latents_stats.pt"
     state = read_weights(path)
     mean, std = state.get("mean"), state.get("std")
-    complete = mean is not None and std is not None
-    if not complete or mean.numel() != channels or std.numel() != channels or not (std > 0).all():
+    complete = mean is not None and std is not None and mean.dtype in LATENT_TYPES and std.dtype in LATENT_TYPES
+    if complete:
+        complete = mean.numel() == std.numel() == channels and mean.isfinite().all() and std.isfinite().all()
+    if not complete or not (std > 0).all():
         found = ", ".join(f"{name} {list(value.shape)}" for name, value in list(state.items())[:3])
         raise BadInput(f"{path}: expected mean and positive std of {channels} channels, found {found}")
     return mean.flatten().double().tolist(), std.flatten().double().tolist()
@@ -388,4 +479,4 @@ def preview(path: str | Path, rows: list, meta: dict, vae: torch.nn.Module | Non
             line, column = divmod(i, per_line)
             picture.paste(tile, (4 + column * cell, top + caption + line * cell))
         top += caption + n * cell
-    picture.save(path)
+    write_atomic(path, lambda temporary: picture.save(temporary, format="PNG"))

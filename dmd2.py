@@ -122,14 +122,14 @@ def parse_args(argv=None):
     teacher_flag(p)
     health_flag(p)
     add = p.method.add_argument
-    add("--M", type=number(int, 1),
+    add("--M", type=number(int, 1, 1000),
         help="M of Eq. 17, steps of the backward simulation; 1: single-step simulation (Table 3)")
     add("--lam", type=number(float, 0, open_low=True), default=0.01, help="lambda of Eq. 59, with --cd 1")
     add("--cd", type=int, choices=[0, 1], default=0,
         help="1: generator loss L_CD + lambda L_DMD (Eq. 59); scratch: L_CT + lambda L_DMD")
     add("--cd_guidance", choices=["fixed", "drawn"], default="fixed",
         help="L_CD: omega and its interval fixed, or drawn as in iMF")
-    add("--ttur", type=number(int, 1), default=5, help="R, fake updates per generator update (Table 7: 1 to 5)")
+    add("--ttur", type=number(int, 1, 1000), default=5, help="R, fake updates per generator update (Table 7: 1 to 5)")
     add("--fake_lr", type=number(float, 0, open_low=True), help="learning rate of the fake side (default: --lr)")
     add("--lambda_g", type=number(float, 0), default=3e-3,
         help="lambda_G of Eq. 54, the GAN term of the generator; 0: no GAN is built")

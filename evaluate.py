@@ -11,7 +11,7 @@ on the data set itself, on one CPU thread from a fixed seed (3 s for the digits;
 trained on the even ones), cached under runs/cache.
 """
 import argparse
-import json
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +23,8 @@ from common import (BadInput, load_checkpoint, load_network, main, noise_by_inde
                     weights_hash, world)
 from data import Data, load_data, preview, to_images
 from fid import collect, describe, feature_networks, image_source, inception_metrics, read_reference, write_reference
-from flags import Parser, number
+from files import json_text, reading, write_atomic
+from flags import BATCH, SEED, Parser, number
 from inception import Inception  # noqa: F401  (a public name of this file too, as the four metrics below)
 from metrics import EVAL_SEED, METRICS, Features
 from metrics import frechet_distance, inception_score, moments, precision_recall  # noqa: F401
@@ -131,7 +132,7 @@ def show(path: Path, nets: list, data: Data, args: argparse.Namespace, steps: li
                             args.cfg_channels or None, classes=shown, sampler=sampler)
             bands.append((f"{caption}: {N}-step samples", x))
     device = next(nets[0][1].parameters()).device
-    preview(path, bands, data.meta, decoder(args.vae, data.vae, device))
+    preview(path, bands, data.meta, decoder_for(data, args, device))
 
 
 def table(rows: list, floor: dict | None = None) -> str:
@@ -157,8 +158,17 @@ def table(rows: list, floor: dict | None = None) -> str:
 
 def metric_space(data: Data, args: argparse.Namespace) -> Features | None:
     """The Features of pixel data in the first process; None in the others, and for latents, which have no metric."""
-    decoder(args.vae, data.vae, torch.device("cpu"))             # refuses a wrong --vae now, not at the first picture
+    decoder_for(data, args, torch.device("cpu"))                 # refuses a wrong --vae now, not at the first picture
     return Features(data) if rank() == 0 and data.kind == "pixels" else None
+
+
+def decoder_for(data: Data, args: argparse.Namespace, device: torch.device) -> VAE | None:
+    """`decoder` of --vae; BadInput if it decodes latents of other channels than these data."""
+    vae, channels = decoder(args.vae, data.vae, device), data.x.shape[1]
+    if vae is not None and data.kind == "latents" and vae.config["z_channels"] != channels:
+        raise BadInput(f"--vae {args.vae}: decodes latents of {vae.config['z_channels']} channels, but --data "
+                       f"{data.source} has {channels}; expected the VAE that made them")
+    return vae
 
 
 @lru_cache(maxsize=1)
@@ -183,7 +193,6 @@ def decoder(path: str | None, expected: str, device: torch.device) -> VAE | None
 def measure(args: argparse.Namespace) -> None:
     """ref, --from_images, and checkpoints with --inception: features of images, then what is asked of them."""
     device = setup(argparse.Namespace(device=args.device, precision="fp32", batch_size=world(), seed=0))
-    network, spaces = feature_networks(args.inception, args.vgg, args.pipeline, device)
     ref = None if args.what == "ref" else read_reference(args.ref)
     if args.from_images or args.what == "ref":
         path = args.from_images or args.data
@@ -195,6 +204,9 @@ def measure(args: argparse.Namespace) -> None:
         images, sampler = samples_as_images(args, device)
         n = args.n or 50_000
         out = Path(args.out or Path(args.what).parent)
+    if n < 4:
+        raise BadInput(f"{n} images are too few, expected 4 or more")
+    network, spaces = feature_networks(args.inception, args.vgg, args.pipeline, device)
     if n <= 2048 and not args.few:
         raise BadInput(f"{n} images give no covariance of 2048 features, expected more than 2048; "
                        "--few 1 computes it all the same")
@@ -213,7 +225,7 @@ def measure(args: argparse.Namespace) -> None:
     line = (f"{label} {describe(metrics)}; n = {n}; {spaces}; reference {args.ref} ({ref['hash']}); {sampler}; "
             f"torch {torch.__version__}, numpy {np.__version__}")
     print(line)
-    (out / "fid.json").write_text(json.dumps(metrics | dict(n=n, label=label, definition=line), indent=1))
+    write_atomic(out / "fid.json", json_text(metrics | dict(n=n, label=label, definition=line), indent=1))
 
 
 def samples_as_images(args: argparse.Namespace, device: torch.device) -> tuple[Callable, str]:
@@ -224,7 +236,7 @@ def samples_as_images(args: argparse.Namespace, device: torch.device) -> tuple[C
     net, checkpoint, data = load_for_sampling(args)
     net = net.to(device)
     omega, guide_to, channels, sampler = sampling(args, checkpoint)
-    vae = decoder(args.vae, data.vae, device)
+    vae = decoder_for(data, args, device)
     steps = sampler_steps(sampler, args.steps)[0]
     if data.kind == "latents" and vae is None:
         raise BadInput("images of latents need the autoencoder: pass --vae")
@@ -267,7 +279,8 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[LightningDiT, dict, Dat
         if not path.exists():
             raise BadInput(f"--weights raw: {path} is not there, "
                            "expected the run folder's state.pt beside the model.pt")
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["net"])
+        with reading(path, f"the state.pt of the run that made {args.what}", "--weights ema takes the model.pt"):
+            net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["net"])
     return net, checkpoint, data
 
 
@@ -278,10 +291,15 @@ def sampling(args: argparse.Namespace, checkpoint: dict) -> tuple[float, float, 
     """
     def chosen(name, default):
         flag = getattr(args, name)
-        return checkpoint["args"].get(name, default) if flag is None else flag
+        value = checkpoint["args"].get(name, default) if flag is None else flag
+        if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+            raise BadInput(f"{args.what}: its args have {name} {value!r}, expected a number; pass --{name}")
+        return value
 
     plain = checkpoint["config"]["conditioning"] == "plain"
     sampler = args.sampler or checkpoint.get("sampler") or ("euler" if plain else "flow_map")
+    if sampler not in SAMPLERS:
+        raise BadInput(f"{args.what}: names the sampler {sampler!r}, expected {', '.join(SAMPLERS)}; pass --sampler")
     if plain and sampler == "flow_map":
         raise BadInput(f"--sampler flow_map: {args.what} is a velocity network, which has no target time; "
                        "expected euler or renoised")
@@ -300,7 +318,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                    help="instead of a checkpoint: a folder of images or an .npz (arr_0) of any other system")
     p.add_argument("--weights", choices=["ema", "raw"], default="ema",
                    help="of a run folder: the EMA (model.pt), or the weights in training (state.pt beside it)")
-    p.add_argument("--steps", type=number(int, 1), nargs="+",
+    p.add_argument("--steps", type=number(int, 1, 100_000), nargs="+",
                    help="sampling steps (default: 1 2 4, of euler 25; with --inception the first)")
     p.add_argument("--sampler", choices=SAMPLERS,
                    help="default: what the network was trained for.  flow_map: deterministic t -> s steps; renoised: "
@@ -308,14 +326,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "paper's teacher rows")
     p.add_argument("--shift", type=number(float, 0, open_low=True), default=1.0,
                    help="euler: k of its times k r / (1 + (k-1) r); LightningDiT's timestep shift 0.3 is 3.333")
-    p.add_argument("--n", type=number(int, 4),
+    p.add_argument("--n", type=number(int, 4, 10 ** 8),
                    help="images (default: 2000; with --inception 50,000, or all of a folder)")
     p.add_argument("--omega", type=number(float, 1), help="CFG scale (default: the run's)")
     p.add_argument("--guide_to", type=number(float, 0, 1),
                    help="guidance acts for t in [0, guide_to] (default: the run's)")
     p.add_argument("--cfg_channels", type=number(int, 0),
                    help="CFG of a plain network on this many first channels, 0: all (default: the run's)")
-    p.add_argument("--seed", type=number(int, 0), default=EVAL_SEED,
+    p.add_argument("--seed", type=number(int, 0, SEED), default=EVAL_SEED,
                    help="of the noise, by sample index (default: 0)")
     p.add_argument("--vae", help="VAE checkpoint that decodes latents")
     p.add_argument("--inception",
@@ -327,7 +345,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--pipeline", choices=["adm", "pytorch_fid"], default="adm",
                    help="resizing and scaling before Inception (default: adm, as torch-fidelity and NVIDIA)")
     p.add_argument("--few", type=int, choices=[0, 1], default=0, help="1: compute FID of 2,048 images and fewer")
-    p.add_argument("--batch_size", type=number(int, 1), default=50,
+    p.add_argument("--batch_size", type=number(int, 1, BATCH), default=50,
                    help="images per forward pass of Inception (changes nothing but speed)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     p.add_argument("--out", help="folder of the results (default: beside the checkpoint; `evaluation`)")
@@ -378,7 +396,7 @@ def measure_without_inception(args: argparse.Namespace) -> None:
                       f"sampler {named(args.sampler, args.shift)}, omega {args.omega} on t in [0, {args.guide_to}], "
                       f"torch {torch.__version__}")
         print(definition)
-        (out / "evaluation.json").write_text(json.dumps(metrics | dict(definition=definition), indent=1))
+        write_atomic(out / "evaluation.json", json_text(metrics | dict(definition=definition), indent=1))
     show(out / "samples.png", [(name, net, args.sampler)], data, args, sampler_steps(args.sampler, args.steps))
     wrote = f"wrote {out / 'samples.png'}"
     if features is not None:

@@ -2,21 +2,23 @@
 
 evaluate.py calls what is here, top to bottom: networks, images, their features, a reference, the numbers.
 """
+import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from common import BadInput, rank, save_atomic, world
-from data import IMAGE_SUFFIXES, UNREADABLE_IMAGE
+from common import BadInput, barrier, rank, world
+from data import IMAGE_SUFFIXES, npz_headers, read_npz_arrays, read_rgb
+from files import lock, read_json, reading, write_atomic
 from inception import load_inception, load_vgg16
 from metrics import frechet_distance, inception_score, moments, precision_recall
+
+WIDTHS = dict(features=2048, logits=1008, vgg=4096)              # of what a feature network gives
 
 
 def feature_networks(inception_path: str, vgg_path: str | None, pipeline: str,
@@ -55,19 +57,20 @@ def image_source(path: str | Path) -> tuple[int, Callable, str]:
 
 
 def npz_source(path: str | Path) -> tuple[int, Callable, str]:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            array = file["arr_0"]
-    except (OSError, KeyError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"{path}: expected an .npz with arr_0, uint8 [N, H, W, 3] ({reason})") from None
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
-        raise BadInput(f"{path}: arr_0 is {array.dtype} {list(array.shape)}, expected uint8 [N, H, W, 3]")
+    headers = npz_headers(path, str(path))
+    if "arr_0" not in headers:
+        found = ", ".join(headers) or "none"
+        raise BadInput(f"{path}: expected an .npz with arr_0, uint8 [N, H, W, 3] (found {found})")
+    shape, dtype = headers["arr_0"]
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
+        raise BadInput(f"{path}: arr_0 is {dtype} {list(shape)}, expected uint8 [N, H, W, 3] with N, H and W above 0")
+    array = read_npz_arrays(path, str(path), headers, ["arr_0"], share=3 / 4)["arr_0"]
+    array = np.ascontiguousarray(array)
 
     def images(start, stop):
         return torch.from_numpy(array[start:stop]).permute(0, 3, 1, 2)
 
-    return len(array), images, hashlib.sha256(array.tobytes()).hexdigest()[:8]
+    return len(array), images, hashlib.sha256(array).hexdigest()[:8]
 
 
 def folder_source(path: str | Path) -> tuple[int, Callable, str]:
@@ -79,11 +82,7 @@ def folder_source(path: str | Path) -> tuple[int, Callable, str]:
     def images(start, stop):
         arrays = []                                              # of uint8 [H, W, 3]
         for file in files[start:stop]:
-            try:
-                with Image.open(file) as image:
-                    array = np.array(image.convert("RGB"))
-            except UNREADABLE_IMAGE as error:
-                raise BadInput(f"{file}: not a readable image ({error}); repair or remove it") from None
+            array = np.array(read_rgb(file))
             arrays.append(array)
             if array.shape != arrays[0].shape:
                 height, width, _ = array.shape
@@ -100,32 +99,56 @@ def folder_source(path: str | Path) -> tuple[int, Callable, str]:
 def collect(network: Callable, images: Callable, n: int, folder: Path, identity: dict, batch: int = 50) -> dict:
     """{name: [n, D]} of network(images(start, stop)) -> {name: [m, D]}, a file a batch in `folder`.
 
-    Run again it goes on where it was stopped, and several processes share the batches.  A folder of another identity
-    (anything that json writes) is emptied.
+    Run again it goes on where it was stopped, and several processes share the batches.  The files of another identity
+    (anything that json writes) are removed, and damaged ones are made again.
     """
-    saved = folder / "identity.json"
-    if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        if saved.exists() and json.loads(saved.read_text()) != identity:
-            shutil.rmtree(folder)
-            folder.mkdir()
-        saved.write_text(json.dumps(identity))
-    if world() > 1:
-        torch.distributed.barrier()
-    mine = range(rank() * batch, n, world() * batch)
-    hidden = rank() > 0
-    with tqdm(total=len(mine) * batch, desc="features", unit=" images", disable=hidden, dynamic_ncols=True) as bar:
-        for start in mine:
-            path = folder / f"features_{start:06d}.pt"
-            if not path.exists():
-                found = network(images(start, min(start + batch, n)))
-                save_atomic({name: value.cpu() for name, value in found.items()}, path)
-            bar.update(batch)
-    if world() > 1:
-        torch.distributed.barrier()
-    paths = [folder / f"features_{start:06d}.pt" for start in range(0, n, batch)]
-    parts = [torch.load(path, weights_only=True) for path in paths]
+    with contextlib.ExitStack() as held:
+        if rank() == 0:
+            held.enter_context(lock(folder / ".lock", "computing features"))
+            claim(folder, identity)
+        barrier()
+        mine = range(rank() * batch, n, world() * batch)
+        hidden = rank() > 0
+        with tqdm(total=len(mine) * batch, desc="features", unit=" images", disable=hidden, dynamic_ncols=True) as bar:
+            for start in mine:
+                path = folder / f"features_{start:06d}.pt"
+                stop = min(start + batch, n)
+                if read_part(path, stop - start) is None:
+                    found = network(images(start, stop))
+                    write_atomic(path, {name: value.cpu() for name, value in found.items()})
+                bar.update(batch)
+        barrier()
+        parts = [read_part(folder / f"features_{start:06d}.pt", min(batch, n - start)) for start in range(0, n, batch)]
+    if None in parts or any(part.keys() != parts[0].keys() for part in parts):
+        raise BadInput(f"{folder}: its files do not fit together; delete that folder and run the command again")
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def claim(folder: Path, identity: dict) -> None:
+    """Write identity.json; where another one was, or a damaged one, the features beside it are removed first."""
+    saved = folder / "identity.json"
+    same = False
+    if saved.exists():
+        with contextlib.suppress(BadInput):
+            same = read_json(saved, "the identity of features") == identity
+    if same:
+        return
+    for old in [*folder.glob("features_*.pt"), *folder.glob(".features_*.tmp")]:
+        old.unlink()
+    write_atomic(saved, json.dumps(identity))
+
+
+def read_part(path: Path, rows: int) -> dict | None:
+    """The features of one batch of so many rows, or None where they are missing, damaged or others."""
+    try:
+        with reading(path, "a file of features"):
+            part = torch.load(path, weights_only=True)
+            for name, width in WIDTHS.items():
+                if (name in part or name != "vgg") and part[name].shape != (rows, width):
+                    raise ValueError(f"{name} are {list(part[name].shape)}")
+    except BadInput:
+        return None
+    return {name: part[name] for name in WIDTHS if name in part}
 
 
 def read_reference(path: str | Path) -> dict:
@@ -133,19 +156,25 @@ def read_reference(path: str | Path) -> dict:
 
     features and vgg are None where the file has none, as ADM's and iMF's.  BadInput if it holds no such statistics.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = ("mu", "sigma", "ref_mu", "ref_sigma", "features", "vgg")
-            found = {name: file[name] for name in names if name in file.files}
-    except (OSError, ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"--ref {path}: not a readable .npz ({reason})") from None
+    shown = f"--ref {path}"
+    headers = npz_headers(path, shown)
+    names = [name for name in ("mu", "sigma", "ref_mu", "ref_sigma", "features", "vgg") if name in headers]
+    there = ", ".join(f"{name} {headers[name][1]} {list(headers[name][0])}" for name in names) or "neither"
+    damaged = BadInput(f"{shown}: expected finite mu [2048] and sigma [2048, 2048], and where it has them features "
+                       f"[n, 2048] and vgg [n, 4096] of 4 images or more (found {there}); make it anew with "
+                       "`python evaluate.py ref`, or fetch it again")
+    for name in names:
+        shape, dtype = headers[name]
+        fits = shape == ((2048,) if name.endswith("mu") else (2048, 2048))
+        if name in WIDTHS:
+            fits = len(shape) == 2 and shape[0] >= 4 and shape[1] == WIDTHS[name]
+        if not fits or dtype.kind not in "fiu":
+            raise damaged
+    found = read_npz_arrays(path, shown, headers, names, share=1 / 4)
     mu = found.get("mu", found.get("ref_mu"))
     sigma = found.get("sigma", found.get("ref_sigma"))
-    complete = mu is not None and sigma is not None and mu.shape == (2048,) and sigma.shape == (2048, 2048)
-    if not complete or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
-        there = ", ".join(f"{name} {list(value.shape)}" for name, value in found.items()) or "neither"
-        raise BadInput(f"--ref {path}: expected finite mu [2048] and sigma [2048, 2048] (found {there})")
+    if mu is None or sigma is None or not all(np.isfinite(array).all() for array in found.values()):
+        raise damaged
     digest = hashlib.sha256(mu.tobytes() + sigma.tobytes()).hexdigest()[:8]
     return dict(mu=mu, sigma=sigma, features=found.get("features"), vgg=found.get("vgg"), hash=digest)
 
@@ -153,14 +182,18 @@ def read_reference(path: str | Path) -> dict:
 def write_reference(path: Path, found: dict, source: str) -> None:
     """reference.npz of the features `collect` found of --data, for `read_reference`."""
     mu, sigma = (value.numpy() for value in moments(found["features"]))
-    if source.endswith(".npz"):
-        with np.load(source) as own:
-            if {"mu", "sigma"} <= set(own.files):                # ADM's: of the whole data set, arr_0 a part of it
-                mu, sigma = own["mu"], own["sigma"]
+    if source.endswith(".npz") and {"mu", "sigma"} <= set(npz_headers(source, source)):
+        own = read_reference(source)                             # ADM's: of the whole data set, arr_0 a part of it
+        mu, sigma = own["mu"], own["sigma"]
     arrays = dict(mu=mu, sigma=sigma, features=found["features"][:10_000].numpy())
     if "vgg" in found:
         arrays["vgg"] = found["vgg"][:50_000].half().numpy()     # half: as StyleGAN3 compares them
-    np.savez(path, **arrays)
+
+    def save(temporary):
+        with open(temporary, "wb") as file:                      # numpy would add a suffix to a name
+            np.savez(file, **arrays)
+
+    write_atomic(path, save)
 
 
 def inception_metrics(found: dict, ref: dict) -> dict:

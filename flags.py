@@ -11,6 +11,11 @@ from common import RUNTIME_FLAGS, BadInput, load_checkpoint, rank
 from data import data_kind
 from model import SIZES
 
+# Upper limits of what no machine does: beyond them a slip is told at once, not by a library after minutes.
+BATCH = 2 ** 20                 # images
+SEED = 2 ** 32 - 1
+STEPS = 10 ** 9                 # of training; the limit of every whole number that has no other
+
 # Flags that only L_CD and L_CT read.
 CONSISTENCY_FLAGS = {"mask_prob", "time_law", "jvp", "fd_h", "huber_c", "cosine", "label_drop", "omega_max",
                      "omega_law"}
@@ -24,7 +29,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=math.inf, open_low=False):
-    """An argparse type: a finite number in [low, high], or (low, high] with open_low."""
+    """An argparse type: a finite number in [low, high], or (low, high] with open_low.  Whole ones end at STEPS."""
+    if kind is int and high == math.inf:
+        high = STEPS
     noun = "an integer" if kind is int else "a number"
     limit = f"above {low}" if open_low else f"of at least {low}"
     if high < math.inf:
@@ -35,9 +42,9 @@ def number(kind, low, high=math.inf, open_low=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        in_range = low <= value <= high and not math.isinf(value)   # False for nan
+        in_range = low <= value <= high and value != math.inf       # False for nan
         if not in_range or (open_low and value == low):
-            raise argparse.ArgumentTypeError(f"{text} is out of range, expected {noun} {limit}")
+            raise argparse.ArgumentTypeError(f"{text[:40]} is out of range, expected {noun} {limit}")
         return value
     return parse
 
@@ -67,13 +74,13 @@ def parser(doc, init_help):
     p.optimisation = p.add_argument_group("optimisation")
     add = p.optimisation.add_argument
     add("--steps", type=number(int, 1), help="optimizer steps; a finished run continues when given more")
-    add("--batch_size", type=number(int, 1), default=128,
+    add("--batch_size", type=number(int, 1, BATCH), default=128,
         help="global batch, over all processes and micro-batches (128, Table 6)")
-    add("--micro_batch", type=number(int, 0), default=0,
+    add("--micro_batch", type=number(int, 0, BATCH), default=0,
         help="rows per forward pass; saves memory, changes no result (0: all at once)")
     add("--lr", type=number(float, 0, open_low=True),
         help="NorMuon learning rate, official scale (6e-4 acts like AdamW at 1e-4)")
-    add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="of the weights, the data order and all noise")
+    add("--seed", type=number(int, 0, SEED), default=0, help="of the weights, the data order and all noise")
     add("--precision", choices=["fp32", "bf16"], default="fp32",
         help="bf16: autocast; weights, losses and finite differences stay fp32 (TF32 on CUDA)")
 
@@ -139,9 +146,9 @@ def flow_map_flags(p):
     add("--omega_law", choices=["loguniform", "truncexp"], default="loguniform",
         help="law of that draw: iMF's, or the truncated exponential the paper names")
     add = p.network.add_argument
-    add("--n_tokens", type=number(int, 1),
+    add("--n_tokens", type=number(int, 1, 1024),
         help="n, tokens per condition of the augmented backbone (default: 16; tiny 1)")
-    add("--token_block", type=number(int, 0), help="k, they join after this many blocks (default: 4; tiny 2)")
+    add("--token_block", type=number(int, 0, 1024), help="k, they join after this many blocks (default: 4; tiny 2)")
 
 
 def health_flag(p):

@@ -123,7 +123,7 @@ def parse_args(argv=None):
     teacher_flag(p)
     health_flag(p)
     add = p.method.add_argument
-    add("--M", type=number(int, 1), help="M of Eq. 18, steps of the rollout")
+    add("--M", type=number(int, 1, 1000), help="M of Eq. 18, steps of the rollout")
     add("--lam", type=number(float, 0), help="lambda of Eq. 15; 0: L_CD (scratch: L_CT) alone")
     add("--cd_guidance", choices=["fixed", "drawn"], default="fixed",
         help="L_CD: omega and its interval fixed, or drawn as in iMF")

@@ -3,8 +3,11 @@ VGG16.
 
 Weights are files that the user downloads; nothing is fetched here.  evaluate.py uses these networks;
 golden/inception.npz holds outputs of the two public implementations to compare with.  The networks need torch alone;
-reading the files needs common.py and model.py.
+reading the files needs common.py, files.py and model.py.
 """
+import pickle
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -12,6 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import BadInput, read_weights, weights_hash
+from files import reading
 from model import refuse_differences
 
 INCEPTION_FILES = (
@@ -193,14 +197,11 @@ def resize_tf1(x: torch.Tensor, size: int) -> torch.Tensor:
 def load_inception(path: str | Path, pipeline: str = "adm") -> tuple[Inception, str]:
     """(Inception in eval mode, hash of its weights) from one of INCEPTION_FILES; BadInput for any other file.
 
-    Nothing is downloaded, no pickled code runs.
+    Nothing is downloaded, no code of the file runs.
     """
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such file, expected {INCEPTION_FILES}, which you download yourself")
-    try:
-        state = torch.jit.load(path, map_location="cpu").state_dict()        # a TorchScript archive: its tensors only
-    except RuntimeError:
-        state = read_weights(path)
+    state = read_torchscript(path) if is_torchscript(path) else read_weights(path)
     if "layers.conv.weight" in state:
         state = from_nvidia(state, path)
     net = Inception(pipeline)
@@ -210,13 +211,99 @@ def load_inception(path: str | Path, pipeline: str = "adm") -> tuple[Inception, 
     return fill(net, state, path, "Inception network", INCEPTION_FILES)
 
 
+def is_torchscript(path: str | Path) -> bool:
+    """Whether a file is an archive of torch.jit.save; torch.save's have no constants."""
+    with reading(path, "a whole file of weights", "fetch it again"):
+        return zipfile.is_zipfile(path) and archive_folder(path, "constants.pkl") is not None
+
+
+def archive_folder(path, name):
+    """The folder of a zip archive that holds NAME, or None."""
+    with zipfile.ZipFile(path) as archive:
+        return next((member.removesuffix(name) for member in archive.namelist()
+                     if member.count("/") == 1 and member.endswith(f"/{name}")), None)
+
+
+def read_torchscript(path: str | Path) -> dict[str, torch.Tensor]:
+    """{name: tensor} of a TorchScript archive, without running it: torch.jit.load would call its __setstate__."""
+    with reading(path, "a whole archive of torch.jit.save", "fetch it again"), zipfile.ZipFile(path) as archive:
+        root = Tensors(archive, archive_folder(path, "constants.pkl")).load()
+        return dict(tensors_of(root, ""))
+
+
+class Attributes:
+    """Any object of the archive: what was saved of it, and nothing that runs."""
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class Tensors(pickle.Unpickler):
+    """data.pkl of a TorchScript archive: tensors, plain values, and `Attributes` for the objects of its own classes.
+
+    Every other name in the pickle is refused.
+    """
+
+    # Of attributes with a type, such as List[int]: the value comes first.
+    WRAPPERS = ("build_intlist", "build_tensorlist", "build_doublelist", "build_boollist", "restore_type_tag")
+    DTYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
+              "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+              "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+              "BoolStorage": torch.bool}
+
+    def __init__(self, archive, folder):
+        super().__init__(archive.open(f"{folder}data.pkl"))
+        self.archive, self.folder, self.storages = archive, folder, {}
+
+    def find_class(self, module, name):
+        if module.startswith("__torch__"):
+            return Attributes
+        if module == "torch" and name in self.DTYPES:
+            return self.DTYPES[name]
+        if module == "torch.jit._pickle" and name in self.WRAPPERS:
+            return first_of
+        allowed = {("torch._utils", "_rebuild_tensor_v2"): view_of_storage, ("collections", "OrderedDict"): OrderedDict}
+        if (module, name) not in allowed:
+            raise ValueError(f"it names {module}.{name}, which is not a tensor")
+        return allowed[module, name]
+
+    def persistent_load(self, pid):
+        """("storage", type, number of the file, device, count) -> 1-D tensor."""
+        _, dtype, number, _, count = pid
+        if number not in self.storages:
+            member = self.archive.getinfo(f"{self.folder}data/{number}")
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size != count * dtype.itemsize:
+                raise ValueError(f"data/{number} has {member.file_size} bytes, expected {count} values of {dtype}")
+            content = bytearray(self.archive.read(member))
+            self.storages[number] = torch.frombuffer(content, dtype=dtype) if count else torch.empty(0, dtype=dtype)
+        return self.storages[number]
+
+
+def first_of(value, *rest):
+    return value
+
+
+def view_of_storage(storage, offset, size, stride, *rest):
+    """The tensor in a storage; as_strided refuses what lies outside of it."""
+    return storage.as_strided(size, stride, offset)
+
+
+def tensors_of(value, name):
+    """(name, tensor) of the tensors in nested `Attributes`, named as in a state dict."""
+    if torch.is_tensor(value):
+        yield name, value
+    elif isinstance(value, Attributes) and isinstance(getattr(value, "state", None), dict):
+        for key, inner in value.state.items():
+            yield from tensors_of(inner, f"{name}.{key}" if name else key)
+
+
 def from_nvidia(state: dict, path: str | Path) -> dict:
     """NVIDIA's 378 tensors under torchvision's names, and the gammas of 1 that they leave out."""
     names = nvidia_names()
-    differ = set(names) ^ set(state)
-    if differ:
-        raise BadInput(f"{path}: NVIDIA's layout, but {len(differ)} of its 378 tensors are missing or unknown")
-    renamed = {names[k]: v for k, v in state.items()}
+    missing = set(names) - set(state)
+    if missing:
+        raise BadInput(f"{path}: NVIDIA's layout, but {len(missing)} of its 378 tensors are missing; fetch it again")
+    renamed = {names[k]: state[k] for k in names}                # an archive may hold more than its weights
     gammas = {k.replace("running_mean", "weight"): torch.ones_like(v)
               for k, v in renamed.items() if k.endswith("running_mean")}
     return renamed | gammas

@@ -11,6 +11,7 @@
 `Features.floor` compares one random half of the real images with the other: what a perfect generator would score at
 that size.
 """
+import contextlib
 import hashlib
 from pathlib import Path
 
@@ -19,7 +20,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import BadInput, save_atomic, weights_hash
+from common import BadInput, read_weights, weights_hash
+from files import write_atomic
 
 METRICS = ("fd", "is", "precision", "recall", "acc")
 EVAL_SEED = 0                   # noise of the samples; not the training seed, to compare runs on the same noise
@@ -129,12 +131,10 @@ class Features:
         digest = hashlib.sha256(data.x.numpy().tobytes() + data.y.numpy().tobytes()).hexdigest()[:12]
         path = Path(cache) / f"features-{digest}.pt"
         self.net = classifier(data)
-        if path.exists():
-            self.net.load_state_dict(torch.load(path, weights_only=True))
-        else:
+        if not load_classifier(self.net, path):
             train_classifier(self.net, data)
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_atomic(self.net.state_dict(), path)
+            write_atomic(path, self.net.state_dict())            # two processes that train it write the same
         self.net.requires_grad_(False).eval()
         self.hash = weights_hash(self.net)[:8]
         self.source = data.source
@@ -198,6 +198,17 @@ def classifier(data) -> nn.Sequential:
         nn.Linear(64 * half ** 2, 64), nn.ReLU(),
         nn.Linear(64, data.num_classes),
     )
+
+
+def load_classifier(net: nn.Sequential, path: Path) -> bool:
+    """Whether `path` holds finite weights of this network, which are then in it: a damaged cache is made again."""
+    with contextlib.suppress(BadInput, OSError):
+        state, own = read_weights(path), net.state_dict()
+        fits = state.keys() == own.keys() and all(state[k].shape == own[k].shape for k in own)
+        if fits and all(value.isfinite().all() for value in state.values()):
+            net.load_state_dict(state)
+            return True
+    return False
 
 
 def train_classifier(net: nn.Sequential, data, epochs: int = 20, batch: int = 64) -> None:

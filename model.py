@@ -624,24 +624,15 @@ def load_official(source: str | dict, input_size: int = 32) -> nn.Module:
     state = {k.removeprefix("module.").removeprefix("net."): v for k, v in state.items()}  # of DDP; of iMF's file
     if any(k.startswith("shared_blocks.") for k in state):
         return load_imf(state, input_size)
-    for key in ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "feat_rope.freqs_cos"):
-        if key not in state:
-            found = ", ".join(list(state)[:3]) or "nothing"
-            raise ValueError(f"not a LightningDiT state dict: {key} is missing (found {found} ...)")
-    D, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    depth = 1 + max((int(k.split(".")[1]) for k in state if k.startswith("blocks.")), default=0)
-    size = "B/1"                                                                        # the name is for people only
-    for name, d in SIZES.items():
-        if (d["depth"], d["hidden_size"], d["patch_size"]) == (depth, D, patch):
-            size = name
-    net = LightningDiT(size, "plain", depth=depth, hidden_size=D, num_heads=D // state["feat_rope.freqs_cos"].shape[1],
-                       patch_size=patch, in_channels=channels,
-                       input_size=patch * math.isqrt(state["pos_embed"].shape[1]),
-                       num_classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-                       qk_norm="blocks.0.attn.q_norm.weight" in state)
+    (D, channels, patch, _), (_, tokens, _) = sizes(state, "x_embedder.proj.weight", 4), sizes(state, "pos_embed", 3)
+    depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
+    names = {(d["depth"], d["hidden_size"], d["patch_size"]): name for name, d in SIZES.items()}     # for people only
+    net = LightningDiT(names.get((depth, D, patch), "B/1"), "plain", depth=depth, hidden_size=D, patch_size=patch,
+                       num_heads=max(1, D // sizes(state, "feat_rope.freqs_cos", 2)[1]), in_channels=channels,
+                       num_classes=sizes(state, "y_embedder.embedding_table.weight", 2)[0] - 1,
+                       input_size=patch * math.isqrt(tokens), qk_norm="blocks.0.attn.q_norm.weight" in state)
     own = net.state_dict()
     refuse_differences(net, state, "LightningDiT")
-
     state = {k: v.clone().to(own[k].dtype) for k, v in state.items()}
     w = state["t_embedder.mlp.0.weight"].double()
     angle = net.t_embedder.features(torch.ones(1, dtype=torch.float64))[0]              # (cos f, sin f)
@@ -673,27 +664,37 @@ def load_imf(state, input_size):
         for old, new in names.items():
             key = key.replace(old, new)
         own[key] = value
-    try:
-        D, channels, patch, _ = own["x_embedder.proj.weight"].shape
-        net = IMFDiT(input_size=input_size, in_channels=channels, patch_size=patch, hidden_size=D,
-                     num_heads=D // len(own["blocks.0.q_norm.weight"]), depth=shared + count("u_heads."),
-                     mlp_hidden=len(own["blocks.0.w1.weight"]),
-                     num_classes=len(own["y_embedder.embedding_table.weight"]) - 1,
-                     tokens=[len(own[f"tokens.{i}"]) for i in range(5)])
-    except KeyError as error:
-        raise ValueError(f"not an iMF state dict: {error.args[0]} is missing") from None
+    D, channels, patch, _ = sizes(own, "x_embedder.proj.weight", 4)
+    if input_size % patch:
+        raise ValueError(f"input_size {input_size} must be a multiple of patch_size {patch}")
+    net = IMFDiT(input_size=input_size, in_channels=channels, patch_size=patch, hidden_size=D,
+                 num_heads=max(1, D // sizes(own, "blocks.0.q_norm.weight", 1)[0]), depth=shared + count("u_heads."),
+                 mlp_hidden=sizes(own, "blocks.0.w1.weight", 2)[0],
+                 num_classes=sizes(own, "y_embedder.embedding_table.weight", 2)[0] - 1,
+                 tokens=[sizes(own, f"tokens.{i}", 2)[0] for i in range(5)])
     refuse_differences(net, own, "iMF network")
     net.load_state_dict(own)
     return net
 
 
+def sizes(state, key, rank):
+    """Shape of a tensor of official weights; ValueError if it is missing, of another type or rank, or empty."""
+    if key not in state:
+        raise ValueError(f"{key} is missing (found {', '.join(list(map(str, state))[:3]) or 'nothing'} ...)")
+    value = state[key]
+    if not torch.is_tensor(value) or not value.is_floating_point() or value.ndim != rank or 0 in value.shape:
+        found = f"{value.dtype} {list(value.shape)}" if torch.is_tensor(value) else type(value).__name__
+        raise ValueError(f"{key} is {found}, expected floating point in {rank} dimensions, none of them 0")
+    return value.shape
+
+
 def refuse_differences(net: nn.Module, state: dict, what: str) -> None:
     """ValueError with the first differences of keys and shapes between a network and a state dict."""
     own = net.state_dict()
-    wrong = [f"missing {k}" for k in own if k not in state]
-    wrong += [f"unexpected {k}" for k in state if k not in own]
-    for k in own:
-        if k in state and state[k].shape != own[k].shape:
-            wrong.append(f"{k} is {list(state[k].shape)}, expected {list(own[k].shape)}")
+    wrong = [f"missing {k}" for k in own if k not in state] + [f"unexpected {k}" for k in state if k not in own]
+    for k in (k for k in own if k in state):
+        if not torch.is_tensor(state[k]) or state[k].is_complex() or state[k].shape != own[k].shape:
+            found = list(state[k].shape) if torch.is_tensor(state[k]) else type(state[k]).__name__
+            wrong.append(f"{k} is {found}, expected {list(own[k].shape)}, real")
     if wrong:
         raise ValueError(f"not this {what}, {len(wrong)} differences: " + "; ".join(wrong[:3]))

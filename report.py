@@ -16,6 +16,7 @@ from scipy.stats import ttest_rel
 from common import load_network
 from data import data_kind, load_data, preview
 from evaluate import decoder, generate, sampling
+from files import read_json, read_lines, write_atomic
 
 # Our metrics: name here, name in fid.json of evaluate.py (None: not there), digits shown.
 METRICS = [
@@ -42,17 +43,17 @@ def collect(job, kind):
     if kind == "latents":
         evaluations = read_fids(job.folder)
     elif job.command[0] == "evaluate.py":
-        measured = json.loads((job.folder / "evaluation.json").read_text())
+        measured = read_json(job.folder / "evaluation.json", "an evaluation")
         evaluations = [dict(step=0) | {k: v for k, v in measured.items() if k.endswith("step")}]
     else:
-        result = json.loads((job.folder / "result.json").read_text())
+        result = read_json(job.folder / "result.json", "the result of a run")
         evaluations, other = result["evaluations"], result["other_sampler"]
     evaluations = [{k: round(v, 4) for k, v in evaluation.items()} for evaluation in evaluations]
 
     lines = []
     path = job.folder / "metrics.jsonl"
     if path.exists():
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = read_lines(path)
     seconds = [line["sec_per_step"] for line in lines if "sec_per_step" in line]
     memory = [line.get("memory_gb", 0) for line in lines]
     return dict(
@@ -68,7 +69,7 @@ def read_fids(folder):
     evaluations = {}
     for path in sorted(folder.glob("fid_*/fid.json")):
         at, N = map(int, re.findall(r"\d+", path.parent.name))
-        values = json.loads(path.read_text())
+        values = read_json(path, "an evaluation")
         evaluation = evaluations.setdefault(at, dict(step=at))
         for name, theirs, _ in METRICS:
             if theirs in values:
@@ -408,12 +409,13 @@ def write(args, table, head, rows, jobs, commands):
     rows: `summary`; jobs: {row number: {seed: Job}}; commands: {row number: command line}.
     """
     kind = data_kind(args.data)
-    parts = [f"table{head['table']}", Path(args.data).stem, head["start"]]
+    row = f"row{args.row}" if args.row else ""                       # one row does not replace the whole table
+    parts = [f"table{head['table']}", Path(args.data).stem, head["start"], row]
     folder = args.out / "-".join(part for part in parts if part)
     folder.mkdir(parents=True, exist_ok=True)
     tables = markdown(kind, table, rows)
-    (folder / "README.md").write_text(page(head, args.command, tables))
-    (folder / "runs.json").write_text(runs_json(head, rows, commands))
+    write_atomic(folder / "README.md", page(head, args.command, tables))
+    write_atomic(folder / "runs.json", runs_json(head, rows, commands))
     figure(kind, table, rows, folder / "curves.png")
     samples(args, rows, jobs, folder / "samples.png")
     print(f"{tables}\n\nwrote README.md, runs.json, curves.png and samples.png into {folder}")

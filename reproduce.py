@@ -47,6 +47,7 @@ from tqdm import tqdm
 import report
 from common import BadInput, load_checkpoint, main
 from data import data_kind, load_data
+from files import json_text, read_json, write_atomic
 from flags import Parser, number
 
 HERE = Path(__file__).resolve().parent
@@ -337,19 +338,54 @@ def beside(job, suffix):
 
 
 def record(job):
-    """What is known of a job's run: command, sources it ran with, whether it is done; {} of one that never began."""
+    """What is known of a job's run: command, sources it ran with, whether it is done; {} of one that never began.
+
+    A damaged one is said, and counts as none.
+    """
     path = beside(job, ".json")
-    return json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        return read_json(path, "the record of a run", repair="runs again")
+    except BadInput as error:
+        say_once(str(error))
+        return {}
+
+
+@lru_cache(maxsize=None)
+def say_once(text):
+    tqdm.write(text)
 
 
 def is_done(job):
-    return record(job) == dict(identity(job), done=True)
+    return record(job) == dict(identity(job), done=True) and has_result(job)
+
+
+def has_result(job):
+    """Whether a run's files are there and can be read: a kept folder may be removed, or damaged."""
+    if job.command[0] != "evaluate.py" and not (job.folder / "model.pt").is_file():
+        return False
+    if job.measure:
+        measured = [*job.folder.glob("fid_*/fid.json")]
+        return job.folder.is_dir() and all(readable(path) for path in measured)
+    return readable(job.folder / ("evaluation.json" if job.command[0] == "evaluate.py" else "result.json"))
+
+
+def readable(path):
+    """Whether a JSON file is there and whole."""
+    try:
+        read_json(path, "a result")
+    except BadInput:
+        return False
+    return True
 
 
 def changes(job):
     """Names of what differs between the kept run of a job and what would run now."""
     known, now = record(job), identity(job)
-    known_sources = known.get("sources", {})
+    known_sources = known.get("sources")
+    if not isinstance(known_sources, dict):
+        known_sources = {}
     changed = [file for file, digest in now["sources"].items() if known_sources.get(file) != digest]
     return changed + [f"the {part}" for part in ("command", "measure") if known.get(part) != now[part]]
 
@@ -404,12 +440,14 @@ class Runner:
             names = ", ".join(changed)
             tqdm.write(f"{job.folder.name}: {names} changed since, the kept run is removed and runs again")
             shutil.rmtree(job.folder)
-        path.write_text(json.dumps(dict(now, done=False), indent=1))
+        elif record(job).get("done"):
+            tqdm.write(f"{job.folder.name}: its folder or result is gone or damaged, made again")
+        write_atomic(path, json_text(dict(now, done=False), indent=1))
         for command in self.commands(job):
             self.call(command, log, lock.fileno())
             for features in job.folder.glob("fid_*/features"):        # 600 MB each
                 shutil.rmtree(features)
-        path.write_text(json.dumps(dict(now, done=True), indent=1))
+        write_atomic(path, json_text(dict(now, done=True), indent=1))
 
     def call(self, command, log, lock):
         """One command to its end, output into the log.
@@ -464,7 +502,7 @@ class Runner:
         lines = []
         for N in counts:
             out = job.folder / f"fid_{at:06d}_{N}step"
-            if not (out / "fid.json").exists():
+            if not readable(out / "fid.json"):
                 steps = [] if "--steps" in evaluate else ["--steps", str(N)]
                 lines.append([*evaluate, *steps, *job.measure, "--out", str(out)])
         return lines

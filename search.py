@@ -12,7 +12,6 @@ network was trained for; the mean of both seeds decides.  The paper's own lambda
 Runs are kept, stopped and continued as reproduce.py's.  Leaves search-digits-<start> in --out: README.md, runs.json.
 """
 import argparse
-import json
 import os
 import shlex
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 
 import report
 from common import BadInput, main
+from files import json_text, write_atomic
 from flags import Parser, number
 from reproduce import DMD2, FSF, STARTS, is_done, job, run_all
 
@@ -128,9 +128,9 @@ def write(args, rows):
     folder = args.out / f"search-digits-{args.start}"
     folder.mkdir(parents=True, exist_ok=True)
     head = dict(start=args.start, seeds=SEEDS, torch=torch.__version__, cores=os.cpu_count())
-    (folder / "runs.json").write_text(json.dumps(dict(head, rows=rows), indent=1) + "\n")
+    write_atomic(folder / "runs.json", json_text(dict(head, rows=rows), indent=1) + "\n")
     text = "\n".join(lines)
-    (folder / "README.md").write_text(f"""# Search on the digits, start: {args.start}
+    write_atomic(folder / "README.md", f"""# Search on the digits, start: {args.start}
 
 Made by `python search.py {args.start}`, torch {torch.__version__}.  Seeds {SEEDS[0]} and {SEEDS[1]}, which no table
 reports.  The distance is after the last step, with the sampler that the network was trained for; **bold**: the lowest

@@ -109,7 +109,7 @@ def parse_args(argv=None):
     teacher_flag(p)
     health_flag(p)
     add = p.method.add_argument
-    add("--M", type=number(int, 1), default=2, help="steps of the generator (SiD-DiT: 4; FSF-DMD's tables: 2)")
+    add("--M", type=number(int, 1, 1000), default=2, help="steps of the generator (SiD-DiT: 4; FSF-DMD's tables: 2)")
     add("--noise", choices=["fresh", "ddim", "fixed"], default="fresh",
         help="renoising between the steps; equally effective in the paper")
     add("--alpha", type=number(float, -2), default=1.0,

@@ -154,7 +154,7 @@ FLAGS = {                       # base command: each of these flips one flag of 
     f"fsf_dmd.py {FM} --warmup 0": ["--lam 3", "--omega 3", "--warmup 2"],
     f"fsf_dmd.py {SCRATCH}": ["--lam 3", "--omega 3", "--omega_max 3", "--n_tokens 2"],
     TOY["sid.py"]: [
-        "--M 3", "--M 1", "--noise ddim", "--M 3 --noise ddim", "--M 3 --noise fixed", "--alpha 0.5", "--weight sid",
+        "--M 4", "--M 1", "--noise ddim", "--M 4 --noise ddim", "--M 4 --noise fixed", "--alpha 0.5", "--weight sid",
         *(f"--weight '{w}'" for w in sid.WEIGHTS if w != "1-t"),
         "--fake_lr 1e-2", "--lambda_g 0", "--lambda_d 1", "--omega 3", "--omega 3 --guide_to 0.5"],
     f"sid.py {FM}": ["--omega 3"],
@@ -435,7 +435,7 @@ def test_the_main_command_leaves_a_picture_a_table_and_a_checkpoint(tmp_path):
     with Image.open(out / "samples_000003.png") as picture:
         assert picture.size[0] > 300 and len(picture.convert("L").getcolors()) > 50
     assert "is done (3 steps)" in run(tmp_path, command)
-    run(tmp_path, "consistency.py --loss imf --steps 201")                              # someone trains the start on
+    run(tmp_path, "consistency.py --loss imf --steps 401")                              # someone trains the start on
     refused = run(tmp_path, "fsf_dmd.py --init imf --steps 4", code=2)
     assert "expected --init runs/consistency_imf-digits-scratch/model.pt" in refused
     printed = run(tmp_path, f"evaluate.py {out / 'model.pt'} --steps 2 --n 300 --omega 1 --guide_to 1 --seed 5 --out o")
@@ -604,7 +604,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_state(home):
     _, printed = together(
         home,
         f"{TOY['fsf_dmd.py']} --steps 2 --out diverges --lr 1e30 --log_every 1",
-        f"{TOY['fsf_dmd.py']} --steps 50 --out diverges2 --lr 1e20 --log_every 1 --save_every 1",
+        f"{TOY['fsf_dmd.py']} --steps 50 --out diverges2 --lr 1e20 --log_every 4 --save_every 4",
         code=2)
     assert "is not finite at step" in printed and "tau in [" in printed and "Traceback" not in printed
     path = home / "diverges2" / "state.pt"
@@ -613,14 +613,3 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_state(home):
     path = home / "damaged" / "state.pt"
     path.write_bytes(path.read_bytes()[:5000])
     assert "cannot be resumed" in run(home, f"{TOY['fsf_dmd.py']} --steps 4 --out damaged", code=2)
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_one_line_and_spares_the_last_state(home):
-    run(home, f"{TOY['fsf_dmd.py']} --steps 2 --out full")
-    (home / "full" / "state.tmp").symlink_to("/dev/full")                               # the device that is always full
-    printed = run(home, f"{TOY['fsf_dmd.py']} --steps 4 --out full", code=2)
-    assert "no space left on the disk" in printed and "Traceback" not in printed
-    assert state(home, "full")["step"] == 2
-    run(home, f"{TOY['fsf_dmd.py']} --steps 4 --out full")                              # with space again it goes on
-    assert state(home, "full")["step"] == 4

@@ -133,7 +133,7 @@ def refusal(command, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script, *argv])
     with pytest.raises(SystemExit) as stop:
         common.main(getattr(module, "train" if script in METHODS else "run"), module.parse_args)
-    progress_bar = "/s]"
+    progress_bar = "%|"
     said = [line for line in capsys.readouterr().err.splitlines() if line and progress_bar not in line]
     assert stop.value.code == 2, (command, said)
     assert len(said) == 1 and said[0].startswith(f"{script}: error: "), (command, said)       # no traceback

@@ -203,13 +203,13 @@ def test_bad_flags_end_in_one_line(capsys, monkeypatch, inputs):
 
 @pytest.mark.slow
 def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs_again(tmp_path):
-    """In a copy of the project, the teacher row of Table 2 on a small image set: a start and its evaluation."""
+    """In a copy of the project, the teacher row of Table 4 on a small image set: a start and its evaluation."""
     (tmp_path / "golden").mkdir()
     shutil.copy(HERE / "golden" / "paper_tables.json", tmp_path / "golden")
     for file in HERE.glob("*.py"):
         shutil.copy(file, tmp_path)
     small_images(tmp_path / "toy.npz", 60)
-    flags = "2 --data toy.npz --row 2 --seeds 1 --jobs 2"            # two: so that a run leaves a core to other tests
+    flags = "4 --data toy.npz --row 1 --seeds 1 --jobs 2"            # two: so that a run leaves a core to other tests
     command = [sys.executable, "reproduce.py", *flags.split()]
 
     def start():
@@ -218,7 +218,7 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
 
     # Interrupted in the start ...
     runs = tmp_path / "runs" / "reproduce"
-    metrics = runs / "toy" / "consistency-lossimf-seed0" / "metrics.jsonl"
+    metrics = runs / "toy" / "consistency-lossfm-seed0" / "metrics.jsonl"
     first = start()
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 4) and first.poll() is None:
         time.sleep(0.05)
@@ -226,7 +226,7 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
     printed, _ = first.communicate(timeout=60)
     assert first.returncode == 130 and "the same command goes on" in printed and "Traceback" not in printed
     stopped = torch.load(metrics.parent / "state.pt", weights_only=True)["step"]
-    assert 0 < stopped < 200
+    assert 0 < stopped < 400
 
     # ... it goes on there, and leaves its folder.
     second = start()
@@ -234,7 +234,7 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
     assert second.returncode == 0 and "0 kept from before; 2 at a time" in printed, printed
     log = metrics.parent.with_name(metrics.parent.name + ".log").read_text()
     assert f"resuming at step {stopped}" in log
-    out = runs / "tables" / "table2-toy-weak"
+    out = runs / "tables" / "table4-toy-row1"
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert {path.name for path in out.iterdir()} == {"README.md", "runs.json", "curves.png", "samples.png"}
     page, stored = (out / "README.md").read_text(), (out / "runs.json").read_text()
@@ -243,7 +243,7 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
     [run] = row["seeds"].values()
     assert list(row["seeds"]) == ["0"] and row["N"] == 25 and len(run["evaluations"]) == 1
     fd = run["evaluations"][0]["fd_25step"]
-    own = json.loads((runs / "toy" / "evaluate-imf-samplereuler-seed0" / "evaluation.json").read_text())
+    own = json.loads((runs / "toy" / "evaluate-fm-seed0" / "evaluation.json").read_text())
     assert fd > 0 and fd == pytest.approx(own["fd_25step"], abs=1e-4)                 # the number is the script's own
     assert f"| {report.spread([fd], 1)} |" in page
 
@@ -257,9 +257,9 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
         file.write("# changed\n")
     third = start()
     printed, _ = third.communicate(timeout=300)
-    changed = "consistency-lossimf-seed0: consistency.py changed since, the kept run is removed and runs again"
+    changed = "consistency-lossfm-seed0: consistency.py changed since, the kept run is removed and runs again"
     assert third.returncode == 0 and changed in printed
-    assert "evaluate-imf-samplereuler-seed0: consistency.py changed since" in printed
+    assert "evaluate-fm-seed0: consistency.py changed since" in printed
     assert f"| {report.spread([fd], 1)} |" in (out / "README.md").read_text()
 
 

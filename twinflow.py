@@ -103,7 +103,8 @@ def parse_args(argv=None):
         help="clamp v_fake - v_teacher to [-clip, clip] (1, the paper); 0: off")
     add("--delta", type=number(float, 0, 0.5, open_low=True), default=0.01,
         help="rcgm: delta of Eq. 66 (0.01, TwinFlow)")
-    add("--order", type=number(int, 1), default=2, help="rcgm: N, jumps of the EMA network in Eq. 66 (2, the paper)")
+    add("--order", type=number(int, 1, 100), default=2,
+        help="rcgm: N, jumps of the EMA network in Eq. 66 (2, the paper)")
     add("--clamp", type=number(float, 0), default=1.0,
         help="rcgm: clamp of its residual to [-clamp, clamp] (1, TwinFlow); 0: off")
     add("--target_ema", type=number(float, 0, 1), default=0.99,

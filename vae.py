@@ -10,6 +10,7 @@ LDM's AutoencoderKL, as VA-VAE f16d32 and SD-VAE f8d4; official checkpoints load
 Reading data, latents among them, is data.py's work.
 """
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -23,11 +24,12 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from common import (BadInput, autocast, main, noise_by_index, pick_device, rank, read_weights, setup, weights_hash,
-                    world)
+from common import (BadInput, autocast, barrier, main, noise_by_index, pick_device, rank, read_weights, setup,
+                    weights_hash, world)
 from data import image_files, latents_to_uint8, open_shard, read_image, read_stats, shards
 from data import denormalize, load_data, normalize  # noqa: F401  (public names of this file too)
-from flags import Parser, number
+from files import first_line, lock, read_json, reading, write_atomic
+from flags import BATCH, SEED, Parser, number
 from model import refuse_differences
 
 VAES = {
@@ -83,21 +85,29 @@ def load_vae(path: str | Path) -> tuple[VAE, str]:
     state = {k: v for k, v in read_weights(path).items() if k.startswith(prefixes)}
     try:
         dims = read_dims(state)
+        with torch.device("meta"):
+            vae = VAE(**dims)
     except KeyError as error:
         raise BadInput(f"{path}: not a VAE checkpoint of LDM's layout ({error.args[0]} is missing)") from None
-    with torch.device("meta"):
-        vae = VAE(**dims)
+    except (IndexError, TypeError, ValueError, ZeroDivisionError) as error:            # a key, rank or width
+        raise BadInput(f"{path}: not a VAE checkpoint of LDM's layout ({first_line(error)})") from None
     try:
         refuse_differences(vae, state, "VAE")
     except ValueError as error:
         raise BadInput(f"{path}: {error}") from None
+    for name, value in state.items():
+        if not value.is_floating_point():
+            raise BadInput(f"{path}: {name} is {value.dtype}, expected floating point; fetch the checkpoint again")
     vae.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     names = [name for name, preset in VAES.items() if preset == dims]
     return vae.requires_grad_(False).eval(), names[0] if names else "custom"
 
 
 def read_dims(state: dict) -> dict:
-    """The dims of VAE(**dims) that has this state dict.  Raises KeyError if one of the keys looked at is missing."""
+    """The dims of VAE(**dims) that has this state dict.
+
+    Raises KeyError if one of the keys looked at is missing; ValueError and its like if it is of another rank or width.
+    """
     numbers = [int(k.split(".")[2]) for k in state if k.startswith("encoder.down.")]
     levels = range(1 + max(numbers, default=-1))
     ch = len(state["encoder.conv_in.weight"])
@@ -105,6 +115,8 @@ def read_dims(state: dict) -> dict:
     blocks = [k for k in state if re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv2\.weight", k)]
     attention = tuple(256 >> i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in state)
     z_channels = len(state["post_quant_conv.weight"])
+    if not ch_mult or not z_channels or 0 in ch_mult or ch % 32:
+        raise ValueError(f"widths {ch} x {list(ch_mult)} and {z_channels} channels of latents")
     return dict(ch=ch, ch_mult=ch_mult, num_res_blocks=len(blocks), attn_resolutions=attention, resolution=256,
                 z_channels=z_channels)
 
@@ -270,12 +282,21 @@ def encode(args: argparse.Namespace) -> None:
         seed=args.seed, shard=args.shard, processes=world(), dtype=args.dtype, precision=args.precision,
         skip_bad=args.skip_bad,
     )
-    if rank() == 0:
-        claim_folder(out, identity)
-    if world() > 1:
-        torch.distributed.barrier()
+    with contextlib.ExitStack() as held:
+        if rank() == 0:
+            claim_folder(out, identity)
+            held.enter_context(lock(out / ".lock", "encoding"))
+            for leftover in out.glob("*.tmp"):                   # of a process that was killed
+                leftover.unlink()
+        barrier()
+        encode_shards(out, vae.to(device), name, files, args, device)
+        barrier()
+        if rank() == 0:
+            finish_encoding(out, identity, classes)
 
-    vae = vae.to(device)
+
+def encode_shards(out: Path, vae: VAE, name: str, files: list, args: argparse.Namespace, device: torch.device) -> None:
+    """The shards of this process that are not there yet, or damaged."""
     low = rank() * len(files) // world()
     high = (rank() + 1) * len(files) // world()
     hidden = rank() > 0
@@ -283,28 +304,48 @@ def encode(args: argparse.Namespace) -> None:
         for shard, start in enumerate(range(low, high, args.shard)):
             path = out / f"latents_rank{rank():02d}_shard{shard:03d}.safetensors"
             rows = range(start, min(start + args.shard, high))
-            if path.exists():
+            if is_whole(path):
                 bar.update(len(rows))
             else:
                 encode_shard(path, vae, files, rows, args, device, bar)
-    if world() > 1:
-        torch.distributed.barrier()
-    if rank() == 0:
-        finish_encoding(out, identity, classes)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a shard is there, with the sums that `finish_encoding` needs."""
+    if not path.exists():
+        return False
+    try:
+        shard_sums(path)
+    except BadInput:
+        return False
+    return True
+
+
+def shard_sums(path: Path) -> tuple[dict, int, list]:
+    """(sums, number of images, unreadable files) of a shard's header."""
+    with reading(path, "a whole shard of this command", "delete it and run the command again"):
+        with open_shard(path) as shard:
+            metadata = shard.metadata()
+        sums = json.loads(metadata["sums"])
+        for name in ("sum", "square"):
+            sums[name] = torch.tensor(sums[name], dtype=torch.float64)       # [C]
+        return sums, int(metadata["total_size"]), json.loads(metadata["bad"])
 
 
 def claim_folder(out: Path, identity: dict) -> None:
     """Make the folder and write what is encoded, and how, into its encode.json; BadInput if it holds anything else."""
     saved = out / "encode.json"
     if saved.exists():
-        before = json.loads(saved.read_text())
+        before = read_json(saved, "the encode.json of this command", repair="choose another --out")
         differ = [f"{k} {v} (there) {identity[k]} (here)" for k, v in before.items() if identity.get(k) != v]
         if differ:
             raise BadInput(f"--out {out}: holds latents made otherwise: {', '.join(differ)}; choose another folder")
+        if before == identity:
+            return
     elif out.exists() and any(out.iterdir()):
         raise BadInput(f"--out {out}: is not empty and holds no latents of this command, expected a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    saved.write_text(json.dumps(identity, indent=1))
+    write_atomic(saved, json.dumps(identity, indent=1))
 
 
 def encode_shard(path: Path, vae: VAE, files: list, rows: range, args: argparse.Namespace, device: torch.device,
@@ -317,9 +358,11 @@ def encode_shard(path: Path, vae: VAE, files: list, rows: range, args: argparse.
     sums = dict(
         count=both[:, 0].numel(), sum=both.sum((0, 2, 3)).tolist(), square=both.square().sum((0, 2, 3)).tolist(),
     )
-    save_shard(path, tensors, dict(
-        total_size=len(both) // 2, dtype=args.dtype, device=device, sums=json.dumps(sums), bad=json.dumps(bad),
-    ))
+    metadata = dict(
+        total_size=str(len(both) // 2), dtype=args.dtype, device=str(device), sums=json.dumps(sums),
+        bad=json.dumps(bad),
+    )
+    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def encode_rows(vae: VAE, files: list, rows: range, args: argparse.Namespace, device: torch.device,
@@ -366,33 +409,27 @@ class Images(Dataset):
         return read_image(self.paths[i], self.size)
 
 
-def save_shard(path: Path, tensors: dict, metadata: dict) -> None:
-    """safetensors file under a temporary name, flushed, then renamed: never half a shard."""
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={k: str(v) for k, v in metadata.items()})
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def finish_encoding(out: Path, identity: dict, classes: list) -> None:
     """Statistics of all latents from the sums in the shards' headers; latents_stats.pt as LightningDiT's, meta.json."""
     count, n, bad = 0, 0, []
     total = square = 0.0                                         # then float64 [C]
     for path in sorted(out.glob("latents_rank*.safetensors")):
-        with open_shard(path) as shard:
-            metadata = shard.metadata()
-        sums = json.loads(metadata["sums"])
+        sums, images, unreadable = shard_sums(path)
         count += sums["count"]
-        total = total + torch.tensor(sums["sum"], dtype=torch.float64)
-        square = square + torch.tensor(sums["square"], dtype=torch.float64)
-        n += int(metadata["total_size"])
-        bad += json.loads(metadata["bad"])
+        total = total + sums["sum"]
+        square = square + sums["square"]
+        n += images
+        bad += unreadable
     mean, std = mean_and_std(count, total, square)
     stats = dict(mean=mean.float().view(1, -1, 1, 1), std=std.float().view(1, -1, 1, 1))
-    torch.save(stats, out / "latents_stats.pt")
+
+    def save(temporary):
+        with open(temporary, "wb") as file:                      # to a name, torch would write that name into the file
+            torch.save(stats, file)
+
+    write_atomic(out / "latents_stats.pt", save)
     meta = {k: identity[k] for k in ("vae", "vae_hash", "size")} | dict(n=n, classes=classes, bad=bad)
-    (out / "meta.json").write_text(json.dumps(meta, indent=1))
+    write_atomic(out / "meta.json", json.dumps(meta, indent=1))
     print(f"{out}: {n} images in {len(classes)} classes, both flips, {len(bad)} unreadable left out")
     for path in bad[:20]:
         print(f"  {path}")
@@ -450,7 +487,7 @@ def decode(args: argparse.Namespace) -> None:
         first = [shard.latents[:args.n] for shard in shards(path)[:args.n]]            # a shard holds an image or more
         latents = torch.cat(first)[:args.n]
     else:
-        latents = open_shard(path).get_tensor("latents")[:args.n]
+        latents = read_latents(path)[:args.n]
     channels = vae.config["z_channels"]
     if latents.shape[1] != channels:
         raise BadInput(f"{path}: latents of {latents.shape[1]} channels, but {args.ckpt} is the {name} with {channels}")
@@ -459,8 +496,21 @@ def decode(args: argparse.Namespace) -> None:
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for i, z in enumerate(tqdm(latents, desc=f"decode {name}", unit=" images", dynamic_ncols=True)):
-        Image.fromarray(latents_to_uint8(vae, z[None].to(device))[0]).save(out / f"{i:06d}.png")
+        image = Image.fromarray(latents_to_uint8(vae, z[None].to(device))[0])
+        write_atomic(out / f"{i:06d}.png", lambda temporary, image=image: image.save(temporary, format="PNG"))
     print(f"{out}: {len(latents)} images")
+
+
+def read_latents(path: Path) -> torch.Tensor:
+    """`latents` [n, C, h, w] of a .safetensors file, whatever else is in it."""
+    file = open_shard(path)
+    with reading(path, "a file with `latents` [n, C, h, w], floating point", "choose a shard of latents"):
+        if "latents" not in file.keys():
+            raise ValueError(f"holds {', '.join(list(file.keys())[:3]) or 'nothing'}")
+        latents = file.get_tensor("latents")
+        if latents.ndim != 4 or 0 in latents.shape or not latents.is_floating_point():
+            raise ValueError(f"latents are {latents.dtype} {list(latents.shape)}")
+    return latents
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -475,14 +525,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     e.add_argument("--images", required=True, help="folder with one sub-folder of images a class")
     e.add_argument("--ckpt", required=True, help="VAE checkpoint: the official VA-VAE f16d32 or SD-VAE f8d4")
     e.add_argument("--out", required=True, help="new folder for the shards")
-    e.add_argument("--size", type=number(int, 8), default=256, help="images are cropped to size x size (256)")
-    e.add_argument("--batch_size", type=number(int, 1), default=20, help="images per forward pass (20)")
+    e.add_argument("--size", type=number(int, 8, 4096), default=256, help="images are cropped to size x size (256)")
+    e.add_argument("--batch_size", type=number(int, 1, BATCH), default=20, help="images per forward pass (20)")
     e.add_argument("--shard", type=number(int, 1), default=10_000, help="images per shard (10,000, LightningDiT)")
     e.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32",
                    help="of the stored latents; bf16 halves the 84 GB of ImageNet")
     e.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder")
-    e.add_argument("--seed", type=number(int, 0), default=0, help="of the sampled latents")
-    e.add_argument("--workers", type=number(int, 0), default=min(8, os.cpu_count() or 1),
+    e.add_argument("--seed", type=number(int, 0, SEED), default=0, help="of the sampled latents")
+    e.add_argument("--workers", type=number(int, 0, 1024), default=min(8, os.cpu_count() or 1),
                    help="processes that read images")
     e.add_argument("--skip_bad", type=int, choices=[0, 1], default=0,
                    help="1: leave unreadable images out and list them")

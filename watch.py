@@ -1,5 +1,5 @@
 """Watching a run: its first evaluation, what is due after a step (metrics, samples, health, state), its last table."""
-import json
+import functools
 
 import numpy as np
 import torch
@@ -7,6 +7,7 @@ import torch
 from common import noise_by_index
 from data import to_images
 from evaluate import decoder, default_sampler, evaluate, show, table
+from files import read_lines, write_atomic
 from metrics import EVAL_SEED
 from model import fixed_guidance, interpolate, v_to_x0
 
@@ -120,8 +121,7 @@ def health(run, generator, v_fake, v_teacher, dm=None, gan=None, M=1, n=100):
         dm_norm, gan_norm = (gradient_norms(loss, x_hat, tau, eps, y) for loss in (dm, gan))
         numbers["gan_dm_ratio"] = (gan_norm / dm_norm).median().item()
     run.write(numbers)
-    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    draw(run, pictures, [line for line in lines if "x_hat_std" in line])
+    draw(run, pictures, [line for line in read_lines(run.folder / "metrics.jsonl") if "x_hat_std" in line])
 
 
 def gradient_norms(loss, x_hat, tau, eps, y):
@@ -146,6 +146,8 @@ def draw(run, pictures, lines):
         axis.set_axis_off()
 
     steps = [line["step"] for line in lines]
+    # null stands for what was not finite
+    lines = [{name: np.nan if value is None else value for name, value in line.items()} for line in lines]
     with_gan = "gan_dm_ratio" in lines[-1]
     curves = right.subplots(3 if with_gan else 2, 1, sharex=True)
     for high in BINS[1:]:
@@ -160,4 +162,5 @@ def draw(run, pictures, lines):
         axis.set_title(title, fontsize=9)
         axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     curves[-1].set_xlabel("step")
-    figure.savefig(run.folder / f"health_{run.step:06d}.png", dpi=90)
+    save = functools.partial(figure.savefig, format="png", dpi=90)
+    write_atomic(run.folder / f"health_{run.step:06d}.png", save)

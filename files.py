@@ -1,0 +1,157 @@
+"""Files that survive what real machines do: one atomic write, one way to read what comes from outside, one lock.
+
+    write_atomic(path, obj)      text, bytes or anything that torch.save takes: the old file or the new one, never half
+    with reading(path, expected):    whatever a damaged file raises becomes one line (BadInput) that names the file
+    with lock(folder):           a second process at the same folder is told of the first one
+"""
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import socket
+import tempfile
+from pathlib import Path
+
+import torch
+
+
+class BadInput(Exception):
+    """What the user can repair: one line that says what is wrong, what was expected and what to do.  Exit code 2."""
+
+
+def first_line(error: BaseException, width: int = 120) -> str:
+    """The first words of an exception of a library, for one line of ours."""
+    text = " ".join(str(error).split())
+    return text[:width] if text else type(error).__name__
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+def write_atomic(path: str | Path, content) -> None:
+    """Leave either the old file or the new one: temporary name of this process alone, flush to disk, rename.
+
+    content: str, bytes, a callable that is given the temporary path and writes it, or what torch.save takes.
+    OSError where the disk is full or the folder is gone, whatever the library that wrote raised for it.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        if callable(content):
+            content(temporary)
+        elif isinstance(content, str):
+            Path(temporary).write_text(content)
+        elif isinstance(content, bytes):
+            Path(temporary).write_bytes(content)
+        else:
+            torch.save(content, temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~umask())
+        os.replace(temporary, path)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, Exception) and no_space(error, path.parent):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+        raise
+
+
+def umask():
+    """The file mode mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# What torch's zip writer and safetensors say of a full disk or a file over its limit.
+FULL = ("no space left", "file too large", "unexpected pos", "os error 28", "os error 27")
+
+
+def no_space(error, folder):
+    """Whether an exception means that the disk is full: torch and safetensors raise their own, without a number."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    words = str(error).lower()
+    if any(sign in words for sign in FULL):
+        return True
+    return "write" in words and os.statvfs(folder).f_bavail == 0
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def reading(path: str | Path, expected: str, repair: str = "make it again"):
+    """Whatever a missing or damaged file raises inside becomes one line: the file, what was expected, what to do."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(f"{path}: no such file, expected {expected}") from None
+    except IsADirectoryError:
+        raise BadInput(f"{path}: is a folder, expected {expected}") from None
+    except MemoryError:
+        raise BadInput(f"{path}: needs more memory than there is, expected {expected}") from None
+    except Exception as error:                                      # each library raises its own
+        raise BadInput(f"{path}: not {expected} ({first_line(error)}); {repair}") from None
+
+
+def read_json(path: str | Path, expected: str, kind: type = dict, repair: str = "make it again"):
+    """The object in a JSON file, of type `kind`; BadInput if it is damaged or another."""
+    with reading(path, expected, repair):
+        found = json.loads(Path(path).read_text())
+        if not isinstance(found, kind):
+            raise ValueError(f"holds a {type(found).__name__}")
+    return found
+
+
+def json_text(obj, **options) -> str:
+    """JSON that every reader takes: numbers that are not finite become null."""
+    def finite(tree):
+        if isinstance(tree, dict):
+            return {k: finite(v) for k, v in tree.items()}
+        if isinstance(tree, (list, tuple)):
+            return [finite(v) for v in tree]
+        return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+    return json.dumps(finite(obj), allow_nan=False, **options)
+
+
+def read_lines(path: str | Path) -> list[dict]:
+    """The objects with a step in a metrics.jsonl.  A line cut by a kill or a full disk is left out."""
+    found = []
+    with reading(path, "lines of metrics"):
+        for text in Path(path).read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
+                    found.append(line)
+    return found
+
+
+# ---- one process a folder --------------------------------------------------------------------------------------------
+
+class Locked(BadInput):
+    """Another process is at work in this folder."""
+
+
+@contextlib.contextmanager
+def lock(path: str | Path, doing: str):
+    """Hold the lock file `path`; Locked, naming the holder's host and process, if another process does.
+
+    The kernel frees it when its holder dies, however it dies; the file itself stays.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise Locked(f"{path.parent}: {holder} is {doing} there; wait for it, or choose another --out") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield

@@ -1,0 +1,429 @@
+"""What real machines do: kills, signals, full disks, two starts at once, damaged files (README, "What it promises").
+
+The fast tests run in this process; the slow ones start commands as a user does.  benchmarks/soak.py kills for longer.
+"""
+import argparse
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import common
+import consistency
+import files
+import reproduce
+from test_helpers import HERE, assert_same, environment, refusal, run, small_images, start, state, train
+
+IMF = "consistency.py --loss imf --data toy.npz"
+FSF = "fsf_dmd.py --init imf/model.pt --data toy.npz --M 2 --health_every 0"
+
+
+def contents(folder):
+    """{name: bytes} of the files in a folder, without the lock's."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != ".lock"}
+
+
+def until(condition, process, seconds=120):
+    """Wait for a condition, as long as a process lives."""
+    end = time.time() + seconds
+    while not condition() and process.poll() is None and time.time() < end:
+        time.sleep(0.02)
+    assert condition(), process.communicate(timeout=30)
+
+
+# ---- files.py --------------------------------------------------------------------------------------------------------
+
+def cut_short(path):
+    with open(path, "w") as file:
+        file.write("half")
+    raise RuntimeError("killed while it wrote")
+
+
+def stop(path):
+    raise KeyboardInterrupt
+
+
+def full(path):
+    raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+
+@pytest.mark.parametrize("content, raised", [(cut_short, RuntimeError), (stop, KeyboardInterrupt), (full, OSError)])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, content, raised):
+    path = tmp_path / "state.pt"
+    files.write_atomic(path, "old")
+    with pytest.raises(raised) as caught:
+        files.write_atomic(path, content)
+    assert contents(tmp_path) == {"state.pt": b"old"}
+    if raised is OSError:
+        assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("content", ["text", b"bytes", dict(x=torch.ones(2)), lambda path: open(path, "w").close()])
+def test_a_write_replaces_the_file_with_the_usual_mode(tmp_path, content):
+    path, usual = tmp_path / "file", tmp_path / "usual"
+    usual.touch()
+    files.write_atomic(path, "old")
+    files.write_atomic(path, content)
+    assert path.read_bytes() != b"old" and path.stat().st_mode == usual.stat().st_mode
+    assert {each.name for each in tmp_path.iterdir()} == {"file", "usual"}
+
+
+@pytest.mark.parametrize("text, words", [
+    (None, "no such file, expected a record"),
+    ("", "not a record"),
+    ('{"step": 1', "not a record"),
+    ("[1, 2]", "holds a list"),
+    (b"\xff\xfe\x00", "not a record"),
+])
+def test_a_damaged_json_file_is_one_line(tmp_path, text, words):
+    path = tmp_path / "record.json"
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(files.BadInput) as caught:
+        files.read_json(path, "a record")
+    said = str(caught.value)
+    assert str(path) in said and words in said and "\n" not in said
+
+
+def test_json_has_no_nan_and_cut_lines_are_left_out(tmp_path):
+    text = files.json_text(dict(step=1, gap=float("nan"), of=[float("inf"), 2.5]))
+    assert json.loads(text) == dict(step=1, gap=None, of=[None, 2.5])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{text}\n{{"step": 2, "lo{text}\n{{"step": 3, "loss": 1.0}}\n[4]\n{{"step": 5, "lo')
+    assert [line["step"] for line in files.read_lines(path)] == [1, 3]
+
+
+def test_a_lock_names_its_holder_and_is_freed_however_it_dies(tmp_path):
+    held = "import files, sys, time\nwith files.lock(sys.argv[1], 'training'):\n  print('held', flush=True)\n" \
+           "  time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", held, str(tmp_path / "run" / ".lock")], cwd=HERE,
+                               env=environment(), stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(files.Locked, match=f"process {process.pid} on .* is training there"):
+        with files.lock(tmp_path / "run" / ".lock", "training"):
+            pass
+    process.kill()
+    process.communicate()
+    with files.lock(tmp_path / "run" / ".lock", "training"):
+        pass
+
+
+# ---- signals and lost processes --------------------------------------------------------------------------------------
+
+def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch):
+    run = SimpleNamespace(asked=None, stop_signal=None, model=torch.nn.Linear(1, 1), bar=SimpleNamespace())
+
+    def late(tensor, op):                                   # the other process has none, this one is told meanwhile
+        common.Run.ask_to_stop(run, signal.SIGTERM, None)
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(common.dist, "all_reduce", late)
+    assert not common.Run.stopping(run) and run.stop_signal is None
+    monkeypatch.setattr(common.dist, "all_reduce", lambda tensor, op: None)
+    assert common.Run.stopping(run) and run.stop_signal == signal.SIGTERM
+
+
+@pytest.mark.parametrize("error, processes, code", [
+    (RuntimeError("[../third_party/gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:4001"), "2", 1),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "2", None),
+    (OSError(errno.EFBIG, os.strerror(errno.EFBIG), "metrics.jsonl"), "1", 2),
+    (OSError("cannot identify image file"), "1", 2),
+])
+def test_what_ends_a_command_is_one_line_or_a_bug(monkeypatch, capsys, error, processes, code):
+    def fails(args):
+        raise error
+
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(SystemExit if code else RuntimeError) as caught:
+        common.main(fails, lambda: None)
+    if code:
+        said = capsys.readouterr().err
+        assert caught.value.code == code and len(said.splitlines()) == 1 and "None" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sig", [signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_saves(home, sig):
+    out = f"signal-{sig}"
+    command = FSF.split()
+    process = start(home, [sys.executable, str(HERE / command[0]), *command[1:], "--steps", "5000", "--log_every", "1",
+                           "--out", out])
+    until((home / out / "metrics.jsonl").exists, process)
+    process.send_signal(sig)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + sig and "and saved" in err and "Traceback" not in err
+    assert state(home, out)["step"] > 0
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_others_with_one_line_and_two_stop_together(home):
+    python = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words = [*python, str(HERE / "consistency.py"), *IMF.split()[1:], "--steps", "5000", "--log_every", "1"]
+
+    def children(process):
+        found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
+        return [int(pid) for pid in found.stdout.split()]
+
+    process = start(home, [*words, "--out", "lost"])
+    until((home / "lost" / "metrics.jsonl").exists, process)
+    os.kill(children(process)[-1], signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    of_ours = err.split("torch.distributed.elastic")[0]     # torchrun tells of the kill in its own way, after us
+    assert "common.py" not in of_ours and process.returncode != 0
+
+    process = start(home, [*words, "--out", "both"])
+    until((home / "both" / "metrics.jsonl").exists, process)
+    process.terminate()
+    _, err = process.communicate(timeout=120)
+    assert "and saved" in err and state(home, "both")["step"] > 0
+
+
+# ---- the run folder --------------------------------------------------------------------------------------------------
+
+def a_file(folder):
+    folder.write_text("mine")
+
+
+def a_foreign_folder(folder):
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("mine")
+
+
+def another_configuration(folder):
+    folder.mkdir()
+    (folder / "args.json").write_text(json.dumps(dict(lr=7.0)))
+
+
+def damaged_args(folder):
+    folder.mkdir()
+    (folder / "args.json").write_text("")
+
+
+def a_list_as_args(folder):
+    folder.mkdir()
+    (folder / "args.json").write_text("[1]")
+
+
+@pytest.mark.parametrize("make, words", [
+    (a_file, "exists and is no run folder but a file; nothing was touched"),
+    (a_foreign_folder, "exists and is no run folder"),
+    (another_configuration, "holds another configuration: --"),
+    (damaged_args, "--resume no starts over"),
+    (a_list_as_args, "holds a list"),
+])
+def test_a_folder_that_will_not_do_is_refused_before_the_pretraining(in_home, monkeypatch, capsys, make, words):
+    out = in_home / make.__name__
+    make(out)
+    before = sorted(in_home.rglob("*"))
+    said = refusal(f"fsf_dmd.py --init imf --data toy.npz --seed 9 --out {out.name}", capsys, monkeypatch)
+    assert words in said and sorted(in_home.rglob("*")) == before
+    said = refusal("fsf_dmd.py --init imf --data toy.npz --seed 9 --out toy.npz/below", capsys, monkeypatch)
+    assert "toy.npz is a file" in said and sorted(in_home.rglob("*")) == before
+
+
+def flip(path):
+    """Change one bit in the middle."""
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    path.write_bytes(raw)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def gone(path):
+    path.unlink()
+
+
+def without_step(path):
+    saved = torch.load(path, weights_only=True)
+    del saved["step"]
+    torch.save(saved, path)
+
+
+def a_number(path):
+    torch.save(7, path)
+
+
+def of_an_earlier_save(path):
+    saved = torch.load(path, weights_only=True)
+    saved["step"] -= 1
+    saved["weights"]["final_layer.linear.bias"] += 1
+    torch.save(saved, path)
+
+
+@pytest.mark.parametrize("damage", [flip, cut, empty, without_step, a_number])
+def test_a_damaged_state_is_refused_and_kept(in_home, monkeypatch, capsys, damage):
+    out = in_home / f"state-{damage.__name__}"
+    shutil.copytree(in_home / "imf", out)
+    damage(out / "state.pt")
+    before = contents(out)
+    said = refusal(f"{IMF} --steps 9 --out {out.name}", capsys, monkeypatch)
+    assert "state.pt" in said and "cannot be resumed, --resume no starts over" in said
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("damage", [gone, flip, cut, empty, of_an_earlier_save])
+def test_the_next_start_makes_model_pt_good_from_state_pt(in_home, few_samples, damage):
+    """A kill between the two renames leaves an older model.pt, or none."""
+    out = in_home / f"model-{damage.__name__}"
+    shutil.copytree(in_home / "imf", out)
+    damage(out / "model.pt")
+    train(f"{IMF} --steps 8 --out {out.name}")
+    assert_same(common.load_checkpoint(out / "model.pt")["weights"], common.load_checkpoint("imf/model.pt")["weights"])
+
+
+def test_leftovers_of_a_kill_are_removed_and_a_cut_line_is_survived(in_home, few_samples):
+    out = in_home / "leftovers"
+    shutil.copytree(in_home / "imf", out)
+    (out / ".state.pt.abc.tmp").write_bytes(b"half a state")
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "imf": 1.')
+    train(f"{IMF} --steps 9 --out {out.name}")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {8, 9} <= {line["step"] for line in lines}
+    assert not list(out.glob(".*.tmp"))
+
+
+def test_a_folder_of_a_run_that_was_killed_at_once_is_an_empty_one(in_home, few_samples):
+    out = in_home / "at-once"
+    out.mkdir()
+    (out / ".lock").write_text("process 1 on here")
+    (out / ".args.json.abc.tmp").write_text("{")
+    train(f"{IMF} --steps 1 --out {out.name}")
+    assert (out / "model.pt").exists() and not list(out.glob(".*.tmp"))
+
+
+def test_starting_over_removes_what_a_run_wrote_and_nothing_else(in_home, few_samples, monkeypatch, capsys):
+    out = in_home / "over"
+    shutil.copytree(in_home / "imf", out)
+    for name in ("thesis.tex", "samples_of_mine.png"):
+        (out / name).write_text("mine")
+    (out / "sub").mkdir()
+    (out / "samples_000007.png").write_text("of the run before")
+    train(f"{IMF} --steps 1 --out over --resume no")
+    assert {"thesis.tex", "samples_of_mine.png", "sub"} <= {path.name for path in out.iterdir()}
+    assert not (out / "samples_000007.png").exists() and state(in_home, "over")["step"] == 1
+
+    (in_home / "link").symlink_to(out)
+    before = contents(out)
+    assert "is a link" in refusal(f"{IMF} --steps 1 --out link --resume no", capsys, monkeypatch)
+    assert contents(out) == before
+
+
+def test_weights_that_are_not_finite_are_refused(in_home, monkeypatch, capsys):
+    checkpoint = common.load_checkpoint("imf/model.pt")
+    checkpoint["weights"]["final_layer.linear.bias"][0] = float("nan")
+    torch.save(checkpoint, "nan.pt")
+    before = sorted(in_home.rglob("*"))
+    for command in ("fsf_dmd.py --init nan.pt --data toy.npz", "evaluate.py nan.pt --data toy.npz",
+                    "fsf_dmd.py --init imf --teacher nan.pt --data toy.npz --seed 9"):
+        assert "not finite" in refusal(command, capsys, monkeypatch)
+    assert sorted(in_home.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", [
+    "consistency.py --loss rcgm --data toy.npz --steps 4 --lr 1e30",
+    "fsf_dmd.py --init imf/model.pt --data toy.npz --M 2 --steps 8 --lr 1e20 --save_every 1 --log_every 1",
+])
+def test_a_run_that_diverges_is_one_line_and_not_saved(in_home, few_samples, monkeypatch, capsys, command):
+    out = in_home / f"diverges-{command.split('.')[0]}"
+    said = refusal(f"{command} --out {out.name}", capsys, monkeypatch)
+    assert "diverged" in said or "not finite" in said
+    assert not (out / "state.pt").exists() and not (out / "model.pt").exists()
+
+
+@pytest.mark.slow
+def test_a_second_start_is_refused_and_spares_the_first(home):
+    words = f"{FSF} --out twice --log_every 1".split()
+    command = [sys.executable, str(HERE / words[0]), *words[1:], "--steps"]
+    first = start(home, [*command, "5000"])
+    until((home / "twice" / "metrics.jsonl").exists, first)
+    for extra in ("", " --resume no"):
+        said = run(home, f"{FSF} --out twice --steps 5000{extra}", code=2).strip().splitlines()[-1]
+        assert f"process {first.pid} on " in said and "is training there" in said
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=120)
+    assert first.returncode == 130
+    steps = [line["step"] for line in files.read_lines(home / "twice" / "metrics.jsonl") if "grad_norm" in line]
+    assert steps == sorted(set(steps)) and state(home, "twice")["step"] == steps[-1]
+
+
+@pytest.mark.slow
+def test_a_start_network_that_another_run_trains_is_waited_for(tmp_path, monkeypatch):
+    small_images(tmp_path / "toy.npz", 90)
+    command = [sys.executable, str(HERE / "fsf_dmd.py"), "--init", "fm", "--data", "toy.npz", "--steps", "2",
+               "--health_every", "0", "--warmup", "1", "--out"]
+    first = start(tmp_path, [*command, "a"])
+    lock = tmp_path / "runs" / "consistency_fm-toy-scratch" / "args.json"
+    until(lock.exists, first)
+    second = start(tmp_path, [*command, "b"])
+    outputs = [process.communicate(timeout=500) for process in (first, second)]
+    assert first.returncode == second.returncode == 0, outputs
+    assert "waiting" in outputs[1][1] and f"process {first.pid}" in outputs[1][1]
+    assert_same(state(tmp_path, "a"), state(tmp_path, "b"))
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_spares_the_last_files(home):
+    """A limit on the size of a file fails in the same calls as a full disk, of torch's zip writer too."""
+    out, command = home / "full", f"{IMF} --log_every 1 --out full"
+    run(home, f"{command} --steps 8")
+    before = contents(out)
+    for kilobytes in (2000, 1):                             # state.pt has 3.4 MB, metrics.jsonl 3 KB
+        words = f"{sys.executable} {HERE / command} --steps 12"
+        found = subprocess.run(["bash", "-c", f"ulimit -f {kilobytes}; exec {words}"], cwd=home, env=environment(),
+                               capture_output=True, text=True, timeout=300)
+        last = found.stderr.splitlines()[-1]
+        assert found.returncode == 2 and "Traceback" not in found.stderr
+        assert last.startswith("consistency.py: error: no space left on the disk")      # on a line of its own
+        after = contents(out)
+        assert all(after[name] == before[name] for name in ("state.pt", "model.pt", "args.json", "result.json"))
+        assert not list(out.glob(".*.tmp"))
+    run(home, f"{command} --steps 12")                      # with space again it goes on
+    assert state(home, "full")["step"] == 12
+
+
+# ---- what is kept of a table -----------------------------------------------------------------------------------------
+
+def test_a_kept_run_that_is_gone_or_damaged_runs_again(tmp_path, capsys):
+    args = argparse.Namespace(data="digits", init=None, runs=tmp_path, start="weak", jobs=1, table="2")
+    job = reproduce.job(args, reproduce.STARTS["imf"], 0)
+    record = reproduce.beside(job, ".json")
+
+    def keep():
+        shutil.rmtree(job.folder, ignore_errors=True)
+        job.folder.mkdir(parents=True)
+        (job.folder / "model.pt").write_bytes(b"weights")
+        (job.folder / "result.json").write_text("{}")
+        files.write_atomic(record, files.json_text(dict(reproduce.identity(job), done=True)))
+        assert reproduce.is_done(job) and not reproduce.changes(job)
+
+    for damage in (lambda: shutil.rmtree(job.folder), lambda: (job.folder / "result.json").write_text("{"),
+                   lambda: (job.folder / "model.pt").unlink(), lambda: record.write_text('{"command": ['),
+                   lambda: record.write_text("[]"), lambda: record.write_text('{"sources": 3}')):
+        keep()
+        damage()
+        assert not reproduce.is_done(job)
+        reproduce.changes(job)                                          # can be asked whatever is in the record
+    said = capsys.readouterr().out
+    assert "not the record of a run" in said and "runs again" in said
+
+
+def test_the_pretrained_start_waits_and_its_folder_says_nothing_of_it(in_home):
+    args = consistency.parse_args("--loss imf --data toy.npz".split())
+    args.wait = True
+    assert "wait" not in common.identity(args) and "sources" not in common.identity(args)
