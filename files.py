@@ -1,8 +1,8 @@
 """Files that survive what real machines do: one atomic write, one way to read what comes from outside, one lock.
 
-    write_atomic(path, obj)      text, bytes or anything that torch.save takes: the old file or the new one, never half
+    write_atomic(path, content)      text, bytes or what torch.save takes: the old file or the new one, never half
     with reading(path, expected):    whatever a damaged file raises becomes one line (BadInput) that names the file
-    with lock(folder):           a second process at the same folder is told of the first one
+    with lock(path, doing):          a second process at the same folder is told of the first one
 """
 import contextlib
 import errno

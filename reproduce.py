@@ -3,7 +3,7 @@
 Paper: Kim, Lee, Park, "Distribution Matching Distillation without Fake Score Network", arXiv 2605.19256; its numbers:
 golden/paper_tables.json.
 
-    python reproduce.py 2                    # Table 2 on digits: 11 rows x 5 seeds, 45 minutes on 2 CPU cores
+    python reproduce.py 2                    # Table 2 on digits: 12 rows x 5 seeds, over 45 minutes on 2 cores
     python reproduce.py 2 --start strong     # from an iMF trained twice as long
     python reproduce.py 2 --list             # the commands, to paste
     python reproduce.py 2 --row 7 --seeds 1  # one row

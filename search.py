@@ -1,6 +1,6 @@
 """The settings of the digits' presets: six for every method, on two seeds that no table reports.
 
-    python search.py weak                    # from the iMF of 400 steps: 6 methods x 6 settings x 2 seeds, 50 minutes
+    python search.py weak                    # from the iMF of 400 steps: 6 methods x 6 settings x 2 seeds
     python search.py strong                  # from the iMF of 800 steps
     python search.py fm                      # from the velocity network (Table 4)
     python search.py scratch                 # Table 5
