@@ -1,4 +1,4 @@
-"""Plumbing on the ground floor: errors in one line, devices, processes, randomness, EMA, checkpoints, the run folder.
+"""Plumbing on the ground floor: errors in one line, devices, processes, randomness, EMA, the run folder.
 
 A method script reads from top to bottom without opening this file.  Three rules hold everywhere:
 
@@ -14,7 +14,6 @@ A method script reads from top to bottom without opening this file.  Three rules
 import contextlib
 import copy
 import errno
-import hashlib
 import os
 import resource
 import signal
@@ -27,13 +26,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from checkpoints import load_checkpoint
 from files import BadInput, Locked, first_line, json_text, lock, read_json, read_lines, reading, write_atomic
-from model import CONDITIONINGS, LightningDiT, build, load_official, refuse_differences
 
 
 def main(train, parse_args):
@@ -268,172 +266,6 @@ def frozen_view(net):
     """A network with the same weights, now and after every update, through which they get no gradient."""
     same = {id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()}
     return copy.deepcopy(net, same).eval()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files of weights, and checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
-
-def read_weights(path):
-    """The state dict in a .pt, .ckpt or .safetensors file, on the CPU.  BadInput if it is none.
-
-    Never unpickles code (weights_only).
-    """
-    if not Path(path).is_file():
-        raise BadInput(f"{path}: no such file")
-    with reading(path, "a file of weights", "fetch it again, or choose another"):
-        if str(path).endswith(".safetensors"):
-            return safetensors.torch.load_file(path)
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:                                        # written before torch 1.6: cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
-    if not is_state_dict(state):
-        raise BadInput(f"{path}: holds no state dict of tensors")
-    return state
-
-
-def is_state_dict(state):
-    """Whether this is a dictionary of names and plain tensors."""
-    return isinstance(state, dict) and all(
-        isinstance(k, str) and torch.is_tensor(v) and v.layout == torch.strided and not v.is_quantized
-        for k, v in state.items())
-
-
-def weights_hash(net):
-    """Twelve hex digits of the SHA-256 of all tensors of a network."""
-    tensors = [v.cpu().numpy().tobytes() for v in net.state_dict().values()]
-    return hashlib.sha256(b"".join(tensors)).hexdigest()[:12]
-
-
-def load_checkpoint(path):
-    """A model.pt as dict: config and weights (EMA) of the network, data statistics, args.  Never unpickles code.
-
-    Official LightningDiT and iMF weights are taken too (model.load_official); their `data` is None.
-    """
-    if str(path).endswith(".safetensors"):
-        return official(path, read_weights(path))
-    if not Path(path).exists():
-        raise BadInput(f"{path}: no such file")
-    with reading(path, "a model.pt", "take another, or train it again"):
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(checkpoint, dict) and {"config", "weights", "data", "args"} <= set(checkpoint):
-        with reading(path, "a model.pt of this project", "take another, or train it again"):
-            refuse_damage(**{k: checkpoint[k] for k in ("config", "weights", "data", "args")})
-        return checkpoint
-    return official(path, checkpoint)
-
-
-# Whole numbers in the configuration of every network.
-SIZES_OF = ("in_channels", "input_size", "num_classes", "depth", "hidden_size", "num_heads", "patch_size")
-
-
-def refuse_damage(config, weights, data, args):
-    """ValueError for the parts of a model.pt if one is empty, of another kind, or of sizes that it cannot have."""
-    if not isinstance(config, dict) or not isinstance(args, dict) or not is_state_dict(weights):
-        raise ValueError("its config, weights or args are of another kind")
-    largest = sum(v.numel() for v in weights.values())              # no size of a network exceeds its parameters
-    for name in SIZES_OF:
-        value, most = config.get(name), len(weights) if name == "depth" else largest
-        if type(value) is not int or not 1 <= value <= most:
-            raise ValueError(f"its config has {name} {value!r}")
-    if config["input_size"] % config["patch_size"]:
-        raise ValueError(f"its config has input_size {config['input_size']}, patch_size {config['patch_size']}")
-    for name in ("n_tokens", "token_block"):
-        value = config.get(name, 1)
-        if type(value) is not int or not 0 <= value <= largest:
-            raise ValueError(f"its config has {name} {value!r}")
-    if config.get("conditioning") not in CONDITIONINGS:
-        raise ValueError(f"its config has conditioning {config.get('conditioning')!r}")
-    if data is None:                                                # of official weights
-        return
-    shape = [config["in_channels"], config["input_size"], config["input_size"]]
-    if not isinstance(data, dict) or not isinstance(data.get("source"), str) or data.get("shape") != shape:
-        raise ValueError("its data have no source, or another shape than its config")
-    if data.get("kind", "pixels") not in ("pixels", "latents") or not isinstance(data.get("vae", ""), str):
-        raise ValueError("its data are of no known kind")
-    mean, std = (torch.tensor(data[name], dtype=torch.float64) for name in ("mean", "std"))
-    channels = (config["in_channels"],)
-    if mean.shape != channels or std.shape != channels or not mean.isfinite().all() or not (0 < std).all():
-        raise ValueError("the mean and std of its data do not fit")
-
-
-def official(path, state):
-    """The checkpoint dict of official LightningDiT or iMF weights, which know neither data nor flags."""
-    try:
-        if not isinstance(state, dict):
-            raise ValueError(f"it holds a {type(state).__name__}")
-        net = load_official(state)
-        refuse_damage(net.config, net.state_dict(), None, {})
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise BadInput(f"{path}: not a model.pt of this project, nor official LightningDiT or iMF weights "
-                       f"({first_line(error, 300)})") from None
-    return dict(config=net.config, weights=net.state_dict(), data=None, args={}, step=0)
-
-
-def load_network(path, data=None, conditioning=None):
-    """(network with the EMA weights of a model.pt, its checkpoint).
-
-    data: refuse a network that was made for other shapes, classes or latents.
-    """
-    checkpoint = load_checkpoint(path)
-    config = checkpoint["config"]
-    if conditioning and config["conditioning"] not in conditioning:
-        raise BadInput(f"{path}: is a {config['conditioning']} network, expected {' or '.join(conditioning)}")
-    if data is not None:
-        refuse_other_data(path, checkpoint, data)
-    try:
-        with torch.device("meta"):                                  # no memory for a configuration that does not fit
-            refuse_differences(build(config), checkpoint["weights"], "network")
-        net = build(config)
-        net.load_state_dict(checkpoint["weights"])
-    except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise BadInput(f"{path}: its weights do not fit its configuration ({first_line(error, 160)})") from None
-    for name, v in net.state_dict().items():
-        if not v.isfinite().all():
-            raise BadInput(f"{path}: its weights are not finite ({name}); expected those of a run that did not diverge")
-    return net, checkpoint
-
-
-def refuse_other_data(path, checkpoint, data):
-    """BadInput if a checkpoint was made for other shapes, classes or latents than `data`."""
-    config, made_for = checkpoint["config"], checkpoint["data"]
-    if made_for is None:                                            # official weights know their network only
-        made_for = dict(shape=[config["in_channels"], config["input_size"], config["input_size"]])
-    pairs = [("shape", made_for["shape"], list(data.x.shape[1:])),
-             ("num_classes", config["num_classes"], data.num_classes)]
-    for name, found, expected in pairs:
-        if found != expected:
-            raise BadInput(f"{path}: was made for {name} {found}, but --data {data.source} has {expected}")
-    vae = made_for.get("vae", "")
-    if data.vae and vae not in ("", data.vae):
-        raise BadInput(f"{path}: was trained on latents of another VAE ({vae}) than --data {data.source} ({data.vae})")
-
-
-def load_start(path, data, flow_map=True):
-    """(student, frozen teacher) that start from a model.pt.
-
-    flow_map: a plain velocity network becomes a flow map by decoupled conditioning; without, the student stays plain.
-    """
-    teacher, _ = load_network(path, data)
-    net = teacher
-    if teacher.conditioning == "plain" and flow_map:
-        net = LightningDiT(**teacher.config | dict(conditioning="decoupled"))
-        net.load_state_dict(teacher.state_dict())                   # the same parameters (DMF)
-    return copy.deepcopy(net).train(), frozen_copy(teacher)
-
-
-def new_network(args, data, conditioning):
-    """A fresh LightningDiT for this data."""
-    channels, size, _ = data.x.shape[1:]
-    tokens = {k: getattr(args, k) for k in ("n_tokens", "token_block") if getattr(args, k) is not None}
-    try:
-        return LightningDiT(args.size, conditioning, input_size=size, in_channels=channels,
-                            num_classes=data.num_classes, **tokens)
-    except ValueError as error:
-        raise BadInput(f"--size {args.size}: {error}") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

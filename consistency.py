@@ -30,14 +30,15 @@ Cost in forward passes of one network (backward = 2): fm 3, ct 5, imf 7, cd 6 (f
 """
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from checkpoints import load_checkpoint, load_network, load_start, new_network
 from common import (BadInput, Run, Stream, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
-                    gradient_norm, load_checkpoint, load_network, load_start, main, micro_batches, new_network, rank,
-                    setup, sync_gradients, update_ema)
+                    gradient_norm, main, micro_batches, rank, setup, sync_gradients, update_ema)
 from data import load_data
 from evaluate import metric_space
 from flags import flow_map_flags, number, parser, refuse, refuse_idle, resolve, teacher_flag
@@ -49,11 +50,11 @@ from watch import begin, finish, watch
 PRESETS = {
     ("pixels", "scratch"): dict(                    # mostly s = t: the velocity, which teaches, is ahead of the map
         size="tiny", steps=400, lr=6e-3, mask_prob=0.9, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=100, eval_every=100),
+        save_every=100, eval_every=200),
     ("pixels", "imf"): dict(
-        size="tiny", steps=200, lr=2e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=50, eval_every=50),
+        size="tiny", steps=200, lr=2e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=100, eval_every=100),
     ("pixels", "fm"): dict(
-        size="tiny", steps=200, lr=3e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=50, eval_every=50),
+        size="tiny", steps=200, lr=3e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=100, eval_every=100),
     ("latents", "scratch"): dict(
         size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
         omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500),
@@ -64,45 +65,33 @@ PRESETS = {
         size="B/1", steps=20_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
         omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500),
 }
-# From scratch, two losses have rows of their own.
-PRESETS_OF_LOSS = {
+PRESETS_OF_LOSS = {                                  # from scratch, two losses have rows of their own
     "fm": {
         ("pixels", "scratch"): dict(
-            size="tiny", steps=400, lr=1.2e-2, cosine=0, omega=1.0, guide_to=1.0, save_every=50, eval_every=0),
+            size="tiny", steps=400, lr=1.2e-2, cosine=0, omega=1.0, guide_to=1.0, save_every=100, eval_every=0),
         ("latents", "scratch"): dict(                                                   # LightningDiT's recipe
             size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
             time_law="logitnormal:0,1", cosine=1, omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500),
     },
     "rcgm": {
         ("pixels", "scratch"): dict(
-            size="tiny", steps=400, lr=1.2e-2, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=50, eval_every=50),
+            size="tiny", steps=400, lr=1.2e-2, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=100, eval_every=100),
     },
 }
 CONDITIONING = dict(fm="plain", ct="decoupled", imf="in_context", rcgm="in_context")    # from scratch
 # The losses that read a flag: with any other it would do nothing, and is refused.
-READ_BY = dict(
-    mask_prob=("ct", "imf", "cd", "rcgm"),
-    time_law=("fm", "ct", "imf", "cd", "rcgm"),
-    jvp=("ct", "imf", "cd"),
-    fd_h=("ct", "imf", "cd"),
-    huber_c=("ct", "imf", "cd", "rcgm", "isg"),
-    cosine=("fm", "ct", "imf", "cd", "rcgm"),
-    tangent_norm=("ct", "imf", "cd"),
-    omega=("fm", "imf", "cd", "rcgm", "isg"),
-    guide_to=("fm", "imf", "cd", "rcgm", "isg"),
-    cfg_channels=("fm", "cd", "isg"),
-    cd_guidance=("cd", "isg"),
-    omega_max=("imf", "rcgm", "cd", "isg"),
-    omega_law=("imf", "rcgm", "cd", "isg"),
-    n_tokens=("imf", "rcgm", "cd", "isg"),
-    token_block=("imf", "rcgm", "cd", "isg"),
-    teacher=("cd", "isg"),
-    target_ema=("rcgm",),
-    delta=("rcgm",),
-    order=("rcgm",),
-    clamp=("rcgm",),
-    M=("isg",),
-)
+READ_BY = {
+    ("ct", "imf", "cd"): "jvp fd_h tangent_norm",
+    ("ct", "imf", "cd", "rcgm"): "mask_prob",
+    ("fm", "ct", "imf", "cd", "rcgm"): "time_law cosine",
+    ("ct", "imf", "cd", "rcgm", "isg"): "huber_c",
+    ("fm", "imf", "cd", "rcgm", "isg"): "omega guide_to",
+    ("imf", "cd", "rcgm", "isg"): "omega_max omega_law n_tokens token_block",
+    ("fm", "cd", "isg"): "cfg_channels",
+    ("cd", "isg"): "cd_guidance teacher",
+    ("rcgm",): "target_ema delta order clamp",
+    ("isg",): "M",
+}
 
 
 # ---- method ----------------------------------------------------------------------------------------------------------
@@ -111,8 +100,7 @@ def draw_times(r: Tensor, law: str = "uniform", mask_prob: float = 0.5) -> tuple
     """Uniform draws r [B, 2] -> times t, s [B] with 0 <= s <= t <= 1: two draws of the law, sorted.
 
     law: "uniform", or "logitnormal:MEAN,SCALE" (left out: iMF's -0.4,1).  Random masking sets s := t in a fixed share
-    of the rows, evenly spread over the batch, instead of tossing a coin for each: the same B mask_prob rows at every
-    step (the data are shuffled), so that the shapes of what is computed for the others never change.
+    of the rows, evenly spread over the (shuffled) batch, instead of tossing a coin for each: shapes never change.
     """
     if law != "uniform":
         mean, scale = (float(number) for number in (law.partition(":")[2] or "-0.4,1").split(","))
@@ -123,10 +111,7 @@ def draw_times(r: Tensor, law: str = "uniform", mask_prob: float = 0.5) -> tuple
 
 
 def draw_guidance(r: Tensor, law: str = "loguniform", omega_max: float = 8.0) -> Tensor:
-    """Uniform draws r [B, 3] -> (omega, t_min, t_max) [B, 3].
-
-    omega on [1, omega_max], t_min ~ U[0, .5], t_max ~ U[.5, 1] (iMF).
-    """
+    """Uniform draws r [B, 3] -> (omega on [1, omega_max], t_min ~ U[0, .5], t_max ~ U[.5, 1]) [B, 3], as iMF."""
     if law == "loguniform":
         omega = omega_max ** r[:, 0]
     else:                                                                               # density ~ exp(-omega), cut off
@@ -168,12 +153,14 @@ def consistency_loss(u: Callable, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, 
     v: target velocity and tangent: dx/dt, both [B, C, H, W]; for Eq. 16 both are the teacher's v(x_t, t).  s <= t; rows
     with s = t are flow matching onto v.  Half its gradient is AYF's EMD with weight 1/(t-s) (Eq. 35-38), and for the
     squared distance MeanFlow's.
-    tangent_norm > 0: AYF's and rCM's original, || u - sg( u + g / (||g|| + tangent_norm) ) ||^2 with
-    g = v - (t-s) du/dt - u (Eq. 57-58).
+    tangent_norm > 0: AYF's and rCM's original, || u - sg(u + g / (||g|| + tangent_norm)) ||^2 with g = target - u.
     """
     du_dt = total_derivative(u, x_t, t, s, tangent, h, exact)                           # no gradient
-    target = v - expand(t - s, v) * du_dt                                               # Eq. 37 at df/dt = 0
-    pred = u(x_t, t, s)
+    return regression(u(x_t, t, s), v - expand(t - s, v) * du_dt, c, cosine, tangent_norm)
+
+
+def regression(pred: Tensor, target: Tensor, c: float = 1e-3, cosine: bool = True, tangent_norm: float = 0.0) -> Tensor:
+    """rho(pred, sg target) of consistency_loss for each sample -> [B].  pred, target [B, C, ...]."""
     if tangent_norm:
         g = (target - pred).detach()                                                    # Eq. 58
         g = g / expand(g.flatten(1).norm(dim=1) + tangent_norm, g)
@@ -182,19 +169,30 @@ def consistency_loss(u: Callable, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, 
 
 
 @torch.no_grad()
-def guided_target(net: Callable, x_t: Tensor, v: Tensor, t: Tensor, y: Tensor,
-                  guidance: Tensor) -> tuple[Tensor, Tensor]:
-    """iMF's guided velocity v + (1 - 1/omega)(v_cond - v_uncond), and v_cond -> two [B, C, H, W].
+def derivative_where_needed(net: Callable, x_t: Tensor, t: Tensor, s: Tensor, y: Tensor, guidance: Tensor,
+                            tangent: Tensor, h: float = 0.005, exact: bool = False) -> Tensor:
+    """d/dt of net(x_t, t, s, y, guidance) [B, C, H, W] in the rows with s < t; 0 in others: their factor t - s is 0."""
+    du_dt, rows = torch.zeros_like(x_t), (s < t).nonzero()[:, 0]
+    if len(rows):
+        y, guidance = y[rows], guidance[rows]
+        du_dt[rows] = total_derivative(lambda x, t, s: net(x, t, s, y, guidance), x_t[rows], t[rows], s[rows],
+                                       tangent[rows], h, exact)
+    return du_dt
 
-    Its fixed point is CFG of scale omega.  net: callable (x, t, y, s, guidance) with attribute num_classes, the null
-    label.  v = eps - x0.  Rows with a dropped label are not guided.  TwinFlow's "enhancement" of RCGM is the same
-    formula with a constant in the place of 1 - 1/omega.
+
+@torch.no_grad()
+def guided_target(net: Callable, x_t: Tensor, v: Tensor, v_cond: Tensor, t: Tensor, y: Tensor,
+                  guidance: Tensor) -> Tensor:
+    """iMF's guided velocity v + (1 - 1/omega)(v_cond - v_uncond) [B, C, H, W].  Its fixed point is CFG of scale omega.
+
+    net: callable (x, t, y, s, guidance) with attribute num_classes, the null label.  v = eps - x0; v_cond = net's
+    velocity.  Rows with a dropped label are not guided.  TwinFlow's "enhancement" of RCGM is the same formula with a
+    constant in the place of 1 - 1/omega.
     """
-    at_t, null = gate_guidance(guidance, t), torch.full_like(y, net.num_classes)
-    v_cond = net(x_t, t, y, None, at_t)
+    omega, null = gate_guidance(guidance, t)[:, 0], torch.full_like(y, net.num_classes)
     v_uncond = net(x_t, t, null, None, None)                                            # None: omega = 1 on [0, 1]
-    w = torch.where(y == null, 0.0, 1 - 1 / at_t[:, 0])
-    return v + expand(w, v) * (v_cond - v_uncond), v_cond
+    w = torch.where(y == null, 0.0, 1 - 1 / omega)
+    return v + expand(w, v) * (v_cond - v_uncond)
 
 
 def whole_interval(guidance: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -204,29 +202,40 @@ def whole_interval(guidance: Tensor, t: Tensor, s: Tensor) -> Tensor:
 
 
 def imf_loss(net: Callable, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, y: Tensor, guidance: Tensor,
-             **rho) -> Tensor:
+             guided: bool = True, h: float = 0.005, exact: bool = False, **rho) -> Tensor:
     """Improved MeanFlow of each sample -> [B]: Eq. 6 with the predicted tangent, guidance as a condition.
 
-    net: see guided_target.  y [B], null where dropped; guidance [B, 3]; rho: options of consistency_loss.
+    net: see guided_target.  y [B], null where dropped; guidance [B, 3]; guided=False: every omega is 1, which saves a
+    pass; h, exact: see total_derivative; rho: options of `regression`.
     The V form of iMF, || u + (t-s) sg(du/dt) - sg(v_g) ||^2, has this gradient exactly.
     """
     guidance = whole_interval(guidance, t, s)
-    x_t = interpolate(x0, eps, t)                                                       # [B, C, H, W]
-    v_g, v_cond = guided_target(net, x_t, eps - x0, t, y, guidance)
-    return consistency_loss(lambda x, t, s: net(x, t, y, s, guidance), x_t, t, s, v_g, v_cond, **rho)
+    x_t, v = interpolate(x0, eps, t), eps - x0                                          # [B, C, H, W]
+    pred = net(x_t, t, y, s, guidance)
+    with torch.no_grad():
+        v_cond, rows = pred.clone(), (s < t).nonzero()[:, 0]                            # where s = t it is pred
+        if len(rows):
+            v_cond[rows] = net(x_t[rows], t[rows], y[rows], None, gate_guidance(guidance[rows], t[rows]))
+        if guided:
+            v = guided_target(net, x_t, v, v_cond, t, y, guidance)
+    du_dt = derivative_where_needed(lambda x, t, s, y, guidance: net(x, t, y, s, guidance), x_t, t, s, y, guidance,
+                                    v_cond, h, exact)
+    return regression(pred, v - expand(t - s, v) * du_dt, **rho)
 
 
 def distillation_loss(net: Callable, teacher: Callable, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, y: Tensor,
-                      guidance: Tensor, channels: int | None = None, **rho) -> Tensor:
+                      guidance: Tensor, channels: int | None = None, h: float = 0.005, exact: bool = False,
+                      **rho) -> Tensor:
     """Consistency distillation of each sample -> [B]: Eq. 16 from a frozen guided teacher (model.guided_velocity).
 
-    net: a LightningDiT flow map; y [B], null where dropped; guidance [B, 3]; rho: options of consistency_loss.
+    net: a LightningDiT flow map; y [B], null where dropped; guidance [B, 3]; the rest as in imf_loss.
     """
     x_t = interpolate(x0, eps, t)                                                       # [B, C, H, W]
     with torch.no_grad():
         v = guided_velocity(teacher, x_t, t, y, guidance, channels)
     guidance = torch.where((s == t)[:, None], gate_guidance(guidance, t), guidance)     # as iMF trained those rows
-    return consistency_loss(lambda x, t, s: guided_map(net, x, t, s, y, guidance), x_t, t, s, v, v, **rho)
+    du_dt = derivative_where_needed(partial(guided_map, net), x_t, t, s, y, guidance, v, h, exact)
+    return regression(guided_map(net, x_t, t, s, y, guidance), v - expand(t - s, v) * du_dt, **rho)
 
 
 def rcgm_loss(u: Callable, u_ema: Callable, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, delta: float = 0.01,
@@ -254,15 +263,17 @@ def rcgm_loss(u: Callable, u_ema: Callable, x_t: Tensor, t: Tensor, s: Tensor, v
 
 
 def guided_rcgm_loss(net: Callable, target: Callable, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, y: Tensor,
-                     guidance: Tensor, *options, **rho) -> Tensor:
+                     guidance: Tensor, guided: bool, *options, **rho) -> Tensor:
     """RCGM on the data of each sample -> [B], guided as iMF is, with the target network's velocities.
 
-    target: an EMA of net with a short memory; both as in guided_target.  y [B], null where dropped; guidance [B, 3];
-    options, rho: of rcgm_loss.
+    target: an EMA of net with a short memory.  The others as in imf_loss; options, rho: of rcgm_loss.
     """
     guidance = whole_interval(guidance, t, s)
-    x_t = interpolate(x0, eps, t)                                                       # [B, C, H, W]
-    v, _ = guided_target(target, x_t, eps - x0, t, y, guidance)
+    x_t, v = interpolate(x0, eps, t), eps - x0                                          # [B, C, H, W]
+    if guided:
+        with torch.no_grad():
+            v_cond = target(x_t, t, y, None, gate_guidance(guidance, t))
+        v = guided_target(target, x_t, v, v_cond, t, y, guidance)
     return rcgm_loss(lambda x, t, s: net(x, t, y, s, guidance), lambda x, t, s: target(x, t, y, s, guidance),
                      x_t, t, s, v, *options, **rho)
 
@@ -305,14 +316,12 @@ def parse_args(argv=None):
     distils = loss in ("cd", "isg")
     p.set_defaults(init="imf" if distils else "scratch")
     args = resolve(p, argv, PRESETS | PRESETS_OF_LOSS.get(loss, {}), f"consistency_{loss}")
-    if distils and args.init == "scratch":
-        raise BadInput(f"--loss {loss} --init scratch: distillation needs a teacher, "
-                       "expected --init imf, fm or a model.pt")
-    if not distils and args.init != "scratch":
-        raise BadInput(f"--loss {loss} --init {args.init}: trains from scratch; leave --init out")
-    for flag, losses in READ_BY.items():
+    if distils == (args.init == "scratch"):
+        what = "distillation needs a teacher: imf, fm or a model.pt" if distils else "it trains from scratch"
+        raise BadInput(f"--loss {loss} --init {args.init}: {what}")
+    for losses, names in READ_BY.items():
         if loss not in losses:
-            refuse(args, [flag], f"belongs to --loss {' or '.join(losses)}")
+            refuse(args, names.split(), f"belongs to --loss {' or '.join(losses)}")
     if loss != "fm":
         refuse_idle(args)
     if args.tangent_norm:
@@ -322,10 +331,7 @@ def parse_args(argv=None):
 
 
 def pretrained(args, loss):
-    """Path of the model.pt that `consistency.py --loss LOSS` trains with the same data, size and seed.
-
-    Trains it now if it is not there.
-    """
+    """Path of the model.pt of `consistency.py --loss LOSS` with the same data, size and seed; trained if not there."""
     argv = ["--loss", loss]
     for flag in ("data", "vae", "size", "seed", "precision", "n_tokens", "token_block", "device", "micro_batch",
                  "compile"):
@@ -344,10 +350,7 @@ def pretrained(args, loss):
 
 
 def starting_networks(args, data, device, conditioning="in_context", flow_map=True):
-    """--init and --teacher -> (student, frozen teacher; None from scratch) on the device.
-
-    Fresh, or of consistency.py --loss imf or fm, or of a model.pt.  flow_map: see common.load_start.
-    """
+    """--init and --teacher -> (student, frozen teacher; None from scratch).  flow_map: see checkpoints.load_start."""
     if args.init == "scratch":
         return new_network(args, data, conditioning).to(device).train(), None
     given = getattr(args, "teacher", None)                                              # TwinFlow has no such flag
@@ -376,10 +379,8 @@ def train(args):
     channels = args.cfg_channels or None                                        # of a plain teacher's CFG
     huber = dict(c=args.huber_c, cosine=args.cosine)
     rho = dict(h=args.fd_h, exact=args.jvp == "exact", tangent_norm=args.tangent_norm, **huber)
+    guided = args.omega_max > 1                                                 # of a loss on the data
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)
-
-    def velocity(y):                                                            # fm: a plain network, s = t
-        return lambda x, t, s: net(x, t, y)
 
     def u(y, guidance=None):
         return lambda x, t, s: guided_map(net, x, t, s, y, guidance)
@@ -400,8 +401,7 @@ def train(args):
         if args.loss == "isg":                                                  # segment [s, t], r inside it
             batch["t"] = 1 - g.integers(args.M, B) / args.M
             batch["s"] = batch["t"] - 1 / args.M
-            inside = 0.1 + 0.8 * g.uniform(B)                     # SenseFlow: 0.05 off both ends of 0.5
-            batch["r"] = batch["s"] + inside / args.M
+            batch["r"] = batch["s"] + (0.1 + 0.8 * g.uniform(B)) / args.M       # SenseFlow: 0.05 off both ends of 0.5
         return batch
 
     with Run(args, state, ema, data) as run:
@@ -414,9 +414,9 @@ def train(args):
             for b in micro_batches(batch, args, device):
                 with autocast(args, device):
                     if args.loss == "fm":                                       # Eq. 1
-                        loss = flow_matching_loss(velocity(b.y_drop), b.x0, b.eps, b.t, args.cosine)
+                        loss = flow_matching_loss(u(b.y_drop), b.x0, b.eps, b.t, args.cosine)
                     elif args.loss == "imf":                                    # Eq. 6
-                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, **rho)
+                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, **rho)
                     elif args.loss == "ct":                                     # Eq. 6 without guidance
                         x_t, v = interpolate(b.x0, b.eps, b.t), b.eps - b.x0
                         loss = consistency_loss(u(b.y_drop), x_t, b.t, b.s, v, v, **rho)
@@ -424,7 +424,7 @@ def train(args):
                         loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
                                                  channels, **rho)
                     elif args.loss == "rcgm":                                   # Eq. 66-67
-                        loss = guided_rcgm_loss(net, target, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
+                        loss = guided_rcgm_loss(net, target, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided,
                                                 args.delta, args.order, args.clamp or math.inf, **huber)
                     else:                                                       # Eq. 61-62
                         x_t = interpolate(b.x0, b.eps, b.t)

@@ -39,7 +39,8 @@ import dmd2
 import fsf_dmd
 import sid
 import twinflow
-from common import BadInput, load_network, main
+from checkpoints import load_network
+from common import BadInput, main
 from files import json_text, read_json, write_atomic
 from flags import Parser, number
 from model import SIZES, LightningDiT, fixed_guidance

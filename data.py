@@ -27,7 +27,8 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 
-from common import BadInput, read_weights
+from checkpoints import read_weights
+from common import BadInput
 from files import first_line, read_json, reading, write_atomic
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())      # what it says of damaged files is said in our line

@@ -50,13 +50,13 @@ from watch import begin, finish, health, watch
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=100, lr=3e-4, fake_lr=3e-3, M=2, lam=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=50, eval_every=50, health_every=50),
+        save_every=100, eval_every=100, health_every=100),
     ("pixels", "fm"): dict(
         size="tiny", steps=100, lr=1e-3, M=2, lam=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=50, eval_every=50, health_every=50),
+        save_every=100, eval_every=100, health_every=100),
     ("pixels", "scratch"): dict(
         size="tiny", steps=400, lr=6e-3, M=1, cd=1, ttur=1, lam=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=50, eval_every=50, health_every=50),
+        save_every=100, eval_every=100, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=15_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2,
         omega=6.0, guide_to=0.9, cd_guidance="drawn", omega_max=8.0, omega_law="truncexp",
@@ -188,7 +188,8 @@ def train(args):
     features = metric_space(data, args)
     channels = args.cfg_channels or None                                        # of a plain teacher's CFG
     rho = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
-    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # guidance of every term but L_CT
+    guided = args.omega_max > 1                                                 # of a loss on the data
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # guidance of the others
 
     def u(y):
         return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))
@@ -247,7 +248,7 @@ def train(args):
                             loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
                                                      channels, **rho)
                         else:                                                   # Eq. 6, 24
-                            loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, **rho)
+                            loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, **rho)
                     (loss.sum() / B).backward()                                 # frees its graph before the next
                     accumulate(total, B, cd=loss)
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import (BadInput, load_checkpoint, load_network, main, noise_by_index, pick_device, rank, setup,
-                    weights_hash, world)
+from checkpoints import load_checkpoint, load_network, weights_hash
+from common import BadInput, main, noise_by_index, pick_device, rank, setup, world
 from data import Data, load_data, preview, to_images
 from fid import collect, describe, feature_networks, image_source, inception_metrics, read_reference, write_reference
 from files import json_text, reading, write_atomic

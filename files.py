@@ -46,7 +46,8 @@ def write_atomic(path: str | Path, content) -> None:
         elif isinstance(content, bytes):
             Path(temporary).write_bytes(content)
         else:
-            torch.save(content, temporary)
+            with open(temporary, "wb") as file:                     # to a name, torch would write that name into it
+                torch.save(content, file)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~umask())

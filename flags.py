@@ -7,7 +7,8 @@ import math
 import sys
 from pathlib import Path
 
-from common import RUNTIME_FLAGS, BadInput, load_checkpoint, rank
+from checkpoints import load_checkpoint
+from common import RUNTIME_FLAGS, BadInput, rank
 from data import data_kind
 from model import SIZES
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import BadInput, read_weights, weights_hash
+from checkpoints import read_weights, weights_hash
+from common import BadInput
 from files import reading
 from model import refuse_differences
 

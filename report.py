@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy.stats import ttest_rel
 
-from common import load_network
+from checkpoints import load_network
 from data import data_kind, load_data, preview
 from evaluate import decoder, generate, sampling
 from files import read_json, read_lines, write_atomic

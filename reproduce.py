@@ -45,7 +45,8 @@ import torch
 from tqdm import tqdm
 
 import report
-from common import BadInput, load_checkpoint, main
+from checkpoints import load_checkpoint
+from common import BadInput, main
 from data import data_kind, load_data
 from files import json_text, read_json, write_atomic
 from flags import Parser, number
@@ -74,7 +75,7 @@ STARTS = {
 FLAGS = {
     #          pixels                          latents
     "strong": (" --steps 800",                 ""),                   # the iMF of --start strong
-    "imf":    (" --mask_prob 0.5",             ""),                   # of Table 5, where it is no start
+    "imf":    (" --mask_prob 0.5 --eval_every 100", ""),              # of Table 5, where it is no start
     "m1":     (" --lam 0.01",                  ""),
     "cd1":    (" --lr 1e-3 --fake_lr 1e-3",    " --steps 54000"),     # DMD2 + L_CD: its peak in the paper, from an iMF
     "cd1_fm": ("",                             " --steps 33000"),     # and from a velocity network

@@ -404,7 +404,7 @@ def test_imports_have_one_direction():
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
                 assert not [*own_imports(node, own)], f"{name}.py imports {[*own_imports(node, own)]} in a function"
     above = {name: set(own_imports(tree, own)) for name, tree in trees.items()}
-    assert above["model"] == above["normuon"] == above["files"] == set() and above["common"] == {"files", "model"}
+    assert above["model"] == above["normuon"] == above["files"] == set() and above["checkpoints"] == {"files", "model"}
     while above:                                                # take away what imports nothing that is left
         ground = {name for name, imported in above.items() if not imported & above.keys()}
         assert ground, f"a circle among {sorted(above)}"

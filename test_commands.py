@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-import common
+import checkpoints
 import consistency
 import data
 import dmd2
@@ -53,7 +53,7 @@ assert set(TOY) == set(METHODS)
 
 def trained_weights(out):
     """All weights of a run's model.pt (in the working folder), in one vector."""
-    return torch.cat([p.flatten() for p in common.load_checkpoint(f"{out}/model.pt")["weights"].values()])
+    return torch.cat([p.flatten() for p in checkpoints.load_checkpoint(f"{out}/model.pt")["weights"].values()])
 
 
 def differ(a, b):
@@ -192,7 +192,7 @@ def test_pretraining_flags_and_the_other_losses(in_home, few_samples, monkeypatc
                   "--loss fm", "--loss ct"):
         out = f"pre{len(nets)}"
         train(f"consistency.py {extra} --data toy.npz --steps 3 --out {out}")
-        nets[extra] = common.load_checkpoint(f"{out}/model.pt")
+        nets[extra] = checkpoints.load_checkpoint(f"{out}/model.pt")
     config = {extra: net["config"] for extra, net in nets.items()}
     assert config["--loss fm"]["conditioning"] == "plain" and config["--loss ct"]["conditioning"] == "decoupled"
     assert config["--loss imf --n_tokens 3"]["n_tokens"] == 3
@@ -210,7 +210,7 @@ def test_cosine_and_guided_channels_reach_multi_channel_data(tmp_path, few_sampl
     np.savez("rgb.npz", images=images, labels=np.arange(60) % 2)
 
     def bias(out):
-        return common.load_checkpoint(f"{out}/model.pt")["weights"]["final_layer.linear.bias"]
+        return checkpoints.load_checkpoint(f"{out}/model.pt")["weights"]["final_layer.linear.bias"]
 
     for cosine in (0, 1):
         train(f"consistency.py --loss imf --data rgb.npz --steps 3 --cosine {cosine} --out cosine{cosine}")
@@ -220,7 +220,7 @@ def test_cosine_and_guided_channels_reach_multi_channel_data(tmp_path, few_sampl
         train(f"consistency.py --loss cd --init fm/model.pt --data rgb.npz --steps 3 --omega 3 "
               f"--cfg_channels {channels} --out cfg{channels}")
     assert not torch.equal(bias("cfg0"), bias("cfg1"))
-    velocity, _ = common.load_network("fm/model.pt")            # and other samples, where the channel is guided
+    velocity, _ = checkpoints.load_network("fm/model.pt")            # and other samples, where the channel is guided
     samples = lambda omega, channels: evaluate.generate(velocity, 6, (3, 4, 4), 2, omega, 1.0, channels)[0]
     whole, first, none = samples(3.0, None), samples(3.0, 1), samples(1.0, None)
     assert not torch.equal(whole, first) and not torch.equal(first, none)
@@ -269,7 +269,7 @@ def test_every_turn_leaves_the_other_networks_alone(in_home, few_samples, monkey
     monkeypatch.setattr(sys.modules[name], "NorMuon", Spy)
     train(f"{script} --init imf/model.pt --data toy.npz --steps 2 --health_every 1 --out {out}")
     assert [sides.index(opt) for opt, _ in turns] == order
-    first, last = common.load_checkpoint("imf/model.pt")["weights"], state(in_home, out)
+    first, last = checkpoints.load_checkpoint("imf/model.pt")["weights"], state(in_home, out)
     assert not differ(first, last["teacher"])                                           # nothing trains the teacher
     assert differ(first, last["net"]) and differ(first, last["fake"])
     health = [line for line in read_metrics(in_home, out) if "gap_0.2" in line]
@@ -314,17 +314,17 @@ def test_without_its_own_term_fsf_dmd_is_its_baseline(in_home, few_samples, caps
     if init == "scratch":
         assert "teacher" not in state(in_home, term)
         return
-    first = common.load_checkpoint(f"{init}/model.pt")["weights"]
+    first = checkpoints.load_checkpoint(f"{init}/model.pt")["weights"]
     for out in (term, base):
         assert not differ(first, state(in_home, out)["teacher"])                        # nothing trains the teacher
     if init == "fm":                                                                    # decoupled: no new parameters
         assert state(in_home, term)["teacher"].keys() == state(in_home, term)["net"].keys()
-        assert common.load_checkpoint(f"{term}/model.pt")["config"]["conditioning"] == "decoupled"
+        assert checkpoints.load_checkpoint(f"{term}/model.pt")["config"]["conditioning"] == "decoupled"
 
 
 def test_a_velocity_network_becomes_a_flow_map_and_stays_the_teacher(in_home):
     toy = data.load_data("toy.npz")
-    net, teacher = common.load_start("fm/model.pt", toy)
+    net, teacher = checkpoints.load_start("fm/model.pt", toy)
     x, t, y = torch.randn(3, 1, 4, 4), torch.rand(3), torch.tensor([0, 1, 2])
     assert net.conditioning == "decoupled" and teacher.conditioning == "plain"
     assert not any(p.requires_grad for p in teacher.parameters())
@@ -332,7 +332,7 @@ def test_a_velocity_network_becomes_a_flow_map_and_stays_the_teacher(in_home):
     assert (net(x, t, y, t / 2) - teacher(x, t, y)).abs().max() > 1e-5
     trainable = lambda net: sum(p.requires_grad for p in net.parameters())
     assert trainable(net) == trainable(model.LightningDiT(**net.config))
-    net, teacher = common.load_start("imf/model.pt", toy)
+    net, teacher = checkpoints.load_start("imf/model.pt", toy)
     torch.testing.assert_close(net(x, t, y, t / 2), teacher(x, t, y, t / 2))
     assert next(net.blocks.parameters()).requires_grad
 

@@ -13,6 +13,7 @@ from golden_weights import golden_input, golden_state
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import checkpoints
 import common
 import data
 import model
@@ -76,7 +77,7 @@ def test_small_images_in_folders_are_pixel_data(tmp_path, few_samples, monkeypat
             Image.fromarray(pixels).save(folder / f"{i}.png")
     monkeypatch.chdir(tmp_path)
     train("consistency.py --loss imf --data mine --steps 2 --out run")
-    checkpoint = common.load_checkpoint("run/model.pt")
+    checkpoint = checkpoints.load_checkpoint("run/model.pt")
     assert checkpoint["config"]["num_classes"] == 3
     assert checkpoint["data"]["shape"] == [3, 8, 8]
     assert checkpoint["data"]["kind"] == "pixels"
@@ -417,7 +418,7 @@ def test_from_images_to_pictures(photos):
     assert "--lam 0.05 --shift 10.0" in printed                  # Table 6, printed
     assert "no metric of latents" in printed
     assert (photos / "fsf" / "health_000004.png").exists()
-    checkpoint = common.load_checkpoint(photos / "fsf" / "model.pt")
+    checkpoint = checkpoints.load_checkpoint(photos / "fsf" / "model.pt")
     meta = json.loads((photos / "latents" / "meta.json").read_text())
     assert checkpoint["data"]["kind"] == "latents"
     assert checkpoint["data"]["vae"] == meta["vae_hash"]
@@ -444,7 +445,7 @@ def test_a_vae_is_read_from_every_file_format(photos, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), net.state_dict().values()))
     save_file(net.state_dict(), tmp_path / "vae.safetensors")
     again, _ = vae.load_vae(tmp_path / "vae.safetensors")
-    assert common.weights_hash(again) == common.weights_hash(net)
+    assert checkpoints.weights_hash(again) == checkpoints.weights_hash(net)
 
 
 def test_official_weights_are_a_start(photos, monkeypatch, capsys):
@@ -471,7 +472,7 @@ def test_official_weights_are_a_start(photos, monkeypatch, capsys):
     torch.save(two_classes, "imf.pth")
     monkeypatch.setattr(model.load_official, "__defaults__", (8,))           # 16-pixel images; the files are for 256
     train(f"fsf_dmd.py --init imf.pth --out from-imf {flags}")
-    assert common.load_checkpoint("from-imf/model.pt")["config"]["architecture"] == "imf"
+    assert checkpoints.load_checkpoint("from-imf/model.pt")["config"]["architecture"] == "imf"
 
     # And they are sampled as they are.
     for checkpoint in ("lightningdit.pt", "imf.pth"):
@@ -480,8 +481,8 @@ def test_official_weights_are_a_start(photos, monkeypatch, capsys):
         assert Path(out, "samples.png").exists()
 
     save_file({k: v.contiguous() for k, v in plain.state_dict().items()}, "lightningdit.safetensors")
-    official = common.load_checkpoint("lightningdit.safetensors")["weights"]
-    for k, v in common.load_checkpoint("lightningdit.pt")["weights"].items():
+    official = checkpoints.load_checkpoint("lightningdit.safetensors")["weights"]
+    for k, v in checkpoints.load_checkpoint("lightningdit.pt")["weights"].items():
         assert torch.equal(v, official[k]), k
     for script, words in (("dmd2", "--lambda_g 0"), ("twinflow", "sees t - s only")):
         with pytest.raises(common.BadInput, match=words):

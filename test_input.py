@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import checkpoints
 import common
 import data
 import fid
@@ -552,7 +553,7 @@ def test_a_torchscript_archive_is_read_and_not_run(tmp_path, monkeypatch):
         with pytest.raises(common.BadInput, match="not this Inception network"):
             inception.load_inception("evil.pt")
         with pytest.raises(common.BadInput, match="evil.pt"):
-            common.load_checkpoint("evil.pt")
+            checkpoints.load_checkpoint("evil.pt")
         with pytest.raises(common.BadInput, match="evil.pt"):
             vae.load_vae("evil.pt")
         assert not (tmp_path / "written.pt").exists()

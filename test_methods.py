@@ -102,11 +102,53 @@ def test_imf_is_flow_matching_at_t_equal_s_and_guides_as_classifier_free_guidanc
 
     spy.num_classes = 3
     consistency.imf_loss(spy, x0, eps, t, t / 2, y, g)
-    assert seen[0][:, 0].tolist() == [1, 4, 1, 1] and seen[1] is None and torch.equal(seen[-1], g)
+    assert torch.equal(seen[0], g) and seen[1][:, 0].tolist() == [1, 4, 1, 1] and seen[2] is None
+    # omega 1 in every row: the guided target is v, without a pass for it
+    ones = guidance_rows(4, 1.0, 0.3, 0.5)
+    losses = [consistency.imf_loss(net, x0, eps, t, t / 2, y, ones, guided) for guided in (True, False)]
+    assert torch.equal(*losses)
     # fixed point v_c = E[v_g]:  v_c = v_u + omega (v - v_u)
     v, v_u, omega = 0.7, 0.2, 4.0
     v_c = v_u + omega * (v - v_u)
     assert v + (1 - 1 / omega) * (v_c - v_u) == pytest.approx(v_c)
+
+
+class Counted:
+    """A network that counts the rows it is asked for, with and without gradient."""
+
+    def __init__(self, net):
+        self.net, self.num_classes, self.conditioning, self.rows = net, net.num_classes, net.conditioning, {}
+
+    def __call__(self, x, *rest):
+        self.rows[torch.is_grad_enabled()] = self.rows.get(torch.is_grad_enabled(), 0) + len(x)
+        return self.net(x, *rest)
+
+
+def test_rows_at_s_equal_t_cost_no_difference_and_change_nothing():
+    """imf_loss and distillation_loss are Eq. 6 and 16 of all rows at once, in fewer passes."""
+    net = small_net("in_context")
+    x0, eps = rand(8, 2, 4, 4), rand(8, 2, 4, 4, seed=1)
+    t, s = consistency.draw_times(torch.rand(8, 2).double(), mask_prob=0.75)
+    y, g = torch.arange(8) % 4, guidance_rows(8, 4.0, 0.2, 0.8)
+    at_t, x_t = model.gate_guidance(g, t), model.interpolate(x0, eps, t)
+    everywhere = consistency.whole_interval(g, t, s)
+    plain = lambda guidance: lambda x, t, s: net(x, t, y, s, guidance)
+
+    counted = Counted(net)
+    loss = consistency.imf_loss(counted, x0, eps, t, s, y, g, cosine=False)
+    assert counted.rows == {True: 8, False: 2 + 8 + 2 * 2}      # v_cond, v_uncond, two of the difference
+    v_cond = net(x_t, t, y, None, model.gate_guidance(everywhere, t)).detach()
+    v = consistency.guided_target(net, x_t, eps - x0, v_cond, t, y, everywhere)
+    full = consistency.consistency_loss(plain(everywhere), x_t, t, s, v, v_cond, cosine=False)
+    torch.testing.assert_close(loss, full, rtol=1e-12, atol=1e-14)
+
+    counted = Counted(net)
+    loss = consistency.distillation_loss(counted, net, x0, eps, t, s, y, g, cosine=False)
+    assert counted.rows == {True: 8, False: 2 * 2}
+    v = model.guided_velocity(net, x_t, t, y, g).detach()
+    asked = torch.where((s == t)[:, None], at_t, g)
+    full = consistency.consistency_loss(plain(asked), x_t, t, s, v, v, cosine=False)
+    torch.testing.assert_close(loss, full, rtol=1e-12, atol=1e-14)
 
 
 def test_bf16_keeps_every_gradient_and_an_exact_derivative():

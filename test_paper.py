@@ -5,6 +5,7 @@ import pytest
 import torch
 from golden_weights import golden_tensor
 
+import checkpoints
 import common
 import consistency
 import dmd2
@@ -66,7 +67,7 @@ def test_a_model_pt_knows_its_sampler(home, monkeypatch, capsys):
         script.train(script.parse_args(argv.split()))
         checkpoint = torch.load(f"{out}/model.pt", weights_only=True)
         assert checkpoint["sampler"] == sampler
-        net, _ = common.load_network(f"{out}/model.pt")
+        net, _ = checkpoints.load_network(f"{out}/model.pt")
         plain = flags.startswith("--init fm") and sampler == "renoised"
         assert net.conditioning == {True: "plain", False: "decoupled" if "fm" in flags else "in_context"}[plain]
         features = metrics.Features(load_data("toy.npz"))
@@ -187,7 +188,7 @@ def test_teacher_and_student_may_come_from_different_files(home, monkeypatch, ca
             argv = f"{flags} --init cd/model.pt {teacher} --data toy.npz --steps 2 {health} --out {out}"
             script.train(script.parse_args(argv.split()))
             found.append(torch.load(f"{out}/state.pt", weights_only=True))
-        weights = [common.load_checkpoint(f"{start}/model.pt")["weights"] for start in ("cd", "imf")]
+        weights = [checkpoints.load_checkpoint(f"{start}/model.pt")["weights"] for start in ("cd", "imf")]
         for state, expected in zip(found, weights):                   # the default teacher is what --init says
             assert all(torch.equal(state["teacher"][k], v) for k, v in expected.items())
         assert any(not torch.equal(found[0]["net"][k], v) for k, v in found[1]["net"].items()), name
@@ -221,7 +222,7 @@ def test_the_discriminator_may_read_the_generator(home, monkeypatch, capsys, few
     for trunk in ("fake", "generator"):
         argv = "--init imf/model.pt --data toy.npz --steps 2 --ttur 1 --health_every 0 --lambda_g 1"
         dmd2.train(dmd2.parse_args([*argv.split(), "--disc_trunk", trunk, "--out", f"trunk-{trunk}"]))
-        found.append(common.load_checkpoint(f"trunk-{trunk}/model.pt")["weights"])
+        found.append(checkpoints.load_checkpoint(f"trunk-{trunk}/model.pt")["weights"])
     assert any(not torch.equal(v, found[1][k]) for k, v in found[0].items())
     capsys.readouterr()
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import checkpoints
 import common
 import consistency
 import files
@@ -283,7 +284,8 @@ def test_the_next_start_makes_model_pt_good_from_state_pt(in_home, few_samples, 
     shutil.copytree(in_home / "imf", out)
     damage(out / "model.pt")
     train(f"{IMF} --steps 8 --out {out.name}")
-    assert_same(common.load_checkpoint(out / "model.pt")["weights"], common.load_checkpoint("imf/model.pt")["weights"])
+    found, expected = (checkpoints.load_checkpoint(path)["weights"] for path in (out / "model.pt", "imf/model.pt"))
+    assert_same(found, expected)
 
 
 def test_leftovers_of_a_kill_are_removed_and_a_cut_line_is_survived(in_home, few_samples):
@@ -325,7 +327,7 @@ def test_starting_over_removes_what_a_run_wrote_and_nothing_else(in_home, few_sa
 
 
 def test_weights_that_are_not_finite_are_refused(in_home, monkeypatch, capsys):
-    checkpoint = common.load_checkpoint("imf/model.pt")
+    checkpoint = checkpoints.load_checkpoint("imf/model.pt")
     checkpoint["weights"]["final_layer.linear.bias"][0] = float("nan")
     torch.save(checkpoint, "nan.pt")
     before = sorted(in_home.rglob("*"))

@@ -42,10 +42,10 @@ from watch import begin, finish, health, watch
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=200, lr=3e-3, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=50, eval_every=50, health_every=50),
+        save_every=100, eval_every=100, health_every=100),
     ("pixels", "scratch"): dict(
         size="tiny", steps=400, lr=6e-3, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=50, eval_every=50, health_every=50),
+        save_every=100, eval_every=100, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=40_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", lam=1.0, lam_adv=0.1,
         omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500, health_every=500),
@@ -58,7 +58,7 @@ PRESETS = {
 PRESETS_OF_RCGM = {
     ("pixels", "scratch"): dict(
         size="tiny", steps=400, lr=1.2e-2, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=50, eval_every=50, health_every=50),
+        save_every=100, eval_every=100, health_every=100),
 }
 
 
@@ -142,8 +142,9 @@ def train(args):
     compile_blocks(args, target)
     state |= dict(target=target)
     features = metric_space(data, args)
-    rho = dict(c=args.huber_c, cosine=args.cosine)
-    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # guidance of every term but the base
+    rho = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
+    guided = args.omega_max > 1                                                 # of a loss on the data
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # guidance of the others
 
     def u(y):
         return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))
@@ -183,11 +184,11 @@ def train(args):
             for b in micro_batches(batch, args, device):
                 with autocast(args, device):
                     if args.base == "imf":                                      # Eq. 6
-                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
-                                        h=args.fd_h, exact=args.jvp == "exact", **rho)
+                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, **rho)
                     else:                                                       # Eq. 66-67
-                        loss = guided_rcgm_loss(net, target, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
-                                                args.delta, args.order, args.clamp or math.inf, **rho)
+                        loss = guided_rcgm_loss(net, target, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided,
+                                                args.delta, args.order, args.clamp or math.inf, args.huber_c,
+                                                args.cosine)
                 (loss.sum() / B).backward()                                     # frees its graph before the next
                 accumulate(total, B, **{args.base: loss})
 

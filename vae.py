@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from common import (BadInput, autocast, barrier, main, noise_by_index, pick_device, rank, read_weights, setup,
-                    weights_hash, world)
+from checkpoints import read_weights, weights_hash
+from common import BadInput, autocast, barrier, main, noise_by_index, pick_device, rank, setup, world
 from data import image_files, latents_to_uint8, open_shard, read_image, read_stats, shards
 from data import denormalize, load_data, normalize  # noqa: F401  (public names of this file too)
 from files import first_line, lock, read_json, reading, write_atomic
@@ -422,12 +422,7 @@ def finish_encoding(out: Path, identity: dict, classes: list) -> None:
         bad += unreadable
     mean, std = mean_and_std(count, total, square)
     stats = dict(mean=mean.float().view(1, -1, 1, 1), std=std.float().view(1, -1, 1, 1))
-
-    def save(temporary):
-        with open(temporary, "wb") as file:                      # to a name, torch would write that name into the file
-            torch.save(stats, file)
-
-    write_atomic(out / "latents_stats.pt", save)
+    write_atomic(out / "latents_stats.pt", stats)
     meta = {k: identity[k] for k in ("vae", "vae_hash", "size")} | dict(n=n, classes=classes, bad=bad)
     write_atomic(out / "meta.json", json.dumps(meta, indent=1))
     print(f"{out}: {n} images in {len(classes)} classes, both flips, {len(bad)} unreadable left out")

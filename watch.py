@@ -73,11 +73,11 @@ def omega_response(net, data, n=100):
 
 
 def other_sampler(run, features):
-    """The last network once more with the sampler that it was not trained for, for result.json; {} if it has none."""
+    """The last network once more, 2 steps of the sampler that it was not trained for, for result.json; {} if none."""
     if run.model.conditioning == "plain":
         return {}
     other = "flow_map" if run.args.sampler.startswith("renoised") else "renoised"
-    return dict(sampler=other) | evaluate(run.model, features, run.args, sampler=other)
+    return dict(sampler=other) | evaluate(run.model, features, run.args, [2], sampler=other)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

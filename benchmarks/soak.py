@@ -19,7 +19,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-from common import BadInput, load_checkpoint, main  # noqa: E402
+from checkpoints import load_checkpoint  # noqa: E402
+from common import BadInput, main  # noqa: E402
 from files import read_lines  # noqa: E402
 from flags import Parser, number  # noqa: E402
 from test_helpers import assert_same, environment, run, small_images, state  # noqa: E402
