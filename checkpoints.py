@@ -170,3 +170,18 @@ def new_network(args, data, conditioning):
                             num_classes=data.num_classes, **tokens)
     except ValueError as error:
         raise BadInput(f"--size {args.size}: {error}") from None
+
+
+def starting_networks(args, data, device, pretrained, conditioning="in_context", flow_map=True):
+    """--init and --teacher -> (student, frozen teacher; None from scratch) on the device.
+
+    Fresh, or of a model.pt, or of `consistency.py --loss imf` or `fm`.  pretrained: callable (args, loss) -> path of
+    that one's model.pt.  flow_map: see load_start.
+    """
+    if args.init == "scratch":
+        return new_network(args, data, conditioning).to(device).train(), None
+    given = getattr(args, "teacher", None)                          # TwinFlow has no such flag
+    given = load_network(given, data)[0].requires_grad_(False).eval() if given else None    # refused before pretraining
+    path = pretrained(args, args.init) if args.init in ("imf", "fm") else args.init
+    net, start = load_start(path, data, flow_map)
+    return net.to(device), (given or start).to(device)

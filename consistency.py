@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints import load_checkpoint, load_network, load_start, new_network
+from checkpoints import load_checkpoint, starting_networks
 from common import (BadInput, Run, Stream, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     gradient_norm, main, micro_batches, rank, setup, sync_gradients, update_ema)
 from data import load_data
@@ -55,6 +55,10 @@ PRESETS = {
         size="tiny", steps=200, lr=2e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=100, eval_every=100),
     ("pixels", "fm"): dict(
         size="tiny", steps=200, lr=3e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=100, eval_every=100),
+    ("images", "scratch"): dict(
+        size="small", steps=1500, lr=4e-3, mask_prob=0.9, omega=2.0, guide_to=1.0, omega_max=4.0, save_every=100),
+    ("images", "imf"): dict(size="small", steps=300, lr=2e-3, omega=2.0, guide_to=1.0, omega_max=4.0, save_every=100),
+    ("images", "fm"): dict(size="small", steps=300, lr=2e-3, omega=2.0, guide_to=1.0, omega_max=4.0, save_every=100),
     ("latents", "scratch"): dict(
         size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
         omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500),
@@ -69,6 +73,8 @@ PRESETS_OF_LOSS = {                                  # from scratch, two losses 
     "fm": {
         ("pixels", "scratch"): dict(
             size="tiny", steps=400, lr=1.2e-2, cosine=0, omega=1.0, guide_to=1.0, save_every=100, eval_every=0),
+        ("images", "scratch"): dict(
+            size="small", steps=3000, lr=4e-3, cosine=0, omega=2.0, guide_to=1.0, save_every=100),
         ("latents", "scratch"): dict(                                                   # LightningDiT's recipe
             size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
             time_law="logitnormal:0,1", cosine=1, omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500),
@@ -349,17 +355,6 @@ def pretrained(args, loss):
     return path
 
 
-def starting_networks(args, data, device, conditioning="in_context", flow_map=True):
-    """--init and --teacher -> (student, frozen teacher; None from scratch).  flow_map: see checkpoints.load_start."""
-    if args.init == "scratch":
-        return new_network(args, data, conditioning).to(device).train(), None
-    given = getattr(args, "teacher", None)                                              # TwinFlow has no such flag
-    given = frozen_copy(load_network(given, data)[0]) if given else None                # refused before pretraining
-    path = pretrained(args, args.init) if args.init in ("imf", "fm") else args.init
-    net, start = load_start(path, data, flow_map)
-    return net.to(device), (given or start).to(device)
-
-
 # ---- training --------------------------------------------------------------------------------------------------------
 
 def train(args):
@@ -367,7 +362,7 @@ def train(args):
     data = load_data(args.data)
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 
-    net, teacher = starting_networks(args, data, device, CONDITIONING.get(args.loss))
+    net, teacher = starting_networks(args, data, device, pretrained, CONDITIONING.get(args.loss))
     ema = frozen_copy(net)
     opt = NorMuon(param_groups(net), lr=args.lr)
     compile_blocks(args, net, ema, teacher)

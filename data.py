@@ -9,6 +9,8 @@ The statistics that undo it travel with the data and with every checkpoint, and 
     digits          scikit-learn's handwritten digits: 1,797 real 8 x 8 images in 10 classes, inside the package,
                     nothing is downloaded
     FILE.npz        arrays `images` (uint8 [N, H, W] or [N, H, W, 1 or 3], square) and `labels` (integers from 0)
+    IDX/, CIFAR/    MNIST, Fashion-MNIST, KMNIST, EMNIST, CIFAR-10 and CIFAR-100 as they are handed out (idx_cifar.py):
+                    the training part is trained on, the test part is what the metrics are checked with
     IMAGES/         one sub-folder a class of small square images (at most 64 pixels), read into memory
     LATENTS/        LightningDiT's latent shards (*.safetensors, latents_stats.pt), memory-mapped, both flips:
                     2 rows an image
@@ -30,6 +32,7 @@ from safetensors import safe_open
 from checkpoints import read_weights
 from common import BadInput
 from files import first_line, read_json, reading, write_atomic
+from idx_cifar import image_side, is_idx_or_cifar, read_idx_or_cifar
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())      # what it says of damaged files is said in our line
 
@@ -49,6 +52,7 @@ class Data:
     source: str = ""
     kind: str = "pixels"            # or "latents"
     vae: str = ""                   # hash of the VAE's weights that made the latents, where known
+    test: tuple | None = None       # (x, y) of a test part, which nothing is trained on
 
     @property
     def meta(self) -> dict:
@@ -61,30 +65,41 @@ class Data:
 
 def load_data(source: str) -> Data:
     """Data for --data SOURCE (see the file header).  Raises BadInput for anything missing, unreadable or wrong."""
+    test_images = test_labels = None
     if source == "digits":
         images, labels = read_digits()
     elif source.endswith(".npz"):
         images, labels = read_npz(source)
     elif not Path(source).is_dir():
         raise BadInput(f"--data {source}: expected `digits`, an .npz file with `images` and `labels`, "
-                       "a folder of latent shards, or an image folder")
+                       "a folder of latent shards, of IDX or CIFAR files, or of images")
     elif data_kind(source) == "latents":
         return load_latents(source)
+    elif is_idx_or_cifar(source):
+        images, labels, test_images, test_labels = read_idx_or_cifar(source)
     else:
         images, labels = read_image_folder(source)
     if len(images) < 2 or images.min() == images.max():
         raise BadInput(f"--data {source}: needs at least two images that are not all alike, found {len(images)}")
-    if images.dtype == np.uint8:
-        images = (np.arange(256) / 255).astype(np.float32)[images]           # from here on 4 bytes a value
-    x = torch.as_tensor(images, dtype=torch.float32)
-    y = torch.as_tensor(labels.astype(np.int64))
+    x, y = as_tensors(images, labels)
     std, mean = torch.std_mean(x.double(), dim=(0, 2, 3))
     mean, std = mean.tolist(), std.clamp(min=1e-6).tolist()      # a constant channel is not divided by zero
-    return Data(normalize(x, mean, std), y, int(y.max()) + 1, mean, std, source)
+    test = None
+    if test_images is not None:
+        test_x, test_y = as_tensors(test_images, test_labels)
+        test = normalize(test_x, mean, std), test_y
+    return Data(normalize(x, mean, std), y, int(y.max()) + 1, mean, std, source, test=test)
+
+
+def as_tensors(images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images in [0, 1] or uint8 -> float32 in [0, 1]; labels -> int64."""
+    if images.dtype == np.uint8:
+        images = (np.arange(256) / 255).astype(np.float32)[images]           # from here on 4 bytes a value
+    return torch.as_tensor(images, dtype=torch.float32), torch.as_tensor(labels.astype(np.int64))
 
 
 def data_kind(source: str) -> str:
-    """"pixels" or "latents" (the paper's are [32, 16, 16]), which decides the presets.  Reads no data.
+    """"pixels" or "latents" (the paper's are [32, 16, 16]).  Reads no data.
 
     A path that does not exist counts as latents; `load_data` refuses it.
     """
@@ -93,6 +108,26 @@ def data_kind(source: str) -> str:
     folder = Path(source)
     holds_images = folder.is_dir() and not any(folder.glob("*.safetensors"))
     return "pixels" if holds_images else "latents"
+
+
+def preset_kind(source: str) -> str:
+    """What decides the presets: "latents", "images" (pixels, 24 or more a side), or "pixels" (fewer, as the digits).
+
+    Reads headers alone.  What cannot be read counts as "pixels"; `load_data` refuses it.
+    """
+    if data_kind(source) == "latents":
+        return "latents"
+    side = 8
+    if source.endswith(".npz"):
+        if Path(source).is_file():
+            shape, _ = npz_headers(source, f"--data {source}").get("images", ((), None))
+            side = shape[1] if len(shape) > 2 else 0
+    elif Path(source).is_dir() and is_idx_or_cifar(source):
+        side = image_side(source)
+    elif Path(source).is_dir():
+        files, _ = image_files(source)
+        side = read_rgb(files[0][0]).width
+    return "images" if side >= 24 else "pixels"
 
 
 def normalize(x: torch.Tensor, mean: list, std: list) -> torch.Tensor:

@@ -35,9 +35,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from checkpoints import starting_networks
 from common import (BadInput, Run, Stream, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     frozen_view, gradient_norm, main, micro_batches, setup, sync_gradients, trainable, update_ema)
-from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, starting_networks
+from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, pretrained
 from data import load_data
 from evaluate import metric_space
 from flags import (CONSISTENCY_FLAGS, flow_map_flags, health_flag, number, parser, refuse, refuse_idle, resolve,
@@ -57,6 +58,15 @@ PRESETS = {
     ("pixels", "scratch"): dict(
         size="tiny", steps=400, lr=6e-3, M=1, cd=1, ttur=1, lam=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=100, eval_every=100, health_every=100),
+    ("images", "imf"): dict(
+        size="small", steps=100, lr=3e-4, fake_lr=1e-3, M=2, lam=1.0, omega=2.0, guide_to=1.0, omega_max=4.0,
+        save_every=100, health_every=100),
+    ("images", "fm"): dict(
+        size="small", steps=100, lr=3e-4, fake_lr=1e-3, M=2, lam=1.0, omega=2.0, guide_to=1.0, omega_max=4.0,
+        save_every=100, health_every=100),
+    ("images", "scratch"): dict(
+        size="small", steps=1500, lr=4e-3, M=1, cd=1, ttur=1, lam=0.1, omega=2.0, guide_to=1.0, omega_max=4.0,
+        save_every=100, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=15_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2,
         omega=6.0, guide_to=0.9, cd_guidance="drawn", omega_max=8.0, omega_law="truncexp",
@@ -176,7 +186,7 @@ def train(args):
     data = load_data(args.data)
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 
-    net, teacher = starting_networks(args, data, device, flow_map=bool(args.cd))
+    net, teacher = starting_networks(args, data, device, pretrained, flow_map=bool(args.cd))
     ema = frozen_copy(net)
     opt = NorMuon(param_groups(net), lr=args.lr)
     compile_blocks(args, net, ema, teacher)

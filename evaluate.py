@@ -94,15 +94,15 @@ def sampler_steps(sampler: str, steps: list | None = None, few: tuple = (1, 2, 4
 
 
 def evaluate(net: LightningDiT, features: Features | None, args: argparse.Namespace, steps: list | None = None,
-             n: int = 2000, seed: int = EVAL_SEED, sampler: str | None = None) -> dict[str, float]:
+             n: int | None = None, seed: int = EVAL_SEED, sampler: str | None = None) -> dict[str, float]:
     """{"fd_1step": ..., "fd_2step": ..., ...}: every metric at every number of sampling steps (see `sampler_steps`).
 
     args: anything with omega, guide_to, cfg_channels and sampler: how to sample.  sampler: another one than args'.
-    features None (latents): {}.
+    n: samples, by default features.n.  features None (latents): {}.
     """
     if features is None:
         return {}
-    found, sampler = {}, sampler or args.sampler
+    found, sampler, n = {}, sampler or args.sampler, n or features.n
     for N in sampler_steps(sampler, steps):
         x, y = generate(net, n, features.shape, N, args.omega, args.guide_to, args.cfg_channels or None, seed,
                         sampler=sampler, shift=getattr(args, "shift_euler", 1.0))
@@ -135,10 +135,10 @@ def show(path: Path, nets: list, data: Data, args: argparse.Namespace, steps: li
     preview(path, bands, data.meta, decoder_for(data, args, device))
 
 
-def table(rows: list, floor: dict | None = None) -> str:
+def table(rows: list, features: Features) -> str:
     """Plain-text table of evaluations: rows [(name, metrics of `evaluate`)], one line for each number of steps.
 
-    floor: `Features.floor`, the last line.
+    The last line is the floor: the same of real images.
     """
     def line(name, steps, values):
         return f"{name:<30} {steps:>5} " + " ".join(f"{value:>9}" for value in values)
@@ -151,8 +151,8 @@ def table(rows: list, floor: dict | None = None) -> str:
         steps = {int(key.removeprefix("fd_").removesuffix("step")) for key in metrics if key.startswith("fd_")}
         for N in sorted(steps):
             lines.append(line(name, N, numbers(metrics[f"{metric}_{N}step"] for metric in METRICS)))
-    if floor:
-        lines.append(line("real images, half against half", "", numbers(floor[metric] for metric in METRICS)))
+    floor = features.floor()
+    lines.append(line(features.floor_name(), "", numbers(floor[metric] for metric in METRICS)))
     return "\n".join(lines)
 
 
@@ -327,7 +327,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--shift", type=number(float, 0, open_low=True), default=1.0,
                    help="euler: k of its times k r / (1 + (k-1) r); LightningDiT's timestep shift 0.3 is 3.333")
     p.add_argument("--n", type=number(int, 4, 10 ** 8),
-                   help="images (default: 2000; with --inception 50,000, or all of a folder)")
+                   help="images (default: 2000, or 5000 beside 10,000 real ones and more; with --inception 50,000, or "
+                        "all of a folder)")
     p.add_argument("--omega", type=number(float, 1), help="CFG scale (default: the run's)")
     p.add_argument("--guide_to", type=number(float, 0, 1),
                    help="guidance acts for t in [0, guide_to] (default: the run's)")
@@ -383,16 +384,15 @@ def measure_without_inception(args: argparse.Namespace) -> None:
         raise BadInput("--shift: belongs to --sampler euler; leave that out")
     net = net.to(pick_device(args.device))
     features = None if args.grid else metric_space(data, args)
-    n = args.n or 2000
     args.shift_euler = args.shift
-    metrics = evaluate(net, features, args, args.steps, n, args.seed)
+    metrics = evaluate(net, features, args, args.steps, args.n, args.seed)
     folder = Path(args.what).parent
     name = folder.name[:30]
     out = Path(args.out or folder)
     out.mkdir(parents=True, exist_ok=True)
     if features is not None:
-        print(table([(name, metrics)], features.floor()))
-        definition = (f"{features.definition(n, args.seed, args.weights.upper())}; "
+        print(table([(name, metrics)], features))
+        definition = (f"{features.definition(args.n, args.seed, args.weights.upper())}; "
                       f"sampler {named(args.sampler, args.shift)}, omega {args.omega} on t in [0, {args.guide_to}], "
                       f"torch {torch.__version__}")
         print(definition)

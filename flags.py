@@ -9,7 +9,7 @@ from pathlib import Path
 
 from checkpoints import load_checkpoint
 from common import RUNTIME_FLAGS, BadInput, rank
-from data import data_kind
+from data import preset_kind
 from model import SIZES
 
 # Upper limits of what no machine does: beyond them a slip is told at once, not by a library after minutes.
@@ -60,7 +60,7 @@ def parser(doc, init_help):
     p.inputs = p.add_argument_group("data")
     add = p.inputs.add_argument
     add("--data", default="digits", help="`digits` (scikit-learn's, default), an .npz with images and labels, "
-        "a folder of latent shards, or a folder of small images")
+        "a folder of latent shards, of IDX or CIFAR files, or of small images")
     add("--vae", help="VAE checkpoint that decodes the pictures of latents "
         "(without it: their first 3 channels in false colour)")
 
@@ -68,7 +68,7 @@ def parser(doc, init_help):
     add = p.network.add_argument
     add("--init", help=init_help)
     add("--size", default="tiny", choices=list(SIZES),
-        help="network size; the preset sets tiny for pixels, B/1 for latents")
+        help="network size; the preset sets tiny for pixels, small from 24 pixels a side on, B/1 for latents")
     add("--ema", type=number(float, 0, 1), default=0.99995, help="EMA decay (0.99995, Table 6)")
     add("--ema_warmup", type=int, choices=[0, 1], default=1, help="1: decay min(ema, (1 + n) / (10 + n)); 0: constant")
 
@@ -165,7 +165,7 @@ def resolve(p, argv, presets, script):
     everything = vars(p.parse_args(argv))                           # --help and bad flags end here
     defaults = {k: p.get_default(k) for k in everything}
     given = given_flags(p, argv)
-    kind, inits = data_kind(everything["data"]), sorted({init for _, init in presets})
+    kind, inits = preset_kind(everything["data"]), sorted({init for _, init in presets})
     init = given.get("init") or (inits[0] if len(inits) == 1 else defaults["init"])
     init_kind, stored = init, {}
     if init not in inits:

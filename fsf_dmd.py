@@ -36,9 +36,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from checkpoints import starting_networks
 from common import (Run, Stream, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     gradient_norm, main, micro_batches, setup, sync_gradients, update_ema)
-from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, starting_networks
+from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, pretrained
 from data import load_data
 from evaluate import metric_space
 from flags import flow_map_flags, health_flag, number, parser, refuse, refuse_idle, resolve, teacher_flag
@@ -57,6 +58,15 @@ PRESETS = {
     ("pixels", "scratch"): dict(
         size="tiny", steps=400, lr=6e-3, M=1, lam=0.01, shift=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=100, eval_every=100, health_every=100),
+    ("images", "imf"): dict(
+        size="small", steps=300, lr=2e-3, M=2, lam=0.05, shift=10.0, omega=2.0, guide_to=1.0, omega_max=4.0,
+        save_every=100, health_every=100),
+    ("images", "fm"): dict(
+        size="small", steps=400, warmup=200, lr=2e-3, M=2, lam=0.05, shift=10.0, omega=2.0, guide_to=1.0, omega_max=4.0,
+        save_every=100, health_every=100),
+    ("images", "scratch"): dict(
+        size="small", steps=1500, lr=4e-3, M=1, lam=0.05, shift=10.0, omega=2.0, guide_to=1.0, omega_max=4.0,
+        save_every=100, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=4_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2, lam=0.05, shift=10.0,
         omega=6.0, guide_to=0.9, cd_guidance="drawn", omega_max=8.0, omega_law="truncexp",
@@ -154,7 +164,7 @@ def train(args):
     data = load_data(args.data)
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 
-    net, teacher = starting_networks(args, data, device)
+    net, teacher = starting_networks(args, data, device, pretrained)
     ema = frozen_copy(net)
     opt = NorMuon(param_groups(net), lr=args.lr)
     compile_blocks(args, net, ema, teacher)

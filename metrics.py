@@ -5,26 +5,31 @@
     is          exp E KL(p(class | image) || p(class)) of its softmax: at most the number of classes (the form of
                 Inception Score)
     precision   share of generated images inside some real 3-nearest-neighbour ball; recall: the reverse
-                (Kynkaanniemi et al.)
+                (Kynkaanniemi et al.).  Of more than 10,000 real images, the first 10,000
     acc         share of generated images that the classifier gives the class they were asked for
 
-`Features.floor` compares one random half of the real images with the other: what a perfect generator would score at
-that size.
+`Features.floor` compares real images with real ones: the test part with the training part, or, where there is none,
+one random half with the other.  It is what a perfect generator would score.
 """
 import contextlib
 import hashlib
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from checkpoints import read_weights, weights_hash
 from common import BadInput
 from files import write_atomic
 
 METRICS = ("fd", "is", "precision", "recall", "acc")
+EVAL_NEIGHBOURS = 10_000         # real images of precision and recall, at most
 EVAL_SEED = 0                   # noise of the samples; not the training seed, to compare runs on the same noise
 
 
@@ -84,11 +89,24 @@ def inception_score(probs: torch.Tensor, splits: int = 10, shuffle: bool = True)
     return scores.mean().item(), scores.std(unbiased=False).item()
 
 
-def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: int = 1000) -> tuple[float, float]:
+def pairwise(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Euclidean distances [len(a), len(b)], without the matrix product whose rounding would hide small ones."""
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def ball_radii(points: torch.Tensor, k: int = 3, chunk: int = 1000) -> torch.Tensor:
+    """Distance of each point [N, D] to its k-th nearest other point -> [N]."""
+    nearest = [pairwise(rows, points).kthvalue(k + 1, dim=1).values for rows in points.split(chunk)]
+    return torch.cat(nearest)                                    # the nearest of all is the point itself
+
+
+def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: int = 1000,
+                     real_radii: torch.Tensor | None = None) -> tuple[float, float]:
     """(precision, recall) in [0, 1] of feature sets real [N, D] and fake [M, D], in float64 (Kynkaanniemi et al.).
 
     A point's ball reaches to its k-th nearest other point of the same set; ties count as inside.  Precision: share of
     fake inside some real ball.  Recall: share of real inside some fake ball.  `chunk` rows of distances at a time.
+    real_radii: ball_radii(real, k), where they are known.
 
     Raises ValueError if a set has k rows or fewer.
     """
@@ -97,19 +115,12 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: 
         raise ValueError(f"precision_recall: k = {k} needs more than {k} rows on both sides, "
                          f"found {len(real)} and {len(fake)}")
 
-    def distances(a, b):                                         # [a, b]
-        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-
-    def radii(points):                                           # [points]; the nearest is the point itself
-        nearest = [distances(rows, points).kthvalue(k + 1, dim=1).values for rows in points.split(chunk)]
-        return torch.cat(nearest)
-
     def covered(points, centres, radius):
-        inside = [(distances(rows, centres) <= radius).any(1) for rows in points.split(chunk)]
+        inside = [(pairwise(rows, centres) <= radius).any(1) for rows in points.split(chunk)]
         return torch.cat(inside).double().mean().item()
 
-    precision = covered(fake, real, radii(real))
-    recall = covered(real, fake, radii(fake))
+    precision = covered(fake, real, ball_radii(real, k, chunk) if real_radii is None else real_radii)
+    recall = covered(real, fake, ball_radii(fake, k, chunk))
     return precision, recall
 
 
@@ -118,11 +129,27 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Reference(NamedTuple):
+    """Real images as the metrics need them."""
+
+    mu: torch.Tensor                # [64] and
+    cov: torch.Tensor               # [64, 64] of all of them
+    near: torch.Tensor              # features [n, 64] of the first EVAL_NEIGHBOURS
+    radii: torch.Tensor             # [n] of their balls
+
+
+def reference_of(features: torch.Tensor) -> Reference:
+    """The Reference of features [N, 64], float64."""
+    near = features[:EVAL_NEIGHBOURS]
+    return Reference(*moments(features), near, ball_radii(near))
+
+
 class Features:
     """The feature space of one data set, and the real images in it: a classifier trained once, then kept in `cache`.
 
     data: a data.Data of pixels; BadInput for fewer than 8 images.
     features(x [n, C, H, W] normalised) -> (features [n, 64], probabilities [n, classes]), float64 on the CPU.
+    features.n: how many samples an evaluation takes.
     """
 
     def __init__(self, data, cache: str | Path = "runs/cache"):
@@ -140,8 +167,11 @@ class Features:
         self.hash = weights_hash(self.net)[:8]
         self.source = data.source
         self.shape = data.x.shape[1:]
-        self.real = self(data.x)[0]                              # [N, 64]
+        self.n = 2000 if len(data.x) < EVAL_NEIGHBOURS else 5000
+        self.real = kept(path.with_name(f"real-{digest}-{self.hash}.pt"), len(data.x), lambda: self(data.x)[0])
         self.real_y = data.y
+        self.test = data.test
+        self.reference = reference_of(self.real)
 
     @torch.no_grad()
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,26 +190,42 @@ class Features:
         if not x.isfinite().all():
             raise BadInput("the samples hold NaN or infinity: the network has diverged; take an earlier checkpoint")
         features, probs = self(x)
-        return compare(self.real, features, probs, y)
+        return compare(self.reference, features, probs, y)
+
+    @cached_property
+    def of_test(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(features, probabilities) of the test images."""
+        return self(self.test[0])
 
     def floor(self) -> dict[str, float]:
-        """The same metrics of one half of the real images against the other; `is` and `acc` of all of them."""
+        """The same metrics of real images; `is` and `acc` without a test part are those of all images."""
+        if self.test:
+            return compare(self.reference, *self.of_test, self.test[1])
         order = torch.randperm(len(self.real), generator=torch.Generator().manual_seed(0))
         one, other = self.real[order[::2]], self.real[order[1::2]]
-        return compare(one, other, self.probabilities(self.real), self.real_y)
+        return compare(reference_of(one), other, self.probabilities(self.real), self.real_y)
 
-    def definition(self, n: int, seed: int = EVAL_SEED, weights: str = "EMA") -> str:
+    def floor_name(self) -> str:
+        return "real images, test part" if self.test else "real images, half against half"
+
+    def definition(self, n: int | None = None, seed: int = EVAL_SEED, weights: str = "EMA") -> str:
         """What the numbers are, for n samples, beside which it is printed and kept."""
+        right, near = "", ""
+        if self.test:
+            share = (self.of_test[1].argmax(1) == self.test[1]).double().mean().item()
+            right = f", {100 * share:.1f}% right on {len(self.test[1])} test images"
+        if len(self.reference.near) < len(self.real):
+            near = f" (precision and recall: the first {len(self.reference.near)})"
         return (f"fd, is, precision, recall (k=3) and acc in 64 features of a classifier of {self.source} "
-                f"(weights {self.hash}); n={n} generated, classes in turn, noise by sample index (seed {seed}), "
-                f"against {len(self.real)} real; {weights} weights")
+                f"(weights {self.hash}{right}); n={n or self.n} generated, classes in turn, "
+                f"noise by sample index (seed {seed}), against {len(self.real)} real{near}; {weights} weights")
 
 
-def compare(real: torch.Tensor, fake: torch.Tensor, probs: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
-    """The metrics of the file header: of features real [N, 64] and fake [M, 64], and of probs [n, classes], y [n]."""
-    precision, recall = precision_recall(real, fake)
+def compare(real: Reference, fake: torch.Tensor, probs: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
+    """The metrics of the file header: of features fake [M, 64] against real ones, and of probs [n, classes], y [n]."""
+    precision, recall = precision_recall(real.near, fake, real_radii=real.radii)
     return {
-        "fd": frechet_distance(*moments(real), *moments(fake)),
+        "fd": frechet_distance(real.mu, real.cov, *moments(fake)),
         "is": inception_score(probs, splits=1)[0],
         "precision": precision,
         "recall": recall,
@@ -187,16 +233,35 @@ def compare(real: torch.Tensor, fake: torch.Tensor, probs: torch.Tensor, y: torc
     }
 
 
+def kept(path: Path, n: int, compute: Callable) -> torch.Tensor:
+    """Features [n, 64] from a file, or computed, and kept there if they are many.  A damaged file counts as none."""
+    with contextlib.suppress(BadInput, OSError):
+        found = read_weights(path).get("features")
+        if found is not None and found.shape == (n, 64) and found.dtype == torch.float64 and found.isfinite().all():
+            return found
+    features = compute()
+    if n >= EVAL_NEIGHBOURS:
+        write_atomic(path, dict(features=features))
+    return features
+
+
+def is_large(data) -> bool:
+    """Whether images have 24 or more pixels a side: the classifier halves them twice, and sees them less often."""
+    return data.x.shape[2] >= 24
+
+
 def classifier(data) -> nn.Sequential:
     """[n, C, H, H] -> logits [n, classes]; without its last layer, the 64 features."""
     channels, size = data.x.shape[1:3]
-    half = (size + 1) // 2
+    last = 2 if is_large(data) else 1
+    side = (size + 1) // 2
+    side = (side + last - 1) // last
     return nn.Sequential(
         nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(),
         nn.Conv2d(32, 64, 3, 2, padding=1), nn.ReLU(),           # half the size
-        nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(64, 64, 3, last, padding=1), nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(64 * half ** 2, 64), nn.ReLU(),
+        nn.Linear(64 * side ** 2, 64), nn.ReLU(),
         nn.Linear(64, data.num_classes),
     )
 
@@ -212,7 +277,7 @@ def load_classifier(net: nn.Sequential, path: Path) -> bool:
     return False
 
 
-def train_classifier(net: nn.Sequential, data, epochs: int = 20, batch: int = 64) -> None:
+def train_classifier(net: nn.Sequential, data) -> None:
     """On one thread and from a fixed seed, so that a machine gives the same weights each time.
 
     The threads and the random state of the caller are given back.
@@ -224,10 +289,11 @@ def train_classifier(net: nn.Sequential, data, epochs: int = 20, batch: int = 64
     for layer in net:
         if hasattr(layer, "reset_parameters"):
             layer.reset_parameters()
+    epochs, batch = (4, 128) if is_large(data) else (20, 64)
     rounds = epochs * max(1, len(data.x) // batch)
     optimizer = torch.optim.AdamW(net.parameters(), 4e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, rounds)
-    for _ in range(rounds):
+    for _ in tqdm(range(rounds), desc=f"classifier of {data.source}", mininterval=0.5, disable=not is_large(data)):
         rows = torch.randint(len(data.x), (batch,))
         loss = F.cross_entropy(net(data.x[rows]), data.y[rows])
         optimizer.zero_grad()

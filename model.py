@@ -31,9 +31,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# B/1, L/1 and XL/1 are LightningDiT's; `tiny` is ours, for 8 x 8 digits (by the search in RESULTS.md).
+# B/1, L/1 and XL/1 are LightningDiT's; ours: `tiny` for 8 x 8 digits (RESULTS.md), `small` for 24 to 64 pixels.
 SIZES = {
     "tiny": dict(depth=4, hidden_size=48, num_heads=3, patch_size=2, n_tokens=1, token_block=2),
+    "small": dict(depth=4, hidden_size=96, num_heads=3, patch_size=4, n_tokens=1, token_block=2),
     "B/1": dict(depth=12, hidden_size=768, num_heads=12, patch_size=1),
     "L/1": dict(depth=24, hidden_size=1024, num_heads=16, patch_size=1),
     "XL/1": dict(depth=28, hidden_size=1152, num_heads=16, patch_size=1),
@@ -613,10 +614,9 @@ def load_official(source: str | dict, input_size: int = 32) -> nn.Module:
     """An official LightningDiT checkpoint as our plain network, v(x, t) = -official(x, tau = 1 - t); or iMF's.
 
     source: path of a `.pt` file (weights only; "ema" inside is preferred, then "model") or a state dict.  Any depth,
-    width, patch and class count; QK-norm is seen from the keys.  Reversed time and sign are folded into the weights, so
-    the result is an ordinary network of this file, on the CPU: cos((1 - t) f) = cos f cos tf + sin f sin tf turns the
-    first time layer, the last changes sign.  An official iMF checkpoint gives an IMFDiT (input_size: of its latents,
-    which its weights do not say; 32 for 256-pixel images).
+    width, patch and class count.  Reversed time and sign are folded into the weights, so the result is an ordinary
+    network of this file, on the CPU: cos((1 - t) f) = cos f cos tf + sin f sin tf turns the first time layer, the last
+    changes sign.  An iMF checkpoint gives an IMFDiT (input_size: of its latents; 32 for 256-pixel images).
     Raises ValueError naming the first differences when keys or shapes are neither's.
     """
     state = torch.load(source, map_location="cpu", weights_only=True) if not isinstance(source, dict) else source

@@ -34,9 +34,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from checkpoints import starting_networks
 from common import (Run, Stream, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     gradient_norm, main, micro_batches, setup, sync_gradients, trainable, update_ema)
-from consistency import starting_networks
+from consistency import pretrained
 from data import load_data
 from dmd2 import fake_loss, gan_discriminator_loss, gan_generator_loss, new_fake_side
 from evaluate import metric_space
@@ -53,6 +54,10 @@ PRESETS = {
     ("pixels", "fm"): dict(
         size="tiny", steps=200, lr=1e-4, fake_lr=1e-3, omega=2.0, guide_to=1.0,
         save_every=100, eval_every=100, health_every=100),
+    ("images", "imf"): dict(
+        size="small", steps=200, lr=1e-4, fake_lr=1e-3, omega=2.0, guide_to=1.0, save_every=100, health_every=100),
+    ("images", "fm"): dict(
+        size="small", steps=200, lr=1e-4, fake_lr=1e-3, omega=2.0, guide_to=1.0, save_every=100, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=15_000, batch_size=128, lr=6e-5, fake_lr=6e-4, ema=0.99995, precision="bf16",
         omega=6.0, guide_to=0.9, save_every=500, health_every=500),
@@ -144,7 +149,7 @@ def train(args):
     data = load_data(args.data)
     B, shape = args.batch_size, data.x.shape[1:]
 
-    net, teacher = starting_networks(args, data, device, flow_map=False)
+    net, teacher = starting_networks(args, data, device, pretrained, flow_map=False)
     ema = frozen_copy(net)
     opt = NorMuon(param_groups(net), lr=args.lr)
     compile_blocks(args, net, ema, teacher)

@@ -448,7 +448,7 @@ def test_a_damaged_classifier_is_trained_again(tmp_path, monkeypatch):
     toy = data.Data(x, torch.arange(16) % 2, 2, [0.5], [0.2], "toy")
     trained = []
     original = metrics.train_classifier
-    monkeypatch.setattr(metrics, "train_classifier", lambda net, data: (trained.append(1), original(net, data, 1)))
+    monkeypatch.setattr(metrics, "train_classifier", lambda net, data: (trained.append(1), original(net, data)))
     first = metrics.Features(toy, tmp_path).hash
     path = next(tmp_path.glob("features-*.pt"))
     good = torch.load(path, weights_only=True)

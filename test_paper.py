@@ -18,6 +18,7 @@ import reproduce
 import sid
 import twinflow
 import watch
+from checkpoints import starting_networks
 from data import load_data
 from test_all import golden_gradient
 from test_helpers import golden, rand, small_net, uniform
@@ -166,7 +167,7 @@ def test_from_flow_matching_dmd2_and_sid_keep_the_plain_student(home, monkeypatc
     for script, flags, conditioning in ((dmd2, "", "plain"), (dmd2, "--cd 1", "decoupled"), (sid, "", "plain")):
         args = script.parse_args(f"--init fm/model.pt --data toy.npz {flags}".split())
         kept = bool(getattr(args, "cd", 0))
-        net, teacher = consistency.starting_networks(args, load_data("toy.npz"), torch.device("cpu"), flow_map=kept)
+        net, teacher = starting_networks(args, load_data("toy.npz"), torch.device("cpu"), None, flow_map=kept)
         assert (net.conditioning, teacher.conditioning) == (conditioning, "plain")
 
 

@@ -28,9 +28,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from checkpoints import starting_networks
 from common import (BadInput, Run, Stream, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     gradient_norm, main, micro_batches, setup, sync_gradients, update_ema)
-from consistency import draw_guidance, draw_times, guided_rcgm_loss, imf_loss, starting_networks
+from consistency import draw_guidance, draw_times, guided_rcgm_loss, imf_loss, pretrained
 from data import load_data
 from evaluate import metric_space
 from flags import flow_map_flags, health_flag, number, parser, refuse, resolve
@@ -46,6 +47,12 @@ PRESETS = {
     ("pixels", "scratch"): dict(
         size="tiny", steps=400, lr=6e-3, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=100, eval_every=100, health_every=100),
+    ("images", "imf"): dict(
+        size="small", steps=300, lr=2e-3, lam=0.1, lam_adv=0.1, omega=2.0, guide_to=1.0, omega_max=4.0,
+        save_every=100, health_every=100),
+    ("images", "scratch"): dict(
+        size="small", steps=1500, lr=4e-3, lam=0.1, lam_adv=0.1, omega=2.0, guide_to=1.0, omega_max=4.0,
+        save_every=100, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=40_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", lam=1.0, lam_adv=0.1,
         omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500, health_every=500),
@@ -130,7 +137,7 @@ def train(args):
     data = load_data(args.data)
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 
-    net, _ = starting_networks(args, data, device)                              # it teaches itself
+    net, _ = starting_networks(args, data, device, pretrained)                  # it teaches itself
     if isinstance(net, IMFDiT):
         raise BadInput(f"--init {args.init}: iMF's own network sees t - s only, so it cannot tell (-t, -t) from "
                        "(t, t); expected a LightningDiT flow map")

@@ -11,8 +11,6 @@ from files import read_lines, write_atomic
 from metrics import EVAL_SEED
 from model import fixed_guidance, interpolate, v_to_x0
 
-SAMPLES = 2000                  # of an evaluation while training
-
 
 def begin(run, features):
     """The evaluation of a run's start, before its first step."""
@@ -47,8 +45,8 @@ def finish(run, features):
               "no metric of latents is computed while training")
         return
     first, last = run.evaluations[0], run.evaluations[-1]
-    result = run.result(f"{features.definition(SAMPLES)}; sampler {run.args.sampler}", other_sampler(run, features))
-    print(table([("at step 0", first), (f"after {last['step']} steps", last)], features.floor()))
+    result = run.result(f"{features.definition()}; sampler {run.args.sampler}", other_sampler(run, features))
+    print(table([("at step 0", first), (f"after {last['step']} steps", last)], features))
     print(f"{result['definition']}\n"
           f"{run.folder}: model.pt, result.json, metrics.jsonl, samples_{run.step:06d}.png")
 

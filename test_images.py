@@ -1,0 +1,213 @@
+"""The part of the suite (see test_all.py) on IDX and CIFAR files, and on images of 24 to 64 pixels."""
+import gzip
+
+import numpy as np
+import pytest
+import torch
+
+import consistency
+import data
+import dmd2
+import fsf_dmd
+import metrics
+import sid
+import twinflow
+from files import BadInput
+from test_helpers import train
+
+ALL = [(consistency, "--loss imf"), (fsf_dmd, ""), (dmd2, ""), (sid, ""), (twinflow, "")]
+
+
+def idx(path, array, magic=None):
+    """Write an IDX file of unsigned bytes, packed where the name says so."""
+    head = np.array([0x0800 + array.ndim if magic is None else magic, *array.shape], ">u4").tobytes()
+    pack = gzip.compress if path.suffix == ".gz" else bytes
+    path.write_bytes(pack(head + array.astype(np.uint8).tobytes()))
+
+
+def drawn(n, side=28, channels=None, seed=0, classes=10):
+    """Random images and labels in which every class occurs."""
+    rng = np.random.default_rng(seed)
+    shape = (n, side, side) if channels is None else (n, channels, side, side)
+    return rng.integers(0, 256, shape, np.uint8), np.arange(n) % classes
+
+
+def mnist(folder, n=40, prefix="", suffix=".gz", first=0, side=28):
+    """A small set in MNIST's files -> {part: (images, labels)}."""
+    folder.mkdir(exist_ok=True)
+    parts = {}
+    for seed, (part, count) in enumerate({"train": n, "t10k": n // 2}.items()):
+        images, labels = drawn(count, side, seed=seed)
+        parts[part] = images, labels + first
+        idx(folder / f"{prefix}{part}-images-idx3-ubyte{suffix}", images)
+        idx(folder / f"{prefix}{part}-labels-idx1-ubyte{suffix}", labels + first)
+    return parts
+
+
+def cifar(folder, classes=10, n=20):
+    folder.mkdir(exist_ok=True)
+    names = ["train.bin", "test.bin"]
+    if classes == 10:
+        names = [*[f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin"]
+    parts = {}
+    for seed, name in enumerate(names):
+        images, labels = drawn(n, 32, 3, seed, classes)
+        record = [labels[:, None], images.reshape(n, -1)]
+        if classes == 100:
+            record.insert(0, labels[:, None] // 5)               # the coarse label
+        np.concatenate(record, 1).astype(np.uint8).tofile(folder / name)
+        parts[name] = images, labels
+    return parts
+
+
+def refused(folder):
+    """The one line that load_data refuses a folder with."""
+    with pytest.raises(BadInput) as caught:
+        data.load_data(str(folder))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def pixels(found, x):
+    return data.to_uint8(x, found.mean, found.std)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx_files_are_read_as_they_are(tmp_path, suffix):
+    parts = mnist(tmp_path / "set", suffix=suffix)
+    found = data.load_data(str(tmp_path / "set"))
+    assert np.array_equal(pixels(found, found.x)[..., 0], parts["train"][0])
+    assert np.array_equal(pixels(found, found.test[0])[..., 0], parts["t10k"][0])
+    assert found.y.tolist() == parts["train"][1].tolist() and found.test[1].tolist() == parts["t10k"][1].tolist()
+    assert found.num_classes == 10 and found.kind == "pixels" and abs(found.x.mean()) < 1e-5
+
+
+def test_emnist_is_turned_and_its_letters_start_at_1(tmp_path):
+    parts = mnist(tmp_path / "set", prefix="emnist-letters-", first=1)
+    found = data.load_data(str(tmp_path / "set"))
+    assert np.array_equal(pixels(found, found.x)[..., 0], parts["train"][0].transpose(0, 2, 1))
+    assert found.y.tolist() == (parts["train"][1] - 1).tolist() and found.num_classes == 10
+    mnist(tmp_path / "set", prefix="emnist-digits-")
+    assert "holds 2 sets" in refused(tmp_path / "set")
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_cifar_batches_are_read_as_they_are(tmp_path, classes):
+    parts = cifar(tmp_path / "set", classes, n=100)
+    found = data.load_data(str(tmp_path / "set"))
+    *train, test = parts.values()
+    assert np.array_equal(pixels(found, found.x).transpose(0, 3, 1, 2), np.concatenate([images for images, _ in train]))
+    assert np.array_equal(pixels(found, found.test[0]).transpose(0, 3, 1, 2), test[0])
+    assert found.y.tolist() == np.concatenate([labels for _, labels in train]).tolist()
+    assert found.num_classes == classes
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def no_header(path):
+    path.write_bytes(gzip.compress(b"1234567"))
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"
+BAD_IDX = {
+    "wrong magic number": (lambda d: idx(d / IMAGES, drawn(40)[0], magic=0x0D03), "magic number"),
+    "labels as images": (lambda d: (d / IMAGES).write_bytes((d / LABELS).read_bytes()), "magic number is 2049"),
+    "counts that disagree": (lambda d: idx(d / LABELS, np.zeros(39)), f"40 images, but {LABELS} 39 labels"),
+    "truncated gzip": (lambda d: cut(d / IMAGES), "not an IDX file"),
+    "not gzip": (lambda d: (d / IMAGES).write_bytes(b"12345678901234567890"), "not an IDX file"),
+    "empty": (lambda d: (d / IMAGES).write_bytes(b""), "not an IDX file"),
+    "a header that is cut": (lambda d: no_header(d / IMAGES), "its header is cut"),
+    "fewer bytes than its header says": (lambda d: idx(d / IMAGES, np.zeros((0, 28, 28))), "sizes are"),
+    "images that are not square": (lambda d: idx(d / IMAGES, np.zeros((40, 28, 20))), "square"),
+    "no labels": (lambda d: (d / LABELS).unlink(), "has no labels of the train part"),
+    "no training images": (lambda d: (d / IMAGES).unlink(), "has no images of the train part"),
+    "test labels of a class that is not trained": (
+        lambda d: idx(d / "t10k-labels-idx1-ubyte.gz", np.full(20, 11)), "labels that the training part has not"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_IDX)
+def test_bad_idx_files_are_one_line(tmp_path, what):
+    damage, words = BAD_IDX[what]
+    mnist(tmp_path / "set")
+    damage(tmp_path / "set")
+    assert words in refused(tmp_path / "set")
+
+
+def test_an_idx_file_unpacks_no_more_than_its_header_says(tmp_path):
+    """A bomb: a megabyte of gzip that would be a gigabyte, behind a header of 40 images."""
+    mnist(tmp_path / "set")
+    path = tmp_path / "set" / IMAGES
+    head = np.array([0x0803, 40, 28, 28], ">u4").tobytes()
+    path.write_bytes(gzip.compress(head + bytes(2 ** 30)))
+    assert "more bytes" in refused(tmp_path / "set")
+    huge = np.array([0x0803, 2 ** 31, 512, 512], ">u4").tobytes()
+    path.write_bytes(gzip.compress(huge + bytes(100)))
+    assert "expected at most" in refused(tmp_path / "set")
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda d: cut(d / "data_batch_3.bin"), "records of 3073 bytes"),
+    (lambda d: (d / "test_batch.bin").write_bytes(b""), "records of 3073 bytes"),
+    (lambda d: (d / "data_batch_2.bin").unlink(), "CIFAR-10 lacks data_batch_2.bin"),
+    (lambda d: (d / "data_batch_1.bin").write_bytes(b"\xff" * 3073), "labels go up to 255"),
+])
+def test_bad_cifar_batches_are_one_line(tmp_path, damage, words):
+    cifar(tmp_path / "set")
+    damage(tmp_path / "set")
+    assert words in refused(tmp_path / "set")
+
+
+def test_the_side_of_the_images_decides_the_preset(tmp_path):
+    mnist(tmp_path / "mnist")
+    mnist(tmp_path / "small", side=12)
+    cifar(tmp_path / "cifar")
+    np.savez(tmp_path / "large.npz", images=np.zeros((4, 32, 32, 3), np.uint8), labels=np.arange(4))
+    kinds = {name: data.preset_kind(str(tmp_path / name)) for name in ("mnist", "small", "cifar", "large.npz", "gone")}
+    assert kinds == {"mnist": "images", "small": "pixels", "cifar": "images", "large.npz": "images", "gone": "latents"}
+    for script, flags in ALL:
+        args = script.parse_args(f"{flags} --data {tmp_path / 'mnist'}".split())
+        assert args.size == "small" and args.sources["size"] == "preset"
+    pretraining = {key: row for key, row in consistency.PRESETS.items() if key[0] == "images"}
+    assert {row["omega_max"] for row in pretraining.values()} == {4.0}       # guidance is an input, and is learned
+
+
+def test_metrics_of_a_set_with_a_test_part(tmp_path, monkeypatch):
+    """The classifier never sees the test part; the floor compares it with the training part; features are kept."""
+    parts = mnist(tmp_path / "set", n=60)
+    found = data.load_data(str(tmp_path / "set"))
+    monkeypatch.setattr(metrics, "EVAL_NEIGHBOURS", 50)
+    cache = tmp_path / "cache"
+    features = metrics.Features(found, cache)
+    assert len(features.reference.near) == 50 and len(features.real) == 60 and features.n == 5000
+    of_test, probs = features(found.test[0])
+    floor = features.floor()
+    expected = metrics.frechet_distance(*metrics.moments(features.real), *metrics.moments(of_test))
+    assert floor["fd"] == pytest.approx(expected, rel=1e-9)
+    assert (floor["precision"], floor["recall"]) == metrics.precision_recall(features.real[:50], of_test)
+    right = (probs.argmax(1).numpy() == parts["t10k"][1]).mean()
+    assert floor["acc"] == pytest.approx(right)
+    words = features.definition()
+    assert f"{100 * right:.1f}% right on 30 test images" in words and "the first 50" in words
+
+    kept = next(cache.glob("real-*.pt"))
+    again = metrics.Features(found, cache)
+    assert torch.equal(again.real, features.real)
+    kept.write_bytes(b"damaged")
+    assert torch.equal(metrics.Features(found, cache).real, features.real)   # made again
+
+
+def test_the_main_command_takes_mnist_files(tmp_path, few_samples, monkeypatch, capsys):
+    """FSF-DMD from an iMF on 28 x 28 images, with the `small` network, from a folder of IDX files."""
+    mnist(tmp_path / "set", n=100)
+    monkeypatch.chdir(tmp_path)
+    few = "--data set --steps 2 --batch_size 8 --health_every 0"
+    train(f"consistency.py --loss imf {few.replace('--health_every 0', '')} --out start")
+    train(f"fsf_dmd.py --init start/model.pt {few} --out ours")
+    said = capsys.readouterr().out
+    assert "real images, test part" in said and "% right on 50 test images" in said
+    checkpoint = torch.load("ours/model.pt", weights_only=True)
+    assert checkpoint["config"]["size"] == "small" and checkpoint["config"]["patch_size"] == 4
+    assert checkpoint["args"]["omega"] == 2 and checkpoint["step"] == 2
