@@ -26,7 +26,8 @@ and rcgm is the same with imf's v as tangent, d/dt [(t-s) u] taken as a backward
     python consistency.py --loss cd --init imf    # the baseline that FSF-DMD is compared with
     python consistency.py --loss cd --init fm     # the same from a plain velocity network (Table 4)
 
-Cost in forward passes of one network (backward = 2): fm 3, ct 5, imf 7, cd 6 (from fm 7: CFG takes two), rcgm 7, isg 5.
+Cost in forward passes of one network (backward = 2), half of the rows masked: fm 3, ct 5, imf 5.5, cd 5 (from fm 6: CFG
+takes two), rcgm 7, isg 5.  Masked rows need no difference (2 passes), and imf's velocity is their prediction.
 """
 import math
 from collections.abc import Callable

@@ -27,7 +27,7 @@ network in training, and L_CT (iMF) takes the place of L_CD.
 A generator is sampled as it was trained: with Eq. 17 to its end (M jumps, renoised), with --cd 1 as a flow map.
 
 Cost in forward passes of one network (backward = 2), M = 2, averaged over i: generator turn 5.5, first fake turn 3, the
-others 4.5 each; the GAN adds 1.1 and 3.3 R.  At R = 5 that is 26.5 without and 44.1 with it; FSF-DMD takes 14.
+others 4.5 each; the GAN adds 1.1 and 3.3 R.  At R = 5 that is 26.5 without and 44.1 with it; FSF-DMD takes 13.
 """
 from collections.abc import Callable
 

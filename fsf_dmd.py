@@ -26,8 +26,8 @@ collapses.
 --init scratch  no teacher: v_teacher = sg u(x_tau, tau, tau) of the network in training, and L_CD becomes L_CT, the iMF
                 loss on the data [23-25] (Table 5)
 
-Cost in forward passes of one network (backward = 2): L_CD 6, rollout 3 M, teacher 1, fake side 1: 14 for M = 2, against
-44 for dmd2.py with 5 fake updates and the GAN; fm 16 (CFG takes two), scratch (M = 1) 12.  The paper: 0.38 s/step
+Cost in forward passes of one network (backward = 2): L_CD 5, rollout 3 M, teacher 1, fake side 1: 13 for M = 2, against
+44 for dmd2.py with 5 fake updates and the GAN; fm 15 (CFG takes two), scratch (M = 1) 10.5.  The paper: 0.38 s/step
 (M = 2) and 0.31 (M = 1), against 1.32-1.46, on a B200.
 """
 import math

@@ -19,8 +19,8 @@ u(x_tau, tau, 0) instead of training a side.
     python twinflow.py --base imf                       # digits, 2 CPU cores: about 2 minutes, from scratch
     python twinflow.py --base imf --init imf            # from the flow map that fsf_dmd.py starts from
 
-Cost in forward passes of one network (backward = 2): base 7, one generator call 3, L_adv 3, gap 2: 15, against 12 for
-fsf_dmd.py --init scratch.
+Cost in forward passes of one network (backward = 2): base 5.5 (rcgm 7), one generator call 3, L_adv 3, gap 2: 13.5,
+against 10.5 for fsf_dmd.py --init scratch.
 """
 import math
 from collections.abc import Callable
