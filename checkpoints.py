@@ -1,12 +1,13 @@
 """Files of weights and checkpoints: a state dict, a model.pt, official weights -> networks.  No code of a file runs."""
 import copy
 import hashlib
+import zipfile
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
-from files import BadInput, first_line, reading
+from files import BadInput, first_line, reading, refuse_flips
 from model import CONDITIONINGS, LightningDiT, build, load_official, refuse_differences
 
 
@@ -54,6 +55,8 @@ def load_checkpoint(path):
     if not Path(path).exists():
         raise BadInput(f"{path}: no such file")
     with reading(path, "a model.pt", "take another, or train it again"):
+        if zipfile.is_zipfile(path):                                # official weights may be older than that format
+            refuse_flips(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(checkpoint, dict) and {"config", "weights", "data", "args"} <= set(checkpoint):
         with reading(path, "a model.pt of this project", "take another, or train it again"):

@@ -19,7 +19,6 @@ import resource
 import signal
 import sys
 import time
-import zipfile
 import zlib
 from functools import lru_cache
 from pathlib import Path
@@ -31,7 +30,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from checkpoints import load_checkpoint
-from files import BadInput, Locked, first_line, json_text, lock, read_json, read_lines, reading, write_atomic
+from files import (BadInput, Locked, first_line, json_text, lock, read_json, read_lines, reading, refuse_flips,
+                   write_atomic)
 
 
 def main(train, parse_args):
@@ -410,10 +410,7 @@ class Run:
 
     def load(self, path):
         with reading(path, "the state of this run", "it cannot be resumed, --resume no starts over"):
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()                         # torch.save leaves a CRC-32, torch.load ignores it
-            if damaged:
-                raise ValueError(f"bytes have changed in {damaged}")
+            refuse_flips(path)
             saved = torch.load(path, map_location="cpu", weights_only=True)
             for name, part in self.state.items():
                 part.load_state_dict(saved[name])

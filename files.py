@@ -12,6 +12,7 @@ import math
 import os
 import socket
 import tempfile
+import zipfile
 from pathlib import Path
 
 import torch
@@ -97,6 +98,14 @@ def reading(path: str | Path, expected: str, repair: str = "make it again"):
         raise BadInput(f"{path}: needs more memory than there is, expected {expected}") from None
     except Exception as error:                                      # each library raises its own
         raise BadInput(f"{path}: not {expected} ({first_line(error)}); {repair}") from None
+
+
+def refuse_flips(path: str | Path) -> None:
+    """ValueError if a file of torch.save is not as it was written: it holds checksums, which torch.load ignores."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"bytes have changed in {damaged}")
 
 
 def read_json(path: str | Path, expected: str, kind: type = dict, repair: str = "make it again"):

@@ -69,6 +69,10 @@ def test_damaged_checkpoints(in_home, monkeypatch, capsys):
         torch.save(checkpoint, "bad.pt")
         said = refusal("evaluate.py grid bad.pt", capsys, monkeypatch)
         assert "bad.pt: " in said and len(said) < 1000, (name, said)
+    flipped = bytearray((in_home / "imf" / "model.pt").read_bytes())
+    flipped[len(flipped) // 2] ^= 4                                     # one bit, in the middle of the weights
+    (in_home / "bad.pt").write_bytes(flipped)
+    assert "bytes have changed" in refusal("evaluate.py grid bad.pt", capsys, monkeypatch)
     for content in (b"", b"\0" * 100, b"PK\3\4", (in_home / "imf" / "model.pt").read_bytes()[:-500]):
         (in_home / "bad.pt").write_bytes(content)
         (in_home / "bad.safetensors").write_bytes(content)
