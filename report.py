@@ -17,6 +17,7 @@ from checkpoints import load_network
 from data import data_kind, load_data, preview
 from evaluate import decoder, generate, sampling
 from files import read_json, read_lines, write_atomic
+from passes import passes_a_step, passes_until
 
 # Our metrics: name here, name in fid.json of evaluate.py (None: not there), digits shown.
 METRICS = [
@@ -34,10 +35,10 @@ METRICS = [
 
 
 def collect(job, kind):
-    """One run: dict(evaluations=[{step, fd_2step, ...}], other_sampler, sec_per_step, memory_gb).
+    """One run: dict(evaluations=[{step, fd_2step, ...}], other_sampler, sec_per_step, memory_gb, passes).
 
     kind: of data, as in data_kind.  evaluations: with the sampler that the network was trained for; other_sampler: the
-    last one with another.
+    last one with another.  passes: forward passes a step, None of a row that trains nothing.
     """
     other = {}
     if kind == "latents":
@@ -54,6 +55,12 @@ def collect(job, kind):
     path = job.folder / "metrics.jsonl"
     if path.exists():
         lines = read_lines(path)
+    passes, path = None, job.folder / "args.json"
+    if path.exists():
+        flags = read_json(path, "the flags of a run")
+        passes = passes_a_step(job.command[0], flags)
+        for evaluation in evaluations:
+            evaluation["passes"] = passes_until(job.command[0], flags, evaluation["step"])
     seconds = [line["sec_per_step"] for line in lines if "sec_per_step" in line]
     memory = [line.get("memory_gb", 0) for line in lines]
     return dict(
@@ -61,6 +68,7 @@ def collect(job, kind):
         other_sampler={k: round(v, 4) if isinstance(v, float) else v for k, v in other.items()},
         sec_per_step=round(float(np.median(seconds)), 4) if seconds else None,
         memory_gb=round(max(memory), 3) if memory else None,
+        passes=passes,
     )
 
 
@@ -95,7 +103,7 @@ def summarise(number, row, runs):
     finals = [run["evaluations"][-1] for run in seeds.values()]
     last = {}
     if finals:
-        last = {name: [final[name] for final in finals] for name in finals[0] if name != "step"}
+        last = {name: [final[name] for final in finals] for name in finals[0] if "_" in name}
     N = 2 if "fd_2step" in last else 25                              # a velocity is sampled with 25 Euler steps
     best = []
     for run in seeds.values():
@@ -113,6 +121,7 @@ def summarise(number, row, runs):
         step=[e["step"] for e in best],
         sec_per_step=[run["sec_per_step"] for run in seeds.values() if run["sec_per_step"]],
         memory_gb=[run["memory_gb"] for run in seeds.values() if run["memory_gb"]],
+        passes=next((run["passes"] for run in seeds.values() if run.get("passes")), None),
     )
 
 
@@ -221,7 +230,8 @@ def beside_the_paper(kind, table, rows):
     header = ["", table.title, "paper: FID of 1 / 2 steps" if one_step else "paper: FID"]
     if one_step:
         header.append(f"{name}, 1 step")
-    header += [f"{name}, 2 steps: last", "best", "at step", against, "IS, 2 steps", against, "s/step", "GB", "n"]
+    header += [f"{name}, 2 steps: last", "best", "at step", against, "IS, 2 steps", against, "passes a step", "s/step",
+               "GB", "n"]
     distances, scores = compare(rows, table.reference, "fd"), compare(rows, table.reference, "is")
 
     body = []
@@ -237,6 +247,7 @@ def beside_the_paper(kind, table, rows):
         cells.append(difference_text(distances.get(r), 1))
         cells.append(spread(last.get(f"is_{N}step"), 2))
         cells.append(difference_text(scores.get(r), 2))
+        cells.append(f"{row['passes']:.1f}" if row["passes"] else "-")
         cells.append(f"{np.median(row['sec_per_step']):.3f}" if trained else "-")
         cells.append(f"{max(row['memory_gb']):.2f}" if trained else "-")
         cells.append(row["n"] or "not run here")
@@ -296,34 +307,37 @@ def paired_error(row, base, key, steps, values):
 
 
 def figure(kind, table, rows, path):
-    """Metric against step (the paper's Fig. 3): distance and IS at 2 steps, mean over seeds.
+    """Metric against step (the paper's Fig. 3), distance against forward passes: at 2 sampling steps, mean over seeds.
 
-    Band: the standard error of the paired difference to the reference row.
+    The passes are those of the row's own steps, without its start's.  Band: the standard error of the paired difference
+    to the reference row.
     """
     # Half a second: only where it is used.
     import matplotlib.figure
     import matplotlib.ticker
 
-    drawing = matplotlib.figure.Figure(figsize=(10, 4.2), layout="constrained")
-    distance, score = drawing.subplots(1, 2)
-    distance.set_title("FID, 2 steps" if kind == "latents" else "Frechet distance, 2 steps", fontsize=10)
-    score.set_title("Inception Score, 2 steps", fontsize=10)
+    drawing = matplotlib.figure.Figure(figsize=(13, 4.2), layout="constrained")
+    distance, cost, score = drawing.subplots(1, 3)
+    name = "FID, 2 steps" if kind == "latents" else "Frechet distance, 2 steps"
     handles = {}
-    for axis, metric in ((distance, "fd"), (score, "is")):
-        handles |= draw_curves(axis, metric, table, rows)
-        axis.set_xlabel("step")
-    distance.set_yscale("log")
-    distance.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    distance.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    distance.tick_params(axis="y", which="both", labelsize=8)
+    for axis, metric, title, unit in ((distance, "fd", name, "step"), (cost, "fd", name, "forward passes"),
+                                      (score, "is", "Inception Score, 2 steps", "step")):
+        handles |= draw_curves(axis, metric, table, rows, against_passes=unit != "step")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(unit)
+    for axis in (distance, cost):
+        axis.set_yscale("log")
+        axis.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.tick_params(axis="y", which="both", labelsize=8)
     band = f"band: standard error of the paired difference to row {table.reference}"
     drawing.suptitle(f"mean over seeds; {band}", fontsize=8)
     drawing.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     drawing.savefig(path, dpi=100)
 
 
-def draw_curves(axis, metric, table, rows):
-    """The rows of a table on one axis.  -> {label: its line}"""
+def draw_curves(axis, metric, table, rows, against_passes=False):
+    """The rows of a table on one axis, against steps or passes.  -> {label: its line}"""
     styles, levels, handles = ["-", "--", ":", "-."], levels_of(table), {}
     from_scratch = not any(row.start for row in table.rows)
     base = rows.get(table.reference)
@@ -341,6 +355,9 @@ def draw_curves(axis, metric, table, rows):
         mean, error = values.mean(0), paired_error(row, base, key, steps, values)
         if from_scratch:                                             # step 0 is noise
             steps, mean, error = steps[1:], mean[1:], error[1:]
+        if against_passes:
+            at = {e["step"]: e.get("passes", np.nan) for e in next(iter(row["seeds"].values()))["evaluations"]}
+            steps = [at[step] for step in steps]
         color, style = f"C{i % 10}", styles[i % 4]
         handles[label] = axis.plot(steps, mean, marker=".", color=color, linestyle=style)[0]
         axis.fill_between(steps, mean - error, mean + error, color=color, alpha=alpha, linewidth=0)

@@ -1,0 +1,70 @@
+"""Forward passes of one network in a training step of each method, from its flags (backward = 2).
+
+The formulas are those of the file headers.  A test compares them with FLOPs counted while the scripts run.
+"""
+
+
+def consistency_passes(args: dict, teacher: bool) -> float:
+    """L_CD from a teacher (Eq. 16), or the iMF loss on the data (Eq. 6).  Rows with s = t need no difference."""
+    moving = 1 - args["mask_prob"]
+    if teacher:
+        return 3 + velocity_passes(args) + 2 * moving
+    guided = args["omega_max"] > 1
+    return 3 + moving + guided + 2 * moving                      # v_cond of the moving rows, v_uncond, the difference
+
+
+def velocity_passes(args: dict) -> int:
+    """The frozen teacher's guided velocity: CFG of a plain network takes two passes."""
+    return 2 if args["start"] == "fm" else 1
+
+
+def passes_a_step(script: str, args: dict) -> float:
+    """Forward passes of a step after any --warmup.  args: the flags of a run, as its args.json has them."""
+    scratch, teacher = args["start"] == "scratch", velocity_passes(args)
+    if script == "consistency.py":
+        return of_consistency(args)
+    if script == "fsf_dmd.py":
+        rollout = 3 * args["M"]
+        if args["rollout"] == "dmd2":
+            rollout = 3 + (args["M"] - 1) / 2                    # k jumps without gradient, k drawn from 0 .. M - 1
+        elif args["rollout_grad"] == "last":
+            rollout = 3 + (args["M"] - 1)
+        return consistency_passes(args, not scratch) + rollout + teacher + 1
+    if script == "twinflow.py":
+        base = consistency_passes(args, teacher=False) if args["base"] == "imf" else rcgm_passes(args)
+        return base + 3 + 3 + 2                                  # the generator, L_adv, and the gap
+
+    simulated = 1 + (args["M"] - 1) / 2                          # Eq. 17 without gradient
+    if script == "sid.py":                                       # without its GAN
+        return simulated + 3 + simulated + 2 + 2 * (teacher + 1) # backward to the input alone: 1
+    gan = 1.1 + 3.3 * args["ttur"] if args["lambda_g"] else 0.0  # counted: a third of the trunk, the heads
+    generator = simulated + 2 + teacher + 1
+    fake = 3 + (args["ttur"] - 1) * (simulated + 3)              # the first turn takes the generator's x_hat
+    both = consistency_passes(args, not scratch) if args["cd"] else 0
+    return generator + fake + gan + both
+
+
+def passes_until(script: str, args: dict, step: int) -> float:
+    """Forward passes of the first `step` steps; FSF-DMD's --warmup is L_CD alone."""
+    warm = min(step, args.get("warmup", 0))
+    cheap = consistency_passes(args, teacher=args["start"] != "scratch") if warm else 0
+    return round(warm * cheap + (step - warm) * passes_a_step(script, args), 1)
+
+
+def of_consistency(args: dict) -> float:
+    """The losses of consistency.py."""
+    loss = args["loss"]
+    if loss == "fm":
+        return 3
+    if loss == "ct":
+        return 3 + 2
+    if loss == "isg":
+        return 3 + velocity_passes(args) + 1                     # the teacher's step, the student's jump
+    if loss == "rcgm":
+        return rcgm_passes(args)
+    return consistency_passes(args, teacher=loss == "cd")
+
+
+def rcgm_passes(args: dict) -> float:
+    """Two velocities of the target network where guidance is learned, and its N jumps (Eq. 66)."""
+    return 3 + 2 * (args["omega_max"] > 1) + args["order"]
