@@ -57,9 +57,9 @@ PRESETS = {
     ("pixels", "fm"): dict(
         size="tiny", steps=200, lr=3e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=100, eval_every=100),
     ("images", "scratch"): dict(
-        size="small", steps=1500, lr=4e-3, mask_prob=0.9, omega=2.0, guide_to=1.0, omega_max=4.0, save_every=100),
-    ("images", "imf"): dict(size="small", steps=300, lr=2e-3, omega=2.0, guide_to=1.0, omega_max=4.0, save_every=100),
-    ("images", "fm"): dict(size="small", steps=300, lr=2e-3, omega=2.0, guide_to=1.0, omega_max=4.0, save_every=100),
+        size="small", steps=1500, lr=4e-3, mask_prob=0.9, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100),
+    ("images", "imf"): dict(size="small", steps=300, lr=2e-3, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100),
+    ("images", "fm"): dict(size="small", steps=300, lr=2e-3, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100),
     ("latents", "scratch"): dict(
         size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
         omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500),
@@ -75,7 +75,7 @@ PRESETS_OF_LOSS = {                                  # from scratch, two losses 
         ("pixels", "scratch"): dict(
             size="tiny", steps=400, lr=1.2e-2, cosine=0, omega=1.0, guide_to=1.0, save_every=100, eval_every=0),
         ("images", "scratch"): dict(
-            size="small", steps=3000, lr=4e-3, cosine=0, omega=2.0, guide_to=1.0, save_every=100),
+            size="small", steps=3000, lr=4e-3, cosine=0, omega=1.5, guide_to=1.0, save_every=100),
         ("latents", "scratch"): dict(                                                   # LightningDiT's recipe
             size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
             time_law="logitnormal:0,1", cosine=1, omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500),

@@ -500,7 +500,7 @@ def preview(path: str | Path, rows: list, meta: dict, vae: torch.nn.Module | Non
     """
     bands = [(text, to_images(x, meta, vae)) for text, x in rows]            # uint8 [n, H, W, 1 or 3]
     height = bands[0][1].shape[1]
-    side = height * max(1, 48 // height)                         # small images are enlarged, in whole pixels
+    side = height * max(1, round(48 / height))                   # small images are enlarged, in whole pixels
     cell, per_line, caption = side + 4, 10, 20
     lines = [math.ceil(len(images) / per_line) for _, images in bands]
     picture = Image.new("RGB", (per_line * cell + 4, sum(caption + n * cell for n in lines) + 4), "white")

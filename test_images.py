@@ -210,4 +210,4 @@ def test_the_main_command_takes_mnist_files(tmp_path, few_samples, monkeypatch, 
     assert "real images, test part" in said and "% right on 50 test images" in said
     checkpoint = torch.load("ours/model.pt", weights_only=True)
     assert checkpoint["config"]["size"] == "small" and checkpoint["config"]["patch_size"] == 4
-    assert checkpoint["args"]["omega"] == 2 and checkpoint["step"] == 2
+    assert checkpoint["args"]["omega"] == 1.5 and checkpoint["step"] == 2

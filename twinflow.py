@@ -48,10 +48,10 @@ PRESETS = {
         size="tiny", steps=400, lr=6e-3, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=100, eval_every=100, health_every=100),
     ("images", "imf"): dict(
-        size="small", steps=300, lr=2e-3, lam=0.1, lam_adv=0.1, omega=2.0, guide_to=1.0, omega_max=4.0,
+        size="small", steps=300, lr=2e-3, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
         save_every=100, health_every=100),
     ("images", "scratch"): dict(
-        size="small", steps=1500, lr=4e-3, lam=0.1, lam_adv=0.1, omega=2.0, guide_to=1.0, omega_max=4.0,
+        size="small", steps=1500, lr=4e-3, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
         save_every=100, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=40_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", lam=1.0, lam_adv=0.1,
