@@ -52,7 +52,7 @@ PRESETS = {
         size="tiny", steps=200, lr=1e-4, fake_lr=1e-3, omega=1.0, guide_to=1.0,
         save_every=100, eval_every=100, health_every=100),
     ("pixels", "fm"): dict(
-        size="tiny", steps=200, lr=1e-4, fake_lr=1e-3, omega=2.0, guide_to=1.0,
+        size="tiny", steps=200, lr=1e-4, fake_lr=1e-3, omega=1.0, guide_to=1.0,
         save_every=100, eval_every=100, health_every=100),
     ("images", "imf"): dict(
         size="small", steps=200, lr=1e-4, fake_lr=1e-3, omega=1.5, guide_to=1.0, save_every=100, health_every=100),
