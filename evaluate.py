@@ -327,8 +327,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--shift", type=number(float, 0, open_low=True), default=1.0,
                    help="euler: k of its times k r / (1 + (k-1) r); LightningDiT's timestep shift 0.3 is 3.333")
     p.add_argument("--n", type=number(int, 4, 10 ** 8),
-                   help="images (default: 2000, or 5000 beside 10,000 real ones and more; with --inception 50,000, or "
-                        "all of a folder)")
+                   help="images (default: 2000; 500 beside fewer than 1,000 real ones, 5000 beside 10,000 and more; "
+                        "with --inception 50,000, or all of a folder)")
     p.add_argument("--omega", type=number(float, 1), help="CFG scale (default: the run's)")
     p.add_argument("--guide_to", type=number(float, 0, 1),
                    help="guidance acts for t in [0, guide_to] (default: the run's)")

@@ -29,7 +29,8 @@ from common import BadInput
 from files import write_atomic
 
 METRICS = ("fd", "is", "precision", "recall", "acc")
-EVAL_NEIGHBOURS = 10_000         # real images of precision and recall, at most
+EVAL_NEIGHBOURS = 10_000        # real images of precision and recall, at most
+EVAL_SAMPLES = ((10_000, 5000), (1000, 2000), (0, 500))         # (real images from here on, samples of an evaluation)
 EVAL_SEED = 0                   # noise of the samples; not the training seed, to compare runs on the same noise
 
 
@@ -167,7 +168,7 @@ class Features:
         self.hash = weights_hash(self.net)[:8]
         self.source = data.source
         self.shape = data.x.shape[1:]
-        self.n = 2000 if len(data.x) < EVAL_NEIGHBOURS else 5000
+        self.n = next(n for images, n in EVAL_SAMPLES if len(data.x) >= images)
         self.real = kept(path.with_name(f"real-{digest}-{self.hash}.pt"), len(data.x), lambda: self(data.x)[0])
         self.real_y = data.y
         self.test = data.test

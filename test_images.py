@@ -181,7 +181,7 @@ def test_metrics_of_a_set_with_a_test_part(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics, "EVAL_NEIGHBOURS", 50)
     cache = tmp_path / "cache"
     features = metrics.Features(found, cache)
-    assert len(features.reference.near) == 50 and len(features.real) == 60 and features.n == 5000
+    assert len(features.reference.near) == 50 and len(features.real) == 60 and features.n == 500
     of_test, probs = features(found.test[0])
     floor = features.floor()
     expected = metrics.frechet_distance(*metrics.moments(features.real), *metrics.moments(of_test))
