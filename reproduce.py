@@ -47,7 +47,7 @@ from tqdm import tqdm
 import report
 from checkpoints import load_checkpoint
 from common import BadInput, main
-from data import data_kind, load_data
+from data import data_kind, load_data, preset_kind
 from files import json_text, read_json, write_atomic
 from flags import Parser, number
 
@@ -71,23 +71,29 @@ STARTS = {
     "fm": "consistency.py --loss fm",
 }
 
-# The same rows on two kinds of data; where the flags differ, a name in braces stands for them.
+# The same rows on three kinds of data (data.preset_kind); where the flags differ, a name in braces stands for them.
+KINDS = ("pixels", "images", "latents")
 FLAGS = {
-    #          pixels                          latents
-    "strong": (" --steps 800",                 ""),                   # the iMF of --start strong
-    "imf":    (" --mask_prob 0.5 --eval_every 100", ""),              # of Table 5, where it is no start
-    "m1":     (" --lam 0.01",                  ""),
-    "cd1":    (" --lr 1e-3 --fake_lr 1e-3",    " --steps 54000"),     # DMD2 + L_CD: its peak in the paper, from an iMF
-    "cd1_fm": ("",                             " --steps 33000"),     # and from a velocity network
-    "euler":  ("",                             " --steps 250 --shift 3.3333"),  # LightningDiT: timestep shift 0.3
-    "fm_all": ("",                             " --cfg_channels 0"),
-    "fm_few": (" --cfg_channels 1",            " --cfg_channels 3"),
+    # the iMF of --start strong
+    "strong": (" --steps 800", " --steps 3000", ""),
+    # the iMF of Table 5, where it is no start
+    "imf":    (" --mask_prob 0.5 --eval_every 100", " --mask_prob 0.5", ""),
+    "m1":     (" --lam 0.01", "", ""),
+    # DMD2 + L_CD: latents train to its peak in the paper, from an iMF, and from a velocity network
+    "cd1":    (" --lr 1e-3 --fake_lr 1e-3", " --lr 1e-3", " --steps 54000"),
+    "cd1_fm": ("", " --lr 1e-3", " --steps 33000"),
+    # LightningDiT: timestep shift 0.3
+    "euler":  ("", "", " --steps 250 --shift 3.3333"),
+    "fm_all": ("", "", " --cfg_channels 0"),
+    "fm_few": (" --cfg_channels 1", " --cfg_channels 1", " --cfg_channels 3"),
 }
 
 # {control}: the steps of the start and of a distillation together, for (kind of data, --start).
 CONTROL = {
     ("pixels", "weak"): 600,
     ("pixels", "strong"): 1000,
+    ("images", "weak"): 1800,
+    ("images", "strong"): 3300,
     ("latents", "weak"): 404_000,
 }
 
@@ -245,8 +251,8 @@ def init_name(args):
 
 def job(args, command, seed, start=None, via=None):
     """The run of one command and one seed.  Its folder is named after its arguments."""
-    kind = data_kind(args.data)
-    choices = {name: pixels if kind == "pixels" else latents for name, (pixels, latents) in FLAGS.items()}
+    kind = preset_kind(args.data)
+    choices = {name: flags[KINDS.index(kind)] for name, flags in FLAGS.items()}
     names = dict(start="START", via="VIA", control=CONTROL[kind, args.start])
     script, *flags = shlex.split(command.format(**names, **choices))
 

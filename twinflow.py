@@ -49,7 +49,7 @@ PRESETS = {
         save_every=100, eval_every=100, health_every=100),
     ("images", "imf"): dict(
         size="small", steps=300, lr=2e-3, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
-        save_every=100, health_every=100),
+        save_every=100, eval_every=150, health_every=150),
     ("images", "scratch"): dict(
         size="small", steps=1500, lr=4e-3, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
         save_every=100, health_every=100),
