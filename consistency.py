@@ -85,6 +85,8 @@ PRESETS_OF_LOSS = {                                  # from scratch, two losses 
     "rcgm": {
         ("pixels", "scratch"): dict(
             size="tiny", steps=400, lr=1.2e-2, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=100, eval_every=100),
+        ("images", "scratch"): dict(
+            size="small", steps=1500, lr=4e-3, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100),
     },
 }
 CONDITIONING = dict(fm="plain", ct="decoupled", imf="in_context", rcgm="in_context")    # from scratch

@@ -154,7 +154,7 @@ def test_rows_of_dmd2_with_cd_train_as_long_as_the_paper():
     rows = {table: {row.label: row.command for row in reproduce.TABLES[table].rows} for table in ("2", "4")}
     assert reproduce.FLAGS["cd1"][-1] == " --steps 54000" and "{cd1}" in rows["2"]["DMD2 + L_CD"]
     assert reproduce.FLAGS["cd1_fm"][-1] == " --steps 33000" and "{cd1_fm}" in rows["4"]["DMD2 + L_CD (TTUR 1:5)"]
-    assert "--shift 3.3333" in reproduce.FLAGS["euler"][-1] and "--steps 250" in reproduce.FLAGS["euler"][1]
+    assert "--shift 3.3333" in reproduce.FLAGS["euler"][-1] and "--steps 250" in reproduce.FLAGS["euler"][-1]
     for table in ("2", "4"):                                          # "and report the better": both are rows
         assert rows[table]["DMD2 from row 3"] == "dmd2.py --init {via} --teacher {start}"
 
