@@ -365,7 +365,10 @@ def draw_curves(axis, metric, table, rows, against_passes=False):
 
 
 def samples(args, rows, jobs, path):
-    """Samples of every row of the first seed from the same noise (the paper's Fig. 4): one of each of ten classes."""
+    """Samples of every row of the first seed from the same noise (the paper's Fig. 4): one of each of ten classes.
+
+    Of 1 and 2 sampling steps, or the row's own number; beside each, the forward passes that its training took.
+    """
     data = load_data(args.data)
     classes = min(data.num_classes, 10)
     first = [(data.y == c).nonzero()[:1, 0] for c in range(classes)]                  # row numbers, [1] each
@@ -379,9 +382,12 @@ def samples(args, rows, jobs, path):
         sampler = "euler" if "euler" in job.command else None                         # None: the run's own
         flags = argparse.Namespace(omega=None, guide_to=None, cfg_channels=None, sampler=sampler, what=row["label"])
         omega, guide_to, channels, sampler = sampling(flags, checkpoint)
-        x, _ = generate(net, classes, data.x.shape[1:], row["N"], omega, guide_to, channels, classes=classes,
-                        sampler=sampler)
-        bands.append((f"{r} {row['label']}, {row['N']} steps", x))
+        cost = row["seeds"][min(row["seeds"])]["evaluations"][-1].get("passes", 0)
+        trained = f"; trained for {cost:,.0f} passes" if cost else ""
+        for N in (1, 2) if row["N"] == 2 else (row["N"],):
+            x, _ = generate(net, classes, data.x.shape[1:], N, omega, guide_to, channels, classes=classes,
+                            sampler=sampler)
+            bands.append((f"{r} {row['label']}: {N} step{'s' if N > 1 else ''}{trained}", x))
     preview(path, bands, data.meta, decoder(args.vae, data.vae, torch.device("cpu")))
 
 
@@ -426,8 +432,8 @@ def write(args, table, head, rows, jobs, commands):
     rows: `summary`; jobs: {row number: {seed: Job}}; commands: {row number: command line}.
     """
     kind = data_kind(args.data)
-    row = f"row{args.row}" if args.row else ""                       # one row does not replace the whole table
-    parts = [f"table{head['table']}", Path(args.data).stem, head["start"], row]
+    some = "row" + "-".join(map(str, args.row)) if args.row else ""  # a few rows do not replace the whole table
+    parts = [f"table{head['table']}", Path(args.data).stem, head["start"], some]
     folder = args.out / "-".join(part for part in parts if part)
     folder.mkdir(parents=True, exist_ok=True)
     tables = markdown(kind, table, rows)
