@@ -1,0 +1,219 @@
+"""Is u(x_tau, tau, 0) the velocity of the generator's own samples?  FSF-DMD's surrogate against an explicit fake network.
+
+    python benchmarks/surrogate.py weak=runs/consistency_imf-digits-scratch/model.pt strong=MODEL --out surrogate
+
+For each frozen flow map: the generator is its 2-step rollout.  An explicit fake network, a copy of it, is trained by
+flow matching (Eq. 1) on fresh samples of the generator until its loss on held-out ones is flat.  Then, on other samples
+noised to tau, three directions of v_fake - v_teacher, along which DMD moves a sample (Eq. 13):
+
+    explicit     v of the trained fake network
+    surrogate    u(x_tau, tau, 0) of the flow map (Eq. 12)
+    class mean   m_y - x_hat, from the sample to the mean of the real images of its class: contraction, and nothing else
+
+Shown per bin of tau: cosine of surrogate and explicit, ratio of their lengths, and the cosine of each with the class
+mean; and the first over tau = k r / (1 + (k-1) r) for k = 1 and 10.  Digits: a minute and a half a flow map, one core.
+Leaves README.md, runs.json and surrogate.png in --out.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+from checkpoints import load_network  # noqa: E402
+from common import BadInput, Stream, frozen_copy, main, pick_device, update_ema  # noqa: E402
+from consistency import flow_matching_loss  # noqa: E402
+from data import load_data  # noqa: E402
+from files import json_text, write_atomic  # noqa: E402
+from flags import Parser, number  # noqa: E402
+from fsf_dmd import rollout  # noqa: E402
+from model import fixed_guidance, guided_map, guided_velocity, interpolate, shift_time  # noqa: E402
+from normuon import NorMuon, param_groups  # noqa: E402
+from report import markdown_lines  # noqa: E402
+
+BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+SHIFTS = (1, 10)
+M = 2
+BATCH = 128
+LR, EMA = 2e-3, 0.99            # of the fake network
+
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("starts", nargs="+", help="NAME=MODEL, flow maps that take guidance as an input")
+    p.add_argument("--omega", type=number(float, 1), nargs="+", default=[1.0], help="guidance scales to look at")
+    p.add_argument("--steps", type=number(int, 1), default=1000, help="training steps of the explicit fake network")
+    p.add_argument("--n", type=number(int, 10), default=2000, help="samples of a measurement")
+    p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    p.add_argument("--out", type=Path, default=Path("runs/surrogate"), help="folder of the results")
+    return p.parse_args(argv)
+
+
+def run(args):
+    device, found = pick_device(args.device), []
+    for start in args.starts:
+        name, _, path = start.partition("=")
+        if not path:
+            raise BadInput(f"{start}: expected NAME=MODEL")
+        net, checkpoint = load_network(path, conditioning=("in_context",))
+        data = load_data(checkpoint["data"]["source"])
+        net = net.to(device).requires_grad_(False).eval()
+        for omega in args.omega:
+            found.append(dict(start=name, omega=omega, step=checkpoint["step"]) | look(net, data, omega, args, device))
+    write(args, found, data.source)
+
+
+class Generator:
+    """The frozen flow map's M-step samples; noise and labels by (purpose, step)."""
+
+    def __init__(self, net, omega, shape, device):
+        self.net, self.omega, self.shape, self.device = net, omega, shape, device
+
+    def guidance(self, x):
+        return fixed_guidance(self.omega, 0.0, 1.0, x)
+
+    @torch.no_grad()
+    def sample(self, purpose, step, n):
+        """-> (x_hat [n, C, H, W], y [n], its Stream, to draw on from)"""
+        g = Stream(purpose, 0, step)
+        eps, y = g.normal(n, *self.shape).to(self.device), torch.arange(n, device=self.device) % self.net.num_classes
+        x, U = rollout(lambda x, t, s: guided_map(self.net, x, t, s, y, self.guidance(x)), eps, M)
+        return x - U, y, g
+
+
+def look(net, data, omega, args, device):
+    """One flow map at one guidance scale -> dict of numbers."""
+    generator = Generator(net, omega, data.x.shape[1:], device)
+    fake, losses = train_fake(generator, args.steps)
+    means = torch.stack([data.x[data.y == c].mean(0) for c in range(data.num_classes)]).to(device)
+    x_hat, y, g = generator.sample("surrogate", 0, args.n)
+    eps, r = g.normal(*x_hat.shape).to(device), g.uniform(args.n).to(device)
+
+    def directions(tau):
+        """[3 directions][n, D] at tau [n]."""
+        x_tau, guidance = interpolate(x_hat, eps, tau), generator.guidance(x_hat)
+        teacher = guided_velocity(net, x_tau, tau, y, guidance)
+        surrogate = guided_map(net, x_tau, tau, torch.zeros_like(tau), y, guidance) - teacher
+        explicit = fake(x_tau, tau, y) - teacher
+        return [d.flatten(1) for d in (surrogate, explicit, means[y] - x_hat)]
+
+    bins = []
+    with torch.no_grad():
+        for low, high in zip(BINS, BINS[1:]):
+            surrogate, explicit, mean = directions(high - (high - low) * r)
+            bins.append(dict(
+                tau=[low, high],
+                cosine=cosine(surrogate, explicit),
+                length_ratio=(surrogate.norm(dim=1).mean() / explicit.norm(dim=1).mean()).item(),
+                surrogate_to_mean=cosine(surrogate, mean),
+                explicit_to_mean=cosine(explicit, mean),
+            ))
+        over_tau = {}
+        for k in SHIFTS:
+            surrogate, explicit, mean = directions(shift_time(1 - r, k))
+            over_tau[f"k{k}"] = dict(
+                cosine=cosine(surrogate, explicit),
+                surrogate_to_mean=cosine(surrogate, mean),
+                explicit_to_mean=cosine(explicit, mean),
+            )
+    return dict(bins=bins, over_tau=over_tau, held_out_loss=losses, x_hat_std=x_hat.std().item())
+
+
+def cosine(a, b):
+    """Mean over samples."""
+    return F.cosine_similarity(a, b, dim=1).mean().item()
+
+
+def train_fake(generator, steps):
+    """(EMA of the explicit fake network, [[step, its loss on held-out samples]]): flow matching on the samples."""
+    net = generator.net
+    fake = frozen_copy(net).requires_grad_(True)
+    fake.pos_embed.requires_grad_(False)                        # a fixed table
+    ema, opt = frozen_copy(net), NorMuon(param_groups(fake), lr=LR)
+    held_out, losses = generator.sample("held out", 0, 1000), []
+    noise = held_out[2].normal(*held_out[0].shape).to(generator.device)
+    times = held_out[2].uniform(1000).to(generator.device)
+
+    def loss_of(network, x, y, eps, t):
+        return flow_matching_loss(lambda x, t, s: network(x, t, y), x, eps, t).mean()
+
+    for step in tqdm(range(steps + 1), desc=f"fake network, omega {generator.omega}", mininterval=0.5):
+        if step % max(1, steps // 10) == 0:
+            with torch.no_grad():
+                losses.append([step, loss_of(ema, *held_out[:2], noise, times).item()])
+        x, y, g = generator.sample("fake", step, BATCH)
+        loss_of(fake, x, y, g.normal(*x.shape).to(x.device), g.uniform(BATCH).to(x.device)).backward()
+        opt.step()
+        opt.zero_grad()
+        update_ema(ema, fake, min(EMA, (1 + step) / (10 + step)))
+    return ema, losses
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write(args, found, source):
+    args.out.mkdir(parents=True, exist_ok=True)
+    head = dict(data=source, M=M, steps=args.steps, n=args.n, lr=LR, torch=torch.__version__)
+    write_atomic(args.out / "runs.json", json_text(dict(head, rows=found), indent=1) + "\n")
+    write_atomic(args.out / "surrogate.png", lambda path: figure(found).savefig(path, format="png", dpi=100))
+    text = "\n".join(table(found))
+    write_atomic(args.out / "README.md", f"""# The surrogate fake velocity against an explicit one: {source}
+
+Made by `python benchmarks/surrogate.py`, torch {torch.__version__}, {args.n} samples, explicit fake networks of
+{args.steps} steps.  [runs.json](runs.json): every bin of tau, and the fake network's loss on held-out samples while it trained.
+
+{text}
+
+![Cosines and lengths against tau](surrogate.png)
+""")
+    print(f"{text}\n\nwrote README.md, runs.json and surrogate.png into {args.out}")
+
+
+def table(found):
+    """Markdown lines: cosines over tau at k = 1 and 10."""
+    header = ["start", "omega"]
+    for k in SHIFTS:
+        header += [f"k = {k}: surrogate, explicit", "surrogate, class mean", "explicit, class mean"]
+    body = []
+    for row in found:
+        cells = [row["start"], f"{row['omega']:g}"]
+        for k in SHIFTS:
+            at = row["over_tau"][f"k{k}"]
+            cells += [f"{at[name]:.2f}" for name in ("cosine", "surrogate_to_mean", "explicit_to_mean")]
+        body.append(cells)
+    return markdown_lines(header, body)
+
+
+def figure(found):
+    """Three panels against tau: cosine, ratio of lengths, cosines with the direction to the class mean."""
+    drawing = matplotlib.figure.Figure(figsize=(11, 3.8), layout="constrained")
+    cosines, lengths, means = drawing.subplots(1, 3, sharex=True)
+    for i, row in enumerate(found):
+        tau = [np.mean(each["tau"]) for each in row["bins"]]
+        label, color = f"{row['start']}, omega {row['omega']:g}", f"C{i}"
+        cosines.plot(tau, [each["cosine"] for each in row["bins"]], ".-", color=color, label=label)
+        lengths.semilogy(tau, [each["length_ratio"] for each in row["bins"]], ".-", color=color, label=label)
+        for name, style in (("surrogate", ".-"), ("explicit", ".:")):
+            values = [each[f"{name}_to_mean"] for each in row["bins"]]
+            means.plot(tau, values, style, color=color, label=f"{label}, {name}")
+    cosines.set_ylim(-0.2, 1)
+    for axis, title in ((cosines, "cosine of surrogate and explicit gap"), (lengths, "length: surrogate / explicit"),
+                        (means, "cosine with the pull to the class mean")):
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("tau")
+        axis.axhline(1 if axis is lengths else 0, color="gray", linewidth=0.7)
+        axis.legend(fontsize=7)
+    return drawing
+
+
+if __name__ == "__main__":
+    main(run, parse_args)
