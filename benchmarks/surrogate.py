@@ -1,4 +1,4 @@
-"""Is u(x_tau, tau, 0) the velocity of the generator's own samples?  FSF-DMD's surrogate against an explicit fake network.
+"""Is u(x_tau, tau, 0) the velocity of the generator's own samples?  The surrogate against an explicit fake network.
 
     python benchmarks/surrogate.py weak=runs/consistency_imf-digits-scratch/model.pt strong=MODEL --out surrogate
 
@@ -169,7 +169,7 @@ def write(args, found, source):
     write_atomic(args.out / "README.md", f"""# The surrogate fake velocity against an explicit one: {source}
 
 Made by `python benchmarks/surrogate.py`, torch {torch.__version__}, {args.n} samples, explicit fake networks of
-{args.steps} steps.  [runs.json](runs.json): every bin of tau, and the fake network's loss on held-out samples while it trained.
+{args.steps} steps.  [runs.json](runs.json): every bin of tau, and the fake network's loss on held-out samples.
 
 {text}
 
