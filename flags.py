@@ -92,7 +92,8 @@ def parser(doc, init_help):
     add("--out", help="run folder (default: runs/<script>-<data>-<init> and the flags that differ from the preset)")
     add("--resume", choices=["auto", "no"], default="auto", help="auto: continue the run folder; no: start over in it")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--compile", type=int, choices=[0, 1], default=0, help="1: torch.compile every transformer block")
+    add("--compile", type=auto_or_int, choices=["auto", 0, 1], default="auto",
+        help="1: torch.compile every transformer block; auto: of latents on CUDA")
     add("--log_every", type=number(int, 1), default=10, help="steps between lines of metrics.jsonl")
     add("--preview_every", type=number(int, 0), default=0, help="steps between sample pictures (0: at the end only)")
     add("--eval_every", type=number(int, 0), default=0,
@@ -100,6 +101,11 @@ def parser(doc, init_help):
     add("--save_every", type=number(int, 0), default=0, help="steps between state.pt (0: at the end only)")
     add("--dry_run", action="store_true", help="print the resolved configuration and exit")
     return p
+
+
+def auto_or_int(text):
+    """argparse type."""
+    return text if text == "auto" else int(text)
 
 
 def time_law(text):
@@ -186,6 +192,8 @@ def resolve(p, argv, presets, script):
             print(f"  --{k:<14} {shown:<12} {args.sources[k]}")
         sys.exit(0)
     args.start = init_kind
+    if args.compile == "auto" and kind != "latents":                # small networks are done before they are compiled
+        args.compile = 0
     if kind == "latents" and rank() == 0:
         shown = []
         for k in presets[kind, init_kind]:

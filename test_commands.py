@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import checkpoints
+import common
 import consistency
 import data
 import dmd2
@@ -449,6 +450,37 @@ def test_compile_trains_the_same_network(home):
     a, b = state(home, "compile-0")["net"], state(home, "compile-1")["net"]
     assert a.keys() == b.keys()                                                         # no _orig_mod in the names
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-4
+
+
+COMPILED = "--data toy.npz --init imf/model.pt --steps 4 --batch_size 16 --compile 1"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [f"fsf_dmd.py {COMPILED}", f"fsf_dmd.py {COMPILED} --precision bf16",
+                                     f"dmd2.py {COMPILED} --cd 1"])
+def test_compiled_blocks_break_no_graph_and_are_compiled_in_the_first_step_only(in_home, few_samples, monkeypatch,
+                                                                                command):
+    """Counted with a compiler that keeps the graphs as they are."""
+    steps, compiled = [0], []
+
+    def keep(graph, inputs):
+        compiled.append(steps[0])
+        return graph.forward
+
+    def log(self, *args):
+        steps[0] += 1
+        return original(self, *args)
+
+    original = common.Run.log
+    monkeypatch.setattr(common.Run, "log", log)
+    compile_with = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_with(self, backend=keep))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train(f"{command} --health_every 0 --out compiled-{abs(hash(command))}")
+    assert steps[0] == 4 and 0 in compiled and not {1, 2, 3} & set(compiled)              # 4: the picture at the end
+    assert not torch._dynamo.utils.counters["graph_break"] and not torch._dynamo.utils.counters["unimplemented"]
+    torch._dynamo.reset()
 
 
 @pytest.mark.slow
