@@ -192,8 +192,8 @@ def resolve(p, argv, presets, script):
             print(f"  --{k:<14} {shown:<12} {args.sources[k]}")
         sys.exit(0)
     args.start = init_kind
-    if args.compile == "auto" and kind != "latents":                # small networks are done before they are compiled
-        args.compile = 0
+    if args.compile == "auto" and (kind != "latents" or getattr(args, "jvp", "fd") == "exact"):
+        args.compile = 0                                            # small networks are done before they are compiled
     if kind == "latents" and rank() == 0:
         shown = []
         for k in presets[kind, init_kind]:

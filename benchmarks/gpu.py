@@ -1,0 +1,327 @@
+"""What a GPU makes measurable, in blocks of a few minutes, unattended; a block that is done is not done again.
+
+    python benchmarks/gpu.py                            # every block; --block runs cost for some
+    python benchmarks/gpu.py --again 1                  # measure again
+    python benchmarks/gpu.py --rehearse 1 --out /tmp/g  # the same code on a CPU, at tiny size: numbers of no meaning
+
+    runs         every script on digits, fp32 and bf16, compiled and not; losses beside the CPU's, step by step
+    cost         cost.py: seconds, memory and FLOPs of a step of every method at the paper's setting, and the share of
+                 the bf16 matrix rate that is measured beside it (Table 10)
+    profile      where a step of FSF-DMD (M = 2) goes: attention, matrix products, elementwise, reductions, copies, idle
+    difference   du/dt in bf16, with and without the float32 evaluations, against torch.func.jvp: error and time
+    throughput   images a second of 2-step sampling, VAE decoding and Inception features; minutes of a 50K FID
+
+Warm-up first, medians of CUDA events, random weights and inputs.  Writes gpu.md and gpu/<block>.json into --out.
+"""
+import argparse
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+import cost  # noqa: E402
+import fsf_dmd  # noqa: E402
+from common import BadInput, Run, main  # noqa: E402
+from evaluate import generate  # noqa: E402
+from files import json_text, read_json, read_lines, write_atomic  # noqa: E402
+from flags import Parser, number  # noqa: E402
+from inception import Inception  # noqa: E402
+from model import LightningDiT, fixed_guidance, total_derivative  # noqa: E402
+from report import markdown_lines  # noqa: E402
+from vae import VAE  # noqa: E402
+
+SCRIPTS = {
+    "imf": "consistency.py --loss imf",
+    "cd": "consistency.py --loss cd --init START",
+    "fsf_dmd": "fsf_dmd.py --init START",
+    "dmd2": "dmd2.py --init START",
+    "sid": "sid.py --init START",
+    "twinflow": "twinflow.py --base imf",
+}
+SETTINGS = {
+    "fp32": "",
+    "bf16": "--precision bf16",
+    "fp32 compiled": "--compile 1",
+    "bf16 compiled": "--precision bf16 --compile 1",
+}
+COMPARED = 20                   # steps whose losses are compared with the CPU's
+
+# Kernels by name, the first that fits.
+KINDS = {
+    "attention": r"flash|fmha|attention",
+    "matrix products": r"gemm|cutlass|matmul|\bmm\b|cublas|conv",
+    "reductions": r"reduce|norm|softmax",
+    "copies": r"memcpy|memset|copy",
+    "elementwise": r"elementwise|triton|foreach|multi_tensor|vectorized|cat|index|fill|add|mul|pow|silu|sub|div|lerp",
+}
+
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--block", nargs="+", choices=list(BLOCKS), default=list(BLOCKS), help="these blocks only")
+    p.add_argument("--again", type=int, choices=[0, 1], default=0, help="1: measure what is measured already")
+    p.add_argument("--rehearse", type=int, choices=[0, 1], default=0, help="1: on the CPU, at tiny size")
+    p.add_argument("--out", type=Path, default=HERE / "results", help="where gpu.md and gpu/ are written")
+    p.add_argument("--batch_size", type=number(int, 2), default=128, help="of profile and difference")
+    args = p.parse_args(argv)
+    if not args.rehearse and not torch.cuda.is_available():
+        raise BadInput("no CUDA device here; --rehearse 1 runs the same code on the CPU, at tiny size")
+    args.device = torch.device("cpu" if args.rehearse else "cuda")
+    args.size = "tiny" if args.rehearse else "B/1"
+    return args
+
+
+def run(args):
+    folder = args.out / "gpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in args.block:
+        path = folder / f"{name}.json"
+        if path.exists() and not args.again:
+            print(f"{name}: measured before, in {path}")
+            continue
+        begun = time.perf_counter()
+        found = BLOCKS[name](args)
+        head = dict(block=name, device=device_name(args), torch=torch.__version__, cuda=torch.version.cuda,
+                    command=shlex.join(["python", *sys.argv]), date=time.strftime("%Y-%m-%d"))
+        write_atomic(path, json_text(head | dict(seconds=time.perf_counter() - begun) | found, indent=1) + "\n")
+        write_atomic(args.out / "gpu.md", page(folder))
+        print(f"{name}: {time.perf_counter() - begun:.0f} s, {path}")
+
+
+def device_name(args):
+    return "rehearsal on " + platform.processor() if args.rehearse else torch.cuda.get_device_name()
+
+
+def seconds_of(action, args, repeats=10):
+    """Median seconds of a call, after three that warm up."""
+    times = []
+    for _ in range(2 if args.rehearse else 3 + repeats):
+        if args.rehearse:
+            begun = time.perf_counter()
+            action()
+            times.append(time.perf_counter() - begun)
+            continue
+        begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begun.record()
+        action()
+        ended.record()
+        torch.cuda.synchronize()
+        times.append(begun.elapsed_time(ended) / 1000)
+    return float(np.median(times[3:] or times))
+
+
+def matrix_rate(args, dtype=torch.bfloat16):
+    """FLOP/s of square matrix products."""
+    n = 256 if args.rehearse else 8192
+    a, b = (torch.randn(n, n, device=args.device, dtype=dtype) for _ in range(2))
+    return 2 * n ** 3 / seconds_of(lambda: a @ b, args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The blocks: args -> dict of numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def runs(args):
+    """Every script runs; its fp32 losses on the device beside the CPU's."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        steps = 2 if args.rehearse else COMPARED
+        script("consistency.py --loss imf --device cpu --steps 20 --out start", folder)
+        for name, command in SCRIPTS.items():
+            command = f"{command.replace('START', 'start/model.pt')} --steps {steps} --log_every 1"
+            if name not in ("imf", "cd"):
+                command += " --health_every 0"
+            on_cpu = script(f"{command} --device cpu --out {name}-cpu", folder)
+            for setting, flags in SETTINGS.items():
+                if args.rehearse and "compiled" in setting:
+                    continue
+                out = f"{name}-{setting.replace(' ', '-')}"
+                lines = script(f"{command} {flags} --device {args.device.type} --out {out}", folder)
+                rows.append(dict(script=name, setting=setting, sec_per_step=lines[-1]["sec_per_step"],
+                                 largest_difference=largest_difference(on_cpu, lines)))
+    return dict(steps=steps, rows=rows)
+
+
+def script(command, folder):
+    """Run a command of this project in a folder.  -> the lines of its metrics.jsonl that hold losses"""
+    file, *flags = shlex.split(command)
+    done = subprocess.run([sys.executable, str(HERE / file), *flags], cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise BadInput(f"{command} ended with exit code {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+    return [line for line in read_lines(Path(folder) / flags[-1] / "metrics.jsonl") if "grad_norm" in line]
+
+
+def largest_difference(a, b):
+    """Of the losses of two runs, relative, over all steps."""
+    differences = [0.0]
+    for one, other in zip(a, b, strict=True):
+        for name in one.keys() - {"step", "sec_per_step", "images_per_sec", "memory_gb"}:
+            differences.append(abs(one[name] - other[name]) / max(abs(one[name]), 1e-6))
+    return max(differences)
+
+
+def cost_table(args):
+    """cost.py, row by row, and the matrix rate; a row that is measured is kept beside the results."""
+    rate = matrix_rate(args)
+    with tempfile.TemporaryDirectory() as scratch:
+        kept = args.out / "gpu" if not args.rehearse else Path(scratch)
+        flags = ["--runs", str(kept), "--out", str(args.out)]
+        if args.rehearse:
+            flags += ["--size", "tiny", "--batch_size", "2", "--row", "1"]
+        cost.run(cost.parse_args(flags))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = read_json(args.out / f"cost-{device}" / "runs.json", "what cost.py measured")
+    rows = []
+    for row in found["rows"]:
+        flops = 1e9 * (found["batch"] * row["gflop_per_image"] + row["gflop_optimizer"])
+        rows.append({k: row[k] for k in ("label", "passes", "sec_per_step", "memory_gb", "paper_sec_per_step")}
+                    | dict(share_of_matrix_rate=flops / row["sec_per_step"] / rate))
+    return dict(batch=found["batch"], precision=found["precision"], matrix_rate=rate, rows=rows)
+
+
+class Done(Exception):
+    """The step that is profiled is over."""
+
+
+def profiled(args):
+    """The kernels of one step of FSF-DMD after warm-up, by kind."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        cost.random_inputs(folder, args.size)
+        batch, precision = (2, "fp32") if args.rehearse else (args.batch_size, "bf16")
+        flags = shlex.split(f"--init {folder}/imf.pt --data {folder}/latents --out {folder}/run --health_every 0 "
+                            f"--device {args.device.type} --batch_size {batch} --precision {precision}")
+        activities = [ProfilerActivity.CPU] + ([] if args.rehearse else [ProfilerActivity.CUDA])
+        profiler, log, last = profile(activities=activities), Run.log, 3 if args.rehearse else 12
+        begun = [0.0]
+
+        def watched(self, *rest):
+            log(self, *rest)
+            if self.step == last - 1:
+                wait(args)
+                profiler.start()
+                begun[0] = time.perf_counter()
+            if self.step == last:
+                wait(args)
+                begun[0] = time.perf_counter() - begun[0]
+                profiler.stop()
+                raise Done
+
+        Run.log = watched
+        try:
+            fsf_dmd.train(fsf_dmd.parse_args(flags))
+        except Done:
+            pass
+        finally:
+            Run.log = log
+    kinds, other = dict.fromkeys(KINDS, 0.0), {}
+    for event in profiler.key_averages():
+        spent = (event.self_cpu_time_total if args.rehearse else event.self_device_time_total) / 1e6
+        kind = next((kind for kind, names in KINDS.items() if re.search(names, event.key, re.I)), None)
+        if kind:
+            kinds[kind] += spent
+        elif spent:
+            other[event.key] = spent
+    kinds["other"] = sum(other.values())
+    kinds["idle"] = max(0.0, begun[0] - sum(kinds.values()))
+    largest = dict(sorted(other.items(), key=lambda item: -item[1])[:5])
+    return dict(step_seconds=begun[0], seconds_of=kinds, largest_of_other=largest)
+
+
+def wait(args):
+    if args.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def difference(args):
+    """du/dt three ways, against the exact one in float32."""
+    torch.manual_seed(0)
+    net = LightningDiT(args.size, "in_context", input_size=16, in_channels=32).to(args.device)
+    for p in net.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.02)
+    B = 2 if args.rehearse else 32
+    x, tangent = (torch.randn(B, 32, 16, 16, device=args.device) for _ in range(2))
+    t, y = torch.rand(B, device=args.device), torch.arange(B, device=args.device)
+    s, guidance = t / 2, fixed_guidance(2.0, 0.0, 1.0, x)
+
+    def u(x, t, s):
+        return net(x, t, y, s, guidance)
+
+    def as_bf16(h=0.005):                                       # what autocast would make of the difference
+        with torch.no_grad(), torch.autocast(args.device.type, torch.bfloat16):
+            return (u(x + h * tangent, t + h, s) - u(x - h * tangent, t - h, s)).float() / (2 * h)
+
+    exact = total_derivative(u, x, t, s, tangent, exact=True)
+    ways = {
+        "exact, float32": lambda: total_derivative(u, x, t, s, tangent, exact=True),
+        "difference, float32 (ours)": lambda: total_derivative(u, x, t, s, tangent),
+        "difference, bf16": as_bf16,
+    }
+    rows = []
+    for name, way in ways.items():
+        error = ((way() - exact).norm() / exact.norm()).item()
+        rows.append(dict(way=name, relative_error=error, seconds=seconds_of(way, args)))
+    return dict(batch=B, rows=rows)
+
+
+@torch.no_grad()
+def throughput(args):
+    """Images a second of each stage of an evaluation, and minutes of 50,000."""
+    torch.manual_seed(0)
+    n = 4 if args.rehearse else 256
+    net = LightningDiT(args.size, "in_context", input_size=16, in_channels=32).to(args.device).eval()
+    dims = dict(ch=32, ch_mult=[1, 2], num_res_blocks=1, z_channels=32) if args.rehearse else {}
+    vae, inception = VAE("vavae", **dims).to(args.device).eval(), Inception().to(args.device).eval()
+    z = torch.randn(8 if not args.rehearse else 2, 32, 16, 16, device=args.device)
+    images = torch.randint(256, (50 if not args.rehearse else 2, 3, 256, 256), dtype=torch.uint8, device=args.device)
+    stages = {
+        "2-step sampling, 500 at a time": n / seconds_of(lambda: generate(net, n, (32, 16, 16), 2, 6.0, 0.9), args, 3),
+        f"VAE decoding, {len(z)} at a time": len(z) / seconds_of(lambda: vae.decode(z), args),
+        f"Inception features, {len(images)} at a time": len(images) / seconds_of(lambda: inception(images), args),
+    }
+    minutes = sum(50_000 / rate for rate in stages.values()) / 60
+    rows = [dict(stage=name, images_per_second=rate) for name, rate in stages.items()]
+    return dict(rows=rows, minutes_of_fid=minutes)
+
+
+BLOCKS = dict(runs=runs, cost=cost_table, profile=profiled, difference=difference, throughput=throughput)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gpu.md
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def page(folder):
+    """The text of gpu.md: of every block that is measured its command, device and numbers."""
+    lines = ["# On a GPU", "", "Made by `python benchmarks/gpu.py`; the numbers of a block are in gpu/BLOCK.json.", ""]
+    for name in BLOCKS:
+        path = folder / f"{name}.json"
+        if not path.exists():
+            lines += [f"## {name}", "", "Not run here.", ""]
+            continue
+        found = read_json(path, "what gpu.py measured")
+        lines += [f"## {name}", "", f"{found['device']}, torch {found['torch']}, {found['date']}, "
+                  f"`{found['command']}`, {found['seconds']:.0f} s.", ""]
+        rows = found.get("rows") or [dict(kind=kind, seconds=spent) for kind, spent in found["seconds_of"].items()]
+        body = [[f"{value:.4g}" if isinstance(value, float) else value for value in row.values()] for row in rows]
+        lines += [*markdown_lines(list(rows[0]), body), ""]
+        more = {k: v for k, v in found.items() if isinstance(v, (int, float)) and k != "seconds"}
+        lines += ["; ".join(f"{k} {v:.4g}" for k, v in more.items()), ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(run, parse_args)
