@@ -57,12 +57,15 @@ def arguments(*argv):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("data", ["digits", "latents"])
+@pytest.mark.parametrize("data", ["digits", "images", "latents"])
 def test_every_row_is_a_command_that_its_script_accepts(inputs, data, monkeypatch, capsys):
-    """No row passes a flag that its script refuses, on pixels and on latents; no two rows of a table are one run."""
+    """No row passes a flag that its script refuses, on any kind of data; no two rows of a table are one run."""
+    source = {"digits": "digits", "latents": str(inputs / "latents"), "images": str(inputs / "images.npz")}[data]
+    if data == "images":
+        np.savez(source, images=np.zeros((2, 28, 28), np.uint8), labels=np.arange(2))
     for table, (_, reference, rows) in reproduce.TABLES.items():
         assert 1 <= reference <= len(rows)
-        args = arguments(table, "--data", "digits" if data == "digits" else str(inputs / "latents"))
+        args = arguments(table, "--data", source)
         jobs = reproduce.jobs_of(args, dict(enumerate(rows, 1)), 3)
         assert len({job.folder for job in jobs.values()}) == len(rows)
         for each in jobs.values():
