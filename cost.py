@@ -322,12 +322,13 @@ def markdown(found):
 def page(found, command):
     """README.md of the folder.  command: what made it."""
     rate = f"{found['flop_per_second_modelled']:.0e}".replace("+", "")
+    counted = found.get("counted", 1)                                 # 1: before masked rows had no difference
     return f"""# What one step costs
 
 Made by `{command}` on {found['device']}, torch {found['torch']}.
 
 Random latents and weights. Seconds and memory: of a process per method, at the batch in the table's head.
-FLOPs: of matrix products, counted at batch 2. Hours: modelled, not measured; the preset's steps at batch {PAPER_BATCH},
+FLOPs: of matrix products, counted at batch {counted}. Hours: modelled, not measured; the preset's steps at batch {PAPER_BATCH},
 at {rate} FLOP/s. [runs.json](runs.json) holds the numbers unrounded.
 
 {markdown(found)}
@@ -377,7 +378,7 @@ def run(args):
             shutil.rmtree(scratch)
 
     rows = [kept[label]["row"] for label, *_ in chosen]
-    found = dict(setting, torch=torch.__version__, flop_per_second_modelled=RATE, rows=rows)
+    found = dict(setting, torch=torch.__version__, flop_per_second_modelled=RATE, counted=COUNTED, rows=rows)
     folder = args.out / ("cost-cuda" if on_gpu else "cost-cpu")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "runs.json", json_text(found, indent=1))
