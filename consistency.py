@@ -22,7 +22,7 @@ imf, ct and cd are one regression of the average velocity u(x_t, t, s) onto its 
 
 and rcgm is the same with imf's v as tangent, d/dt [(t-s) u] taken as a backward difference over delta.
 
-    python consistency.py --loss imf              # digits, 2 CPU cores: a minute; fsf_dmd.py starts from it
+    python consistency.py --loss imf              # digits, 2 CPU cores: half a minute; fsf_dmd.py starts from it
     python consistency.py --loss cd --init imf    # the baseline that FSF-DMD is compared with
     python consistency.py --loss cd --init fm     # the same from a plain velocity network (Table 4)
 

@@ -322,13 +322,13 @@ def markdown(found):
 def page(found, command):
     """README.md of the folder.  command: what made it."""
     rate = f"{found['flop_per_second_modelled']:.0e}".replace("+", "")
-    counted = found.get("counted", 1)                                 # 1: before masked rows had no difference
+    B, counted = PAPER_BATCH, found.get("counted", 1)                               # 1: before masked rows had no difference
     return f"""# What one step costs
 
 Made by `{command}` on {found['device']}, torch {found['torch']}.
 
 Random latents and weights. Seconds and memory: of a process per method, at the batch in the table's head.
-FLOPs: of matrix products, counted at batch {counted}. Hours: modelled, not measured; the preset's steps at batch {PAPER_BATCH},
+FLOPs: of matrix products, counted at batch {counted}. Hours: modelled, not measured; the preset's steps at batch {B},
 at {rate} FLOP/s. [runs.json](runs.json) holds the numbers unrounded.
 
 {markdown(found)}

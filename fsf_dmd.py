@@ -17,7 +17,7 @@ L_FSF alone does not have the data as its fixed point: it compares a sample, f(x
 so it contracts (on N(0, sigma^2) to 0.46..0.58 sigma; test_methods.py).  L_CD holds it up; without L_CD the generator
 collapses.
 
-    python fsf_dmd.py --init imf --M 2       # digits, 2 CPU cores: 2.5 minutes, the iMF it starts from included
+    python fsf_dmd.py --init imf --M 2       # digits, 2 CPU cores: a minute, the iMF it starts from included
 
 --init imf      a guidance-conditioned flow map (consistency.py --loss imf, trained first if it is not there); it is its
                 own teacher
