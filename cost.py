@@ -322,7 +322,7 @@ def markdown(found):
 def page(found, command):
     """README.md of the folder.  command: what made it."""
     rate = f"{found['flop_per_second_modelled']:.0e}".replace("+", "")
-    B, counted = PAPER_BATCH, found.get("counted", 1)                               # 1: before masked rows had no difference
+    B, counted = PAPER_BATCH, found.get("counted", 1)                 # 1: before masked rows had no difference
     return f"""# What one step costs
 
 Made by `{command}` on {found['device']}, torch {found['torch']}.
