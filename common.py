@@ -136,11 +136,13 @@ def compile_blocks(args, *nets):
 
     nets: networks, or None for one that a method leaves out.
     """
+    nets = [net for net in nets if net]
+    if not nets or args.compile == 0 or (args.compile == "auto" and not next(nets[0].parameters()).is_cuda):
+        return
     # Blocks see several batch sizes, with and without gradient, in two precisions; past 8 the default gives up.
     torch._dynamo.config.recompile_limit = 64
-    for net in filter(None, nets):
-        on_cuda = next(net.parameters()).is_cuda
-        for block in net.blocks if args.compile == 1 or args.compile == "auto" and on_cuda else ():
+    for net in nets:
+        for block in net.blocks:
             block.compile()
 
 

@@ -409,7 +409,7 @@ Mean ± standard deviation over n seeds. `last`: after the last step; `best`: th
 after Holm's correction over the rows of the table.
 
 * [runs.json](runs.json): the command of every row, and every evaluation of every seed
-* [curves.png](curves.png): distance and IS at 2 steps against training step
+* [curves.png](curves.png): distance and IS at 2 steps against training step, distance also against forward passes
 * [samples.png](samples.png): every row from the same noise, seed 0
 
 {tables}

@@ -645,3 +645,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_state(home):
     path = home / "damaged" / "state.pt"
     path.write_bytes(path.read_bytes()[:5000])
     assert "cannot be resumed" in run(home, f"{TOY['fsf_dmd.py']} --steps 4 --out damaged", code=2)
+
+
+# ---- what stands beside the scripts ----------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_the_surrogate_and_the_rehearsal_for_a_gpu_run(in_home):
+    """Both leave their files; the second measures on the CPU, at tiny size, and what is measured is not done again."""
+    run(in_home, "benchmarks/surrogate.py toy=imf/model.pt --omega 1 2 --steps 3 --n 20 --device cpu --out surrogate")
+    rows = json.loads((in_home / "surrogate" / "runs.json").read_text())["rows"]
+    assert [row["omega"] for row in rows] == [1, 2] and all(len(row["bins"]) == 5 for row in rows)
+    assert all(-1 <= row["over_tau"][k]["cosine"] <= 1 for row in rows for k in ("k1", "k10"))
+    assert (in_home / "surrogate" / "surrogate.png").exists()
+    command = "benchmarks/gpu.py --rehearse 1 --block difference --out gpu"
+    run(in_home, command)
+    ways = json.loads((in_home / "gpu" / "gpu" / "difference.json").read_text())["rows"]
+    assert ways[0]["relative_error"] == 0 < ways[1]["relative_error"] < 0.01 < ways[2]["relative_error"]
+    assert "measured before" in run(in_home, command) and "## difference" in (in_home / "gpu" / "gpu.md").read_text()
+    assert "measured before" not in run(in_home, f"{command} --again 1")

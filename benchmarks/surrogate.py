@@ -11,7 +11,7 @@ noised to tau, three directions of v_fake - v_teacher, along which DMD moves a s
     class mean   m_y - x_hat, from the sample to the mean of the real images of its class: contraction, and nothing else
 
 Shown per bin of tau: cosine of surrogate and explicit, ratio of their lengths, and the cosine of each with the class
-mean; and the first over tau = k r / (1 + (k-1) r) for k = 1 and 10.  Digits: a minute and a half a flow map, one core.
+mean; and the first over tau = k r / (1 + (k-1) r) for k = 1 and 10.
 Leaves README.md, runs.json and surrogate.png in --out.
 """
 import argparse
