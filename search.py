@@ -1,13 +1,14 @@
-"""The settings of the digits' presets: six for every method, on seeds that no table reports.
+"""The settings of the digits' presets, as many for every method, on seeds that no table reports.
 
     python search.py weak                    # from the iMF of 400 steps: 6 methods, 8 runs each
-    python search.py strong                  # from the iMF of 800 steps
-    python search.py fm                      # from the velocity network (Table 4)
-    python search.py scratch                 # Table 5
+    python search.py strong                  # from the iMF of 800 steps: 6 methods, 6 runs each
+    python search.py fm                      # from the velocity network (Table 4): 5 methods, 6 runs each
+    python search.py scratch                 # Table 5: 6 methods, 6 runs each
     python search.py weak --method SiD       # one method
 
-Every setting is the command line of a script, run on seed 100 for the preset's steps; the best two of a method run on
-seed 101 too, and their mean decides.  A run starts from a start of its own seed.  The criterion is the distance after
+Six settings a method from the weak start, four elsewhere, around what the weak search chose.  Every setting is the
+command line of a script, run on seed 100 for the preset's steps; the best two of a method run on seed 101 too, and
+their mean decides.  A run starts from a start of its own seed.  The criterion is the distance after
 the last step at 2 sampling steps, with the sampler that the network was trained for.  The paper's own lambda and shift
 are among the settings.
 Runs are kept, stopped and continued as reproduce.py's.  Leaves search-digits-<start> in --out: README.md, runs.json.
@@ -47,42 +48,72 @@ BOTH_LOSSES = [
 ]
 
 
-def lambda_and_shift(*lams):
-    return [f"--lam {lam} --shift {k}" for lam in lams for k in (1, 10)]
+FOUR_OF_TWO_SIDES = [
+    "--lr 0.0001 --fake_lr 0.001",
+    "--lr 0.0003 --fake_lr 0.001",
+    "--lr 0.0003 --fake_lr 0.003",
+    "--lr 0.001 --fake_lr 0.003",
+]
+FOUR_OF_BOTH_LOSSES = [
+    "--lam 0.1 --lr 0.001 --fake_lr 0.001",
+    "--lam 1 --lr 0.001 --fake_lr 0.001",
+    "--lam 0.1 --lr 0.003 --fake_lr 0.003",
+    "--lam 1 --lr 0.003 --fake_lr 0.003",
+]
+SIX_LAMBDAS = [f"--lam {lam} --shift {k}" for lam in (0.01, 0.05, 0.2) for k in (1, 10)]
+FOUR_LAMBDAS = ["--lam 0.003 --shift 10", "--lam 0.01 --shift 1", "--lam 0.01 --shift 10", "--lam 0.05 --shift 10"]
+FOUR_LAMBDAS_FM = ["--lam 0.001 --shift 10", "--lam 0.02 --shift 1", "--lam 0.02 --shift 10", "--lam 0.1 --shift 10"]
+FOUR_LAMBDAS_SCRATCH = [
+    "--lam 0.001 --shift 1",
+    "--lam 0.01 --shift 1",
+    "--lam 0.01 --shift 10",
+    "--lam 0.05 --shift 1",
+]
+FOUR_OF_TWINFLOW = [
+    "--lam 0.1 --lam_adv 0.1",
+    "--lam 0.1 --lam_adv 0.3",
+    "--lam 0.3 --lam_adv 0.1",
+    "--lam 1 --lam_adv 0.1",
+]
 
-
-FROM_IMF = {
-    "CD":                 ("consistency.py --loss cd --init {start}", SIX_RATES),
-    "FSF-DMD, M = 2":     (FSF + " --M 2", lambda_and_shift(0.01, 0.05, 0.2)),
-    "FSF-DMD, M = 1":     (FSF + " --M 1", lambda_and_shift(0.01, 0.05, 0.2)),
+CD = "consistency.py --loss cd --init {start}"
+SID = "sid.py --init {start}"
+FROM_WEAK = {
+    "CD":                 (CD, SIX_RATES),
+    "FSF-DMD, M = 2":     (FSF + " --M 2", SIX_LAMBDAS),
+    "FSF-DMD, M = 1":     (FSF + " --M 1", SIX_LAMBDAS),
     "DMD2":               (DMD2, TWO_SIDES),
     "DMD2 + L_CD":        (DMD2 + " --cd 1", BOTH_LOSSES),
-    "SiD":                ("sid.py --init {start}", ["--lr 0.00003 --fake_lr 0.001", *TWO_SIDES[:5]]),
+    "SiD":                (SID, ["--lr 0.00003 --fake_lr 0.001", *TWO_SIDES[:5]]),
+}
+FROM_STRONG = {
+    "CD":                 (CD, ["--lr 0.0005", "--lr 0.001", "--lr 0.002", "--lr 0.004"]),
+    "FSF-DMD, M = 2":     (FSF + " --M 2", FOUR_LAMBDAS),
+    "FSF-DMD, M = 1":     (FSF + " --M 1", FOUR_LAMBDAS),
+    "DMD2":               (DMD2, FOUR_OF_TWO_SIDES),
+    "DMD2 + L_CD":        (DMD2 + " --cd 1", FOUR_OF_BOTH_LOSSES),
+    "SiD":                (SID, FOUR_OF_TWO_SIDES),
 }
 FROM_FM = {
-    "CD":                 ("consistency.py --loss cd --init {start}", SIX_RATES),
-    "FSF-DMD, M = 2":     (FSF + " --M 2", lambda_and_shift(0.001, 0.02, 0.1)),
-    "DMD2":               (DMD2, TWO_SIDES),
-    "DMD2 + L_CD":        (DMD2 + " --cd 1", BOTH_LOSSES),
-    "SiD":                ("sid.py --init {start}", ["--lr 0.00003 --fake_lr 0.001", *TWO_SIDES[:5]]),
+    "CD":                 (CD, ["--lr 0.0015", "--lr 0.003", "--lr 0.006", "--lr 0.012"]),
+    "FSF-DMD, M = 2":     (FSF + " --M 2", FOUR_LAMBDAS_FM),
+    "DMD2":               (DMD2, FOUR_OF_TWO_SIDES),
+    "DMD2 + L_CD":        (DMD2 + " --cd 1", FOUR_OF_BOTH_LOSSES),
+    "SiD":                (SID, FOUR_OF_TWO_SIDES),
 }
 FROM_SCRATCH = {
     "iMF":                ("consistency.py --loss imf --mask_prob 0.5",
-                           ["--lr 0.0015", "--lr 0.003", "--lr 0.006", "--lr 0.012", "--lr 0.024", "--lr 0.048"]),
-    "RCGM":               ("consistency.py --loss rcgm",
-                           ["--lr 0.003", "--lr 0.006", "--lr 0.012", "--lr 0.024", "--lr 0.048", "--lr 0.096"]),
-    "iMF + DMD2":         ("dmd2.py --init scratch",
-                           ["--lam 0.003", "--lam 0.01", "--lam 0.03", "--lam 0.1", "--lam 0.3", "--lam 1"]),
-    "iMF + TwinFlow":     ("twinflow.py --base imf",
-                           [f"--lam {lam} --lam_adv {adv}" for lam in (0.03, 0.1, 0.3) for adv in (0.1, 0.3)]),
-    "RCGM + TwinFlow":    ("twinflow.py --base rcgm",
-                           [f"--lam {lam} --lam_adv {adv}" for lam in (0.03, 0.1, 0.3) for adv in (0.1, 0.3)]),
-    "FSF-DMD":            ("fsf_dmd.py --init scratch", lambda_and_shift(0.001, 0.01, 0.05)),
+                           ["--lr 0.003", "--lr 0.006", "--lr 0.012", "--lr 0.024"]),
+    "RCGM":               ("consistency.py --loss rcgm", ["--lr 0.006", "--lr 0.012", "--lr 0.024", "--lr 0.048"]),
+    "iMF + DMD2":         ("dmd2.py --init scratch", ["--lam 0.01", "--lam 0.03", "--lam 0.1", "--lam 0.3"]),
+    "iMF + TwinFlow":     ("twinflow.py --base imf", FOUR_OF_TWINFLOW),
+    "RCGM + TwinFlow":    ("twinflow.py --base rcgm", FOUR_OF_TWINFLOW),
+    "FSF-DMD":            ("fsf_dmd.py --init scratch", FOUR_LAMBDAS_SCRATCH),
 }
 # start: (the start's command, or None from scratch; its methods)
 SEARCHES = {
-    "weak": (STARTS["imf"], FROM_IMF),
-    "strong": (STARTS["imf"] + "{strong}", FROM_IMF),
+    "weak": (STARTS["imf"], FROM_WEAK),
+    "strong": (STARTS["imf"] + "{strong}", FROM_STRONG),
     "fm": (STARTS["fm"], FROM_FM),
     "scratch": (None, FROM_SCRATCH),
 }
