@@ -167,7 +167,9 @@ def parse_args(argv=None):
 
 
 def new_fake_side(args, net, device):
-    """(fake network, a copy of the start; discriminator head, None where lambda_G is 0; a list of those that exist)."""
+    """The fake network, a copy of the start; the discriminator's head, None where lambda_G is 0; both in a list; their
+    optimizer.
+    """
     if args.lambda_g and isinstance(net, IMFDiT):
         raise BadInput(f"--init {args.init}: the discriminator reads a LightningDiT; with iMF's own network pass "
                        "--lambda_g 0")
@@ -176,7 +178,7 @@ def new_fake_side(args, net, device):
     fake_side = [fake, head] if head else [fake]
     trainable(True, *fake_side)
     compile_blocks(args, *fake_side)
-    return fake, head, fake_side
+    return fake, head, fake_side, NorMuon(param_groups(*fake_side), lr=args.fake_lr or args.lr)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -191,9 +193,8 @@ def train(args):
     opt = NorMuon(param_groups(net), lr=args.lr)
     compile_blocks(args, net, ema, teacher)
     state = dict(net=net, ema=ema, opt=opt, teacher=teacher)
-    fake, head, fake_side = new_fake_side(args, net, device)
+    fake, head, fake_side, opt_fake = new_fake_side(args, net, device)
     trunk = dict(fake=fake, teacher=teacher, generator=frozen_view(net))[args.disc_trunk]
-    opt_fake = NorMuon(param_groups(*fake_side), lr=args.fake_lr or args.lr)
     state |= dict(fake=fake, head=head, opt_fake=opt_fake)
     features = metric_space(data, args)
     channels = args.cfg_channels or None                                        # of a plain teacher's CFG
@@ -278,8 +279,7 @@ def train(args):
             opt.step()
             opt.zero_grad()                                                     # frees the gradients' memory
             update_ema(ema, net, ema_decay(args, step))
-            if args.ida < 1:
-                ida_(fake, net, args.ida)                                       # Eq. 60
+            ida_(fake, net, args.ida)                                           # Eq. 60; a = 1: nothing
 
             # -- fake turns: the generator is fixed; the first has the samples of the generator turn
             trainable(True, *fake_side)
@@ -291,14 +291,13 @@ def train(args):
                         with torch.no_grad():
                             x_hat = backward_simulation(u(b.y), b.z, k, args.M) if turn else samples[i]
                         loss = fake_loss(v_fake(b.y), x_hat, b.t_fake, b.eps_fake)                # Eq. 52
-                        objective = loss
+                        accumulate(total, B * args.ttur, fake=loss)
                         if head:
                             gan = gan_discriminator_loss(D(b.y)(x_hat, b.t_gen, b.eps_gen),
                                                          D(b.y)(b.x0, b.t_real, b.eps_real))
-                            objective = objective + args.lambda_d * gan         # Eq. 54
+                            loss = loss + args.lambda_d * gan                   # Eq. 54
                             accumulate(total, B * args.ttur, gan_d=gan)
-                    (objective.sum() / B).backward()
-                    accumulate(total, B * args.ttur, fake=loss)
+                    (loss.sum() / B).backward()
                 sync_gradients(*fake_side)
                 opt_fake.step()
                 opt_fake.zero_grad()

@@ -156,8 +156,7 @@ def train(args):
     opt = NorMuon(param_groups(net), lr=args.lr)
     compile_blocks(args, net, ema, teacher)
     state = dict(net=net, ema=ema, opt=opt, teacher=teacher)
-    fake, head, fake_side = new_fake_side(args, net, device)
-    opt_fake = NorMuon(param_groups(*fake_side), lr=args.fake_lr or args.lr)
+    fake, head, fake_side, opt_fake = new_fake_side(args, net, device)
     state |= dict(fake=fake, head=head, opt_fake=opt_fake)
     features = metric_space(data, args)
     channels = args.cfg_channels or None                                        # of a plain teacher's CFG
@@ -212,14 +211,13 @@ def train(args):
                     with torch.no_grad():
                         x_hat = backward_simulation(u(b.y), b.z, k, args.M, args.noise)
                     loss = fake_loss(v_fake(b.y), x_hat, b.tau, b.eps_tau)
-                    objective = loss
+                    accumulate(total, B, fake=loss)
                     if head:                                                    # one noise and tau for both, as SiD-DiT
                         gan = gan_discriminator_loss(D(b.y)(x_hat, b.tau, b.eps_tau),
                                                      D(b.y)(b.x0, b.tau, b.eps_tau))
-                        objective = objective + args.lambda_d * gan
+                        loss = loss + args.lambda_d * gan
                         accumulate(total, B, gan_d=gan)
-                (objective.sum() / B).backward()
-                accumulate(total, B, fake=loss)
+                (loss.sum() / B).backward()
             sync_gradients(*fake_side)
             opt_fake.step()
             opt_fake.zero_grad()
