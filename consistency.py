@@ -1,6 +1,5 @@
-"""Flow matching, improved MeanFlow, RCGM, consistency training and distillation.
+"""Flow matching, improved MeanFlow, RCGM, consistency training and distillation: what FSF-DMD starts from, its L_CD.
 
-What FSF-DMD starts from, its L_CD, and its baselines.
 Paper: Kim, Lee, Park, "Distribution Matching Distillation without Fake Score Network", arXiv 2605.19256 (bracketed
 numbers).  Table 2 row 3, Table 3 rows 1 and 9, Table 4 row 3, Table 5 "iMF" and "RCGM".
 
@@ -33,6 +32,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 import torch.nn.functional as F
 from torch import Tensor

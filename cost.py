@@ -26,6 +26,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -362,9 +363,9 @@ def run(args):
 
     # Counting is done aside, so that this process stays small: on Linux a child's peak memory begins with its parent's.
     # Ctrl-C is for this process, which ends the other; a process that is timed must not outlive it.
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
     with multiprocessing.get_context("spawn").Pool(1) as aside:
-        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, on_ctrl_c)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         for entry in tqdm(chosen, unit="method", dynamic_ncols=True):
             label, _, command = entry

@@ -31,6 +31,7 @@ others 4.5 each; the GAN adds 1.1 and 3.3 R.  At R = 5 that is 26.5 without and 
 """
 from collections.abc import Callable
 
+import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 import torch.nn.functional as F
 from torch import Tensor

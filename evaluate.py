@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
+import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import numpy as np
 import torch
 

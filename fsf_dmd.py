@@ -33,6 +33,7 @@ Cost in forward passes of one network (backward = 2): L_CD 5, rollout 3 M, teach
 import math
 from collections.abc import Callable
 
+import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 from torch import Tensor
 

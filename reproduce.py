@@ -42,6 +42,7 @@ from collections import namedtuple
 from functools import lru_cache
 from pathlib import Path
 
+import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 from tqdm import tqdm
 

@@ -18,6 +18,7 @@ import os
 import shlex
 from pathlib import Path
 
+import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import numpy as np
 import torch
 

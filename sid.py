@@ -31,6 +31,7 @@ Cost in forward passes of one network (backward = 2; backward to the input alone
 import math
 from collections.abc import Callable
 
+import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 from torch import Tensor
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -162,6 +163,17 @@ def test_a_signal_saves(home, sig):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + sig and "and saved" in err and "Traceback" not in err
     assert state(home, out)["step"] > 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc for what is being imported")
+@pytest.mark.parametrize("script", ["fsf_dmd.py", "reproduce.py"])
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, script):
+    process = start(tmp_path, [sys.executable, str(HERE / script), "2", "--list"])
+    maps = Path(f"/proc/{process.pid}/maps")
+    until(lambda: "libtorch" in maps.read_text(), process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == f"{script}: stopped before it began\n"
 
 
 @pytest.mark.slow

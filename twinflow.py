@@ -25,6 +25,7 @@ against 10.5 for fsf_dmd.py --init scratch.
 import math
 from collections.abc import Callable
 
+import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 from torch import Tensor
 

@@ -16,6 +16,7 @@ import os
 import re
 from pathlib import Path
 
+import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
