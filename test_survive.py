@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -177,26 +178,36 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, script):
 
 
 @pytest.mark.slow
-def test_a_lost_process_ends_the_others_with_one_line_and_two_stop_together(home):
+def test_a_lost_process_ends_the_other_with_one_line(home):
+    """Started without torchrun, which would end the other one too, in its own way."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, str(HERE / "consistency.py"), *IMF.split()[1:], "--steps", "5000", "--log_every", "1",
+             "--out", "lost"]
+    group = dict(environment(), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    first, second = (subprocess.Popen(words, cwd=home, env=dict(group, RANK=str(rank)), stdout=subprocess.PIPE,
+                                      stderr=subprocess.PIPE, text=True) for rank in (0, 1))
+    until((home / "lost" / "metrics.jsonl").exists, first)
+    second.kill()
+    _, err = first.communicate(timeout=120)
+    second.communicate()
+    last = err.splitlines()[-1]
+    assert first.returncode == 1 and "Traceback" not in err
+    assert last.startswith("consistency.py: another process of this run ended; the last state.pt is untouched")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sig", [signal.SIGHUP, signal.SIGTERM])
+def test_two_processes_of_torchrun_stop_together_and_save(home, sig):
     python = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    words = [*python, str(HERE / "consistency.py"), *IMF.split()[1:], "--steps", "5000", "--log_every", "1"]
-
-    def children(process):
-        found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True)
-        return [int(pid) for pid in found.stdout.split()]
-
-    process = start(home, [*words, "--out", "lost"])
-    until((home / "lost" / "metrics.jsonl").exists, process)
-    os.kill(children(process)[-1], signal.SIGKILL)
+    out = f"both-{sig}"
+    process = start(home, [*python, str(HERE / "consistency.py"), *IMF.split()[1:], "--steps", "5000",
+                           "--log_every", "1", "--out", out])
+    until((home / out / "metrics.jsonl").exists, process)
+    process.send_signal(sig)                                # torchrun sends it to both
     _, err = process.communicate(timeout=120)
-    of_ours = err.split("torch.distributed.elastic")[0]     # torchrun tells of the kill in its own way, after us
-    assert "common.py" not in of_ours and process.returncode != 0
-
-    process = start(home, [*words, "--out", "both"])
-    until((home / "both" / "metrics.jsonl").exists, process)
-    process.terminate()
-    _, err = process.communicate(timeout=120)
-    assert "and saved" in err and state(home, "both")["step"] > 0
+    assert "and saved" in err and state(home, out)["step"] > 0
 
 
 # ---- the run folder --------------------------------------------------------------------------------------------------
@@ -409,6 +420,35 @@ def test_a_full_disk_is_one_line_and_spares_the_last_files(home):
         assert not list(out.glob(".*.tmp"))
     run(home, f"{command} --steps 12")                      # with space again it goes on
     assert state(home, "full")["step"] == 12
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 7 MB; only root can mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("mount"), reason="needs mount")
+def test_a_run_on_a_real_full_disk_goes_on_when_there_is_space_again(home, small_disk):
+    command = f"{IMF} --log_every 1 --preview_every 4 --out"
+    run(home, f"{command} {small_disk}/run --steps 8")      # state.pt and model.pt: 4.5 MB
+    before = contents(small_disk / "run")
+    said = run(home, f"{command} {small_disk}/run --steps 12", code=2)          # a second state.pt does not fit
+    assert said.splitlines()[-1].startswith("consistency.py: error: no space left on the disk")
+    after = contents(small_disk / "run")
+    assert "Traceback" not in said
+    assert all(after[name] == before[name] for name in ("state.pt", "model.pt", "args.json", "result.json"))
+    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    run(home, f"{command} {small_disk}/run --steps 12")
+    run(home, f"{command} uninterrupted --steps 12")
+    assert_same(state(small_disk, "run"), state(home, "uninterrupted"))
 
 
 # ---- what is kept of a table -----------------------------------------------------------------------------------------
