@@ -214,14 +214,17 @@ def batch_rows(n, batch_size, seed, step):
 def micro_batches(batch, args, device):
     """This process's rows of the global batch, --micro_batch at a time, as namespaces on the device.
 
-    batch: dict of [B, ...] CPU tensors.
+    batch: dict of [B, ...] CPU tensors.  From pinned memory a copy to the GPU does not wait for the kernels before it:
+    the CPU draws the numbers of the next step while the GPU is at this one.
     """
     B = args.batch_size
     low, high = rank() * B // world(), (rank() + 1) * B // world()
     size = args.micro_batch or B
     for start in range(low, high, size):
-        rows = slice(start, min(start + size, high))
-        yield SimpleNamespace(**{k: v[rows].to(device, non_blocking=True) for k, v in batch.items()})
+        rows = {k: v[start:min(start + size, high)] for k, v in batch.items()}
+        if device.type == "cuda":
+            rows = {k: v.pin_memory() for k, v in rows.items()}
+        yield SimpleNamespace(**{k: v.to(device, non_blocking=True) for k, v in rows.items()})
 
 
 def noise_by_index(purpose, seed, indices, shape, jump=0):

@@ -663,3 +663,15 @@ def test_the_surrogate_and_the_rehearsal_for_a_gpu_run(in_home):
     assert ways[0]["relative_error"] == 0 < ways[1]["relative_error"] < 0.01 < ways[2]["relative_error"]
     assert "measured before" in run(in_home, command) and "## difference" in (in_home / "gpu" / "gpu.md").read_text()
     assert "measured before" not in run(in_home, f"{command} --again 1")
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_step_compares_like_with_like(in_home):
+    """benchmarks/step.py: its straightforward network is ours, and every part that it names was met."""
+    run(in_home, "benchmarks/step.py --size tiny --batch_size 4 --repeats 1 --compile 0 --device cpu --out parts")
+    found = json.loads((in_home / "parts" / "step.json").read_text())
+    assert found["backbone"]["largest_difference"] < 1e-5 * found["backbone"]["largest_output"]
+    assert [m["passes"] for m in found["methods"].values()] == [5, 10, 13]
+    for name, m in found["methods"].items():
+        lines = (in_home / "parts" / "step.md").read_text()
+        assert {"backward", "optimizer", "EMA", "finite difference", "logging"} <= m["parts"].keys() and name in lines
