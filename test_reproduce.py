@@ -733,3 +733,28 @@ def test_the_new_start_of_the_digits_and_its_first_search_are_in_the_text():
     fsf = {k: [distance["FSF-DMD, M = 2", f"--lam {lam} --shift {k}"] for lam in (0.01, 0.05, 0.2)] for k in (1, 10)}
     assert fsf[1] == sorted(fsf[1]) and fsf[10] == sorted(fsf[10])    # every larger lambda costs distance,
     assert all(one > ten for one, ten in zip(fsf[1][1:], fsf[10][1:], strict=True))                 # more at k = 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# benchmarks/strength.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_two_methods_of_the_figure_over_starts_differ_in_the_dm_term_alone(monkeypatch):
+    """What FSF-DMD and consistency distillation share there has the same flags; the table subtracts in that order."""
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    strength = importlib.import_module("strength")
+    parsed = []
+    for module, command in ((consistency, strength.CD_MASKED), (fsf_dmd, f"{strength.FSF} --M 2 --shift 10 --lam 0.2")):
+        words = shlex.split(command.replace("{start}", "imf"))[1:]
+        parsed.append(vars(module.parse_args(words)))
+    shared = set(parsed[0]) & set(parsed[1]) - {"out", "sources", "health_every", "sampler"}
+    assert {"lr", "mask_prob", "batch_size", "omega", "huber_c", "ema", "steps"} <= shared
+    assert {k: parsed[0][k] for k in shared} == {k: parsed[1][k] for k in shared}
+
+    difference = dict(fd_1step=[-2.0, -4.0], fd_2step=[1.0, 3.0], precision_2step=[0.1, 0.2], recall_2step=[0.0, 0.1])
+    row = dict(start_steps=100, start_distance=[50.0, 52.0], lam=0.2, difference=difference, cd=[20.0, 22.0])
+    line = strength.table([row])[2]
+    assert "| 100 | 51.0 ± 1.4 | 21.0 ± 1.4 | 0.2 | -3.0 ± 1.4 | +2.0 ± 1.4 | +0.150 ± 0.071 |" in line
+    axis = strength.figure([row]).axes[0]
+    assert axis.lines[0].get_ydata().tolist() == [-3.0]

@@ -1,0 +1,131 @@
+"""When does the distribution-matching term help?  FSF-DMD minus its own L_CD, over the strength of the start.
+
+    python benchmarks/strength.py                                   # digits: 4 starts x (CD + 3 lambdas) x 3 seeds
+    python benchmarks/strength.py --data /usr/share/datasets/fashion-mnist --starts 500 1500 3000
+
+A start is an iMF of so many steps; from it consistency distillation with random masking, and FSF-DMD (M = 2, k = 10)
+with each lambda, which differ in lambda L_FSF alone.  Shown is the paired difference over seeds, at 1 and 2 sampling
+steps, of distance, precision and recall, against the start's own distance at 2 steps.
+Runs are kept, stopped and continued as reproduce.py's.  Leaves README.md, runs.json and strength.png in --out.
+"""
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+import report  # noqa: E402
+from common import BadInput, main  # noqa: E402
+from data import data_kind  # noqa: E402
+from files import json_text, write_atomic  # noqa: E402
+from flags import Parser, number  # noqa: E402
+from reproduce import CD_MASKED, FSF, STARTS, is_done, job, run_all  # noqa: E402
+
+SHOWN = ("fd_1step", "fd_2step", "precision_2step", "recall_2step")
+TITLES = ("distance, 1 step", "distance, 2 steps", "precision, 2 steps", "recall, 2 steps")
+
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", default="digits", help="as in reproduce.py, of pixels")
+    p.add_argument("--starts", type=number(int, 1), nargs="+", default=[100, 200, 400, 800], help="steps of the starts")
+    p.add_argument("--lam", type=float, nargs="+", default=[0.01, 0.05, 0.2], help="lambdas of Eq. 15")
+    p.add_argument("--seeds", type=number(int, 1), default=3, help="seeds 0, 1, ...")
+    p.add_argument("--jobs", type=number(int, 1), default=min(8, os.cpu_count() or 1), help="runs at a time")
+    p.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
+    p.add_argument("--out", type=Path, default=Path("runs/strength"), help="folder of the results")
+    return p.parse_args(argv)
+
+
+def run(args):
+    args.init, args.start, args.table = None, "weak", None                      # what reproduce.job looks at
+    jobs = {}                                                                   # {(steps, lambda or name, seed): Job}
+    for steps in args.starts:
+        for seed in range(args.seeds):
+            start = job(args, f"{STARTS['imf']} --steps {steps}", seed)
+            jobs[steps, "start", seed] = start
+            jobs[steps, "CD", seed] = job(args, CD_MASKED, seed, start)
+            for lam in args.lam:
+                jobs[steps, lam, seed] = job(args, f"{FSF} --M 2 --shift 10 --lam {lam}", seed, start)
+    failed = run_all(args, list(jobs.values()))
+    if failed:
+        raise BadInput(f"{len(failed)} runs failed: {'; '.join(j.folder.name for j in failed)}")
+    kind = data_kind(args.data)
+    last = {key: report.collect(j, kind)["evaluations"][-1] for key, j in jobs.items() if is_done(j)}
+    rows = []
+    for steps in args.starts:
+        of_start = [last[steps, "start", seed]["fd_2step"] for seed in range(args.seeds)]
+        for lam in args.lam:
+            differences = {}
+            for name in SHOWN:
+                differences[name] = [last[steps, lam, seed][name] - last[steps, "CD", seed][name]
+                                     for seed in range(args.seeds)]
+            rows.append(dict(start_steps=steps, start_distance=of_start, lam=lam, difference=differences,
+                             cd=[last[steps, "CD", seed]["fd_2step"] for seed in range(args.seeds)]))
+    write(args, rows)
+
+
+def write(args, rows):
+    args.out.mkdir(parents=True, exist_ok=True)
+    head = dict(data=args.data, seeds=args.seeds, torch=torch.__version__)
+    write_atomic(args.out / "runs.json", json_text(dict(head, rows=rows), indent=1) + "\n")
+    write_atomic(args.out / "strength.png", lambda path: figure(rows).savefig(path, format="png", dpi=100))
+    text = "\n".join(table(rows))
+    write_atomic(args.out / "README.md", f"""# FSF-DMD minus its L_CD, over the strength of the start: {args.data}
+
+Made by `python benchmarks/strength.py`, torch {torch.__version__}; paired differences over {args.seeds} seeds, mean ±
+standard deviation.  [runs.json](runs.json): of every seed.
+
+{text}
+
+![The differences against the start's distance](strength.png)
+""")
+    print(f"{text}\n\nwrote README.md, runs.json and strength.png into {args.out}")
+
+
+def table(rows):
+    """Markdown lines."""
+    digits = (1, 1, 3, 3)
+    body = []
+    for row in rows:
+        cells = [str(row["start_steps"]), report.spread(row["start_distance"], 1), report.spread(row["cd"], 1),
+                 f"{row['lam']:g}"]
+        for name, places in zip(SHOWN, digits):
+            cells.append(signed(row["difference"][name], places))
+        body.append(cells)
+    return report.markdown_lines(["start, steps", "its distance", "after CD", "lambda", *TITLES], body)
+
+
+def signed(values, digits):
+    """mean +- standard deviation with the mean's sign."""
+    text = f"{np.mean(values):+.{digits}f}"
+    return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
+
+
+def figure(rows):
+    """A panel for each metric: the mean difference against the start's distance, a line a lambda; bars: its error."""
+    drawing = matplotlib.figure.Figure(figsize=(13, 3.4), layout="constrained")
+    lams = list(dict.fromkeys(row["lam"] for row in rows))
+    for axis, name, title in zip(drawing.subplots(1, len(SHOWN)), SHOWN, TITLES):
+        for i, lam in enumerate(lams):
+            of_lam = sorted((row for row in rows if row["lam"] == lam), key=lambda row: np.mean(row["start_distance"]))
+            at = [np.mean(row["start_distance"]) for row in of_lam]
+            means = [np.mean(row["difference"][name]) for row in of_lam]
+            errors = [np.std(row["difference"][name], ddof=1) / len(row["cd"]) ** 0.5 if len(row["cd"]) > 1 else 0.0
+                      for row in of_lam]
+            axis.errorbar(at, means, errors, fmt=".-", capsize=2, color=f"C{i}", label=f"lambda {lam:g}")
+        axis.axhline(0, color="gray", linewidth=0.7)
+        axis.set_xscale("log")
+        axis.set_title(f"FSF-DMD minus CD: {title}", fontsize=9)
+        axis.set_xlabel("distance of the start, 2 steps")
+    axis.legend(fontsize=7)
+    return drawing
+
+
+if __name__ == "__main__":
+    main(run, parse_args)
