@@ -163,11 +163,14 @@ def script(command, folder):
 
 
 def largest_difference(a, b):
-    """Of the losses of two runs, relative, over all steps."""
+    """Of the losses of two runs over all steps, each relative to the largest value that it has in the first run."""
+    largest = {}
+    for line in a:
+        for name in line.keys() - {"step", "sec_per_step", "images_per_sec", "memory_gb"}:
+            largest[name] = max(largest.get(name, 1e-6), abs(line[name]))
     differences = [0.0]
     for one, other in zip(a, b, strict=True):
-        for name in one.keys() - {"step", "sec_per_step", "images_per_sec", "memory_gb"}:
-            differences.append(abs(one[name] - other[name]) / max(abs(one[name]), 1e-6))
+        differences += [abs(one[name] - other[name]) / scale for name, scale in largest.items() if name in one]
     return max(differences)
 
 
