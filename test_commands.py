@@ -675,3 +675,21 @@ def test_the_benchmark_of_a_step_compares_like_with_like(in_home):
     for name, m in found["methods"].items():
         lines = (in_home / "parts" / "step.md").read_text()
         assert {"backward", "optimizer", "EMA", "finite difference", "logging"} <= m["parts"].keys() and name in lines
+
+
+def test_the_picture_of_several_networks_shows_what_they_generate(in_home):
+    """benchmarks/picture.py: under its caption stands the sample that `generate` makes, not another one's."""
+    run(in_home, "benchmarks/picture.py start=consistency.py:imf/model.pt v=fm/model.pt --steps 2 --out three.png")
+    picture = np.asarray(Image.open(in_home / "three.png").convert("L"))
+    made_for = checkpoints.load_checkpoint("imf/model.pt")["data"]
+    side, shape = 48, made_for["shape"]
+    assert picture.shape[0] == 3 * (20 + side + 4) + 4                  # real images and two networks
+    for band, path in enumerate(("imf/model.pt", "fm/model.pt"), 1):
+        net, checkpoint = checkpoints.load_network(path)
+        flags = checkpoint["args"]
+        x, _ = evaluate.generate(net, 3, shape, 2, flags["omega"], flags["guide_to"], classes=3)
+        expected = data.to_images(x, made_for)[..., 0]
+        top = band * (20 + side + 4) + 20
+        for column in range(3):
+            tile = picture[top:top + side, 4 + column * (side + 4):][:, :side]
+            assert (tile[::side // shape[1], ::side // shape[2]] == expected[column]).all()

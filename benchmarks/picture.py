@@ -1,0 +1,60 @@
+"""Samples of several networks from the same noise in one picture: one column a class, the first band real images.
+
+    python benchmarks/picture.py "start=runs/a/model.pt" "CD=runs/b/model.pt" --steps 1 2 --out picture.png
+
+Every network is sampled as it was trained for (a velocity network by Euler's method), at each number of --steps.
+Beside a band stand the forward passes of its run's training (passes.py), without those of its start.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+from checkpoints import load_network  # noqa: E402
+from common import BadInput, main  # noqa: E402
+from data import load_data, preview  # noqa: E402
+from evaluate import generate, sampling  # noqa: E402
+from flags import Parser, number  # noqa: E402
+from passes import passes_until  # noqa: E402
+
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("networks", nargs="+", help="NAME=MODEL, of one data set; NAME=SCRIPT:MODEL also names its passes")
+    p.add_argument("--steps", type=number(int, 1), nargs="+", default=[1, 2], help="numbers of sampling steps")
+    p.add_argument("--out", type=Path, default=Path("picture.png"))
+    return p.parse_args(argv)
+
+
+def run(args):
+    found = []
+    for text in args.networks:
+        name, _, path = text.partition("=")
+        if not path:
+            raise BadInput(f"{text}: expected NAME=MODEL or NAME=SCRIPT:MODEL")
+        script, _, path = path.rpartition(":")
+        found.append((name, script, *load_network(path)))
+    data = load_data(found[0][3]["data"]["source"])
+    classes = min(data.num_classes, 10)
+    first = [(data.y == c).nonzero()[0, 0] for c in range(classes)]
+    bands = [("real images", data.x[torch.stack(first)])]
+    for name, script, net, checkpoint in found:
+        flags = argparse.Namespace(omega=None, guide_to=None, cfg_channels=None, sampler=None, what=name)
+        omega, guide_to, channels, sampler = sampling(flags, checkpoint)
+        cost = ""
+        if script:
+            passes = passes_until(script, checkpoint["args"], checkpoint["step"])
+            cost = f", trained for {passes:,.0f} passes"
+        for N in args.steps:
+            x, _ = generate(net, classes, data.x.shape[1:], N, omega, guide_to, channels, classes=classes,
+                            sampler=sampler)
+            bands.append((f"{name}: {N} step{'s' if N > 1 else ''}{cost}", x))
+    preview(args.out, bands, data.meta)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main(run, parse_args)
