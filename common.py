@@ -13,6 +13,7 @@ A method script reads from top to bottom without opening this file.  Three rules
 """
 import contextlib
 import copy
+import ctypes
 import errno
 import os
 import resource
@@ -110,9 +111,21 @@ def pick_device(flag):
     return device
 
 
+def keep_freed_memory():
+    """Tell glibc to keep large freed blocks: given back, they are faulted in again at every step.
+
+    A sixth of a step of the digits' network, a sixteenth of B/1's, on a CPU; peak memory stays.  Elsewhere nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):              # no glibc
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2**30)                                     # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
+        libc.mallopt(-1, 2**31 - 1)
+
+
 def setup(args):
     """The device, the process group under torchrun, TF32 and the seed of the weights.  -> torch.device"""
     device = pick_device(args.device)
+    keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "bf16"

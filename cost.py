@@ -45,7 +45,7 @@ from common import BadInput, main
 from files import json_text, read_json, write_atomic
 from flags import Parser, number
 from model import SIZES, LightningDiT, fixed_guidance
-from reproduce import CD_MASKED, DMD2, FSF, HERE, TABLE_5, paper, sources
+from reproduce import HERE, TABLE_5, paper, sources
 
 SCRIPTS = {
     "consistency.py": consistency,
@@ -55,10 +55,15 @@ SCRIPTS = {
     "twinflow.py": twinflow,
 }
 
+CD = "consistency.py --loss cd --init {start}"
+FSF = "fsf_dmd.py --init {start}"
+DMD2 = "dmd2.py --init {start}"
+DMD2_CD = "dmd2.py --init {start} --cd 1"
+
 # label, start (imf, fm, or None: from scratch), command.
 # fm: FSF-DMD is what comes after its 20,000 steps of L_CD alone (Table 6).
 COST = [
-    ("imf: Consistency distillation", "imf", CD_MASKED),
+    ("imf: Consistency distillation", "imf", CD),
     ("imf: FSF-DMD M=1",              "imf", FSF + " --M 1"),
     ("imf: FSF-DMD M=2",              "imf", FSF + " --M 2"),
     ("imf: DMD2 1:1, no GAN",         "imf", DMD2 + " --ttur 1 --no_gan"),
@@ -66,11 +71,11 @@ COST = [
     ("imf: DMD2 1:5, no GAN",         "imf", DMD2 + " --no_gan"),
     ("imf: DMD2 1:5",                 "imf", DMD2),
     ("imf: DMD2 + IDA",               "imf", DMD2 + " --ida 0.97"),
-    ("imf: DMD2 + L_CD",              "imf", DMD2 + " --cd 1 --steps 54000"),   # its peak in the paper
+    ("imf: DMD2 + L_CD",              "imf", DMD2_CD + " --steps 54000"),        # its peak in the paper
     ("imf: SiD",                      "imf", "sid.py --init {start}"),
-    ("fm: Consistency distillation",  "fm",  CD_MASKED),
+    ("fm: Consistency distillation",  "fm",  CD),
     ("fm: DMD2 1:5",                  "fm",  DMD2),
-    ("fm: DMD2 + L_CD",               "fm",  DMD2 + " --cd 1 --steps 33000"),
+    ("fm: DMD2 + L_CD",               "fm",  DMD2_CD + " --steps 33000"),
     ("fm: FSF-DMD",                   "fm",  FSF + " --warmup 0 --steps 6000"),
     ("FM",                            None,  "consistency.py --loss fm"),
     ("iMF",                           None,  "consistency.py --loss imf"),

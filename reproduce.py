@@ -78,6 +78,10 @@ KINDS = ("pixels", "images", "latents")
 FLAGS = {
     # the iMF of --start strong
     "strong": (" --steps 800", " --steps 3000", ""),
+    # CD; FSF-DMD, which has the rate of its L_CD; DMD2
+    "cd":     ("", "", ""),
+    "fsf":    ("", "", ""),
+    "dmd2":   ("", "", ""),
     # the iMF of Table 5, where it is no start
     "imf":    (" --mask_prob 0.5 --eval_every 100", " --mask_prob 0.5", ""),
     "m1":     (" --lam 0.01", "", ""),
@@ -90,6 +94,15 @@ FLAGS = {
     "fm_few": (" --cfg_channels 1", " --cfg_channels 1", " --cfg_channels 3"),
 }
 
+# From the strong start of the digits other settings are the best (results/search-digits-strong).
+FLAGS_STRONG = {
+    "cd":     " --lr 0.004",
+    "fsf":    " --lr 0.004",
+    "m1":     " --lam 0.05",
+    "dmd2":   " --lr 0.001 --fake_lr 0.003",
+    "cd1":    " --lam 0.1 --lr 0.003 --fake_lr 0.003",
+}
+
 # {control}: the steps of the start and of a distillation together, for (kind of data, --start).
 CONTROL = {
     ("pixels", "weak"): 600,
@@ -99,10 +112,11 @@ CONTROL = {
     ("latents", "weak"): 404_000,
 }
 
-CD = "consistency.py --loss cd --init {start} --mask_prob 0"
-CD_MASKED = "consistency.py --loss cd --init {start}"
-FSF = "fsf_dmd.py --init {start}"
-DMD2 = "dmd2.py --init {start}"
+CD = "consistency.py --loss cd --init {start} --mask_prob 0{cd}"
+CD_MASKED = "consistency.py --loss cd --init {start}{cd}"
+FSF = "fsf_dmd.py --init {start}{fsf}"
+DMD2 = "dmd2.py --init {start}{dmd2}"
+DMD2_CD = "dmd2.py --init {start} --cd 1"
 UNTUNED = " --weight one --shift 1 --lam 0.1 --mask_prob 0"           # Table 3 before "+ hyperparameter tuning"
 
 TABLE_2 = {
@@ -111,7 +125,7 @@ TABLE_2 = {
     "Consistency distillation":                CD,
     "DMD2":                                    DMD2,
     "DMD2 + IDA":                              DMD2 + " --ida 0.97",
-    "DMD2 + L_CD":                             DMD2 + " --cd 1 --mask_prob 0{cd1}",
+    "DMD2 + L_CD":                             DMD2_CD + " --mask_prob 0{cd1}",
     "FSF-DMD M=2":                             FSF + " --M 2",
     "FSF-DMD M=1":                             FSF + " --M 1{m1}",
 }
@@ -131,7 +145,7 @@ TABLE_4 = {
     "+ 3-channel CFG":                         "evaluate.py {start}{euler}{fm_few}",
     "Consistency distillation":                CD,
     "DMD2 (TTUR 1:5)":                         DMD2,
-    "DMD2 + L_CD (TTUR 1:5)":                  DMD2 + " --cd 1 --mask_prob 0{cd1_fm}",
+    "DMD2 + L_CD (TTUR 1:5)":                  DMD2_CD + " --mask_prob 0{cd1_fm}",
     "FSF-DMD":                                 FSF,
 }
 TABLE_5 = {
@@ -149,8 +163,8 @@ TABLE_7 = {                                                           # each wit
     "1:4":                                     DMD2 + " --ttur 4",
     "1:5":                                     DMD2,
     "1:5 + IDA":                               DMD2 + " --ida 0.97",
-    "1:5 + L_CD":                              DMD2 + " --cd 1 --mask_prob 0{cd1}",
-    "1:5 + L_CD + random masking":             DMD2 + " --cd 1{cd1}",
+    "1:5 + L_CD":                              DMD2_CD + " --mask_prob 0{cd1}",
+    "1:5 + L_CD + random masking":             DMD2_CD + "{cd1}",
 }
 TABLE_9 = {                                                           # each with every lambda
     "one":                                     FSF + " --lam {lam} --shift 10 --weight one",
@@ -170,7 +184,7 @@ TABLE_10 = {
     "fm: FSF-DMD":                             TABLE_4["FSF-DMD"],
 }
 # "We additionally train DMD2 on the consistency-distilled networks and report the better": student and teacher differ.
-DMD2_FROM_CD = "dmd2.py --init {via} --teacher {start}"
+DMD2_FROM_CD = "dmd2.py --init {via} --teacher {start}{dmd2}"
 NOT_IN_TABLE_2 = [                                                    # at the end of ours
     Row("Consistency distillation + random masking (Table 3)", dict(fid=4.98), "imf", CD_MASKED),
     Row("SiD", {}, "imf", "sid.py --init {start}"),
@@ -255,6 +269,8 @@ def job(args, command, seed, start=None, via=None):
     """The run of one command and one seed.  Its folder is named after its arguments."""
     kind = preset_kind(args.data)
     choices = {name: flags[KINDS.index(kind)] for name, flags in FLAGS.items()}
+    if kind == "pixels" and args.start == "strong" and start and "imf" in start.command:
+        choices |= FLAGS_STRONG
     names = dict(start="START", via="VIA", control=CONTROL[kind, args.start])
     script, *flags = shlex.split(command.format(**names, **choices))
 

@@ -26,7 +26,7 @@ import report
 from common import BadInput, main
 from files import json_text, write_atomic
 from flags import Parser, number
-from reproduce import DMD2, FSF, STARTS, is_done, job, run_all
+from reproduce import DMD2, DMD2_CD, FSF, STARTS, is_done, job, run_all
 
 SEEDS = (100, 101)
 FINALISTS = 2                                                         # of each method, that run on the second seed too
@@ -84,7 +84,7 @@ FROM_WEAK = {
     "FSF-DMD, M = 2":     (FSF + " --M 2", SIX_LAMBDAS),
     "FSF-DMD, M = 1":     (FSF + " --M 1", SIX_LAMBDAS),
     "DMD2":               (DMD2, TWO_SIDES),
-    "DMD2 + L_CD":        (DMD2 + " --cd 1", BOTH_LOSSES),
+    "DMD2 + L_CD":        (DMD2_CD, BOTH_LOSSES),
     "SiD":                (SID, ["--lr 0.00003 --fake_lr 0.001", *TWO_SIDES[:5]]),
 }
 FROM_STRONG = {
@@ -92,14 +92,14 @@ FROM_STRONG = {
     "FSF-DMD, M = 2":     (FSF + " --M 2", FOUR_LAMBDAS),
     "FSF-DMD, M = 1":     (FSF + " --M 1", FOUR_LAMBDAS),
     "DMD2":               (DMD2, FOUR_OF_TWO_SIDES),
-    "DMD2 + L_CD":        (DMD2 + " --cd 1", FOUR_OF_BOTH_LOSSES),
+    "DMD2 + L_CD":        (DMD2_CD, FOUR_OF_BOTH_LOSSES),
     "SiD":                (SID, FOUR_OF_TWO_SIDES),
 }
 FROM_FM = {
     "CD":                 (CD, ["--lr 0.0015", "--lr 0.003", "--lr 0.006", "--lr 0.012"]),
     "FSF-DMD, M = 2":     (FSF + " --M 2", FOUR_LAMBDAS_FM),
     "DMD2":               (DMD2, FOUR_OF_TWO_SIDES),
-    "DMD2 + L_CD":        (DMD2 + " --cd 1", FOUR_OF_BOTH_LOSSES),
+    "DMD2 + L_CD":        (DMD2_CD, FOUR_OF_BOTH_LOSSES),
     "SiD":                (SID, FOUR_OF_TWO_SIDES),
 }
 FROM_SCRATCH = {

@@ -156,7 +156,7 @@ def test_rows_of_dmd2_with_cd_train_as_long_as_the_paper():
     assert reproduce.FLAGS["cd1_fm"][-1] == " --steps 33000" and "{cd1_fm}" in rows["4"]["DMD2 + L_CD (TTUR 1:5)"]
     assert "--shift 3.3333" in reproduce.FLAGS["euler"][-1] and "--steps 250" in reproduce.FLAGS["euler"][-1]
     for table in ("2", "4"):                                          # "and report the better": both are rows
-        assert rows[table]["DMD2 from row 3"] == "dmd2.py --init {via} --teacher {start}"
+        assert rows[table]["DMD2 from row 3"] == "dmd2.py --init {via} --teacher {start}{dmd2}"
 
 
 # ---- student, teacher, discriminator, guidance ---------------------------------------------------------------------
