@@ -6,6 +6,8 @@ import argparse
 import errno
 import json
 import os
+import platform
+import resource
 import shutil
 import signal
 import socket
@@ -449,6 +451,19 @@ def test_a_run_on_a_real_full_disk_goes_on_when_there_is_space_again(home, small
     run(home, f"{command} {small_disk}/run --steps 12")
     run(home, f"{command} uninterrupted --steps 12")
     assert_same(state(small_disk, "run"), state(home, "uninterrupted"))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
+def test_freed_memory_is_not_faulted_in_again():
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            torch.zeros(2_000_000)                          # 8 MB, 1,953 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    common.keep_freed_memory()
+    faults()
+    assert faults() < 1953
 
 
 # ---- what is kept of a table -----------------------------------------------------------------------------------------
