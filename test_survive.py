@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import platform
-import resource
 import shutil
 import signal
 import socket
