@@ -20,6 +20,8 @@ from evaluate import generate, sampling  # noqa: E402
 from flags import Parser, number  # noqa: E402
 from passes import passes_until  # noqa: E402
 
+SCRIPTS = ("fsf_dmd.py", "dmd2.py", "sid.py", "twinflow.py", "consistency.py")
+
 
 def parse_args(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,14 +32,19 @@ def parse_args(argv=None):
 
 
 def run(args):
-    found = []
+    found, data = [], None
     for text in args.networks:
         name, _, path = text.partition("=")
         if not path:
             raise BadInput(f"{text}: expected NAME=MODEL or NAME=SCRIPT:MODEL")
         script, _, path = path.rpartition(":")
-        found.append((name, script, *load_network(path)))
-    data = load_data(found[0][3]["data"]["source"])
+        if script and script not in SCRIPTS:
+            raise BadInput(f"{text}: {script} is none of {', '.join(SCRIPTS)}")
+        net, checkpoint = load_network(path, data)
+        if checkpoint["data"] is None:
+            raise BadInput(f"{path}: holds official weights, which know no data set")
+        data = data or load_data(checkpoint["data"]["source"])
+        found.append((name, script, net, checkpoint))
     classes = min(data.num_classes, 10)
     first = [(data.y == c).nonzero()[0, 0] for c in range(classes)]
     bands = [("real images", data.x[torch.stack(first)])]
@@ -46,14 +53,21 @@ def run(args):
         omega, guide_to, channels, sampler = sampling(flags, checkpoint)
         cost = ""
         if script:
-            passes = passes_until(script, checkpoint["args"], checkpoint["step"])
-            cost = f", trained for {passes:,.0f} passes"
+            cost = f", trained for {passes_of(name, script, checkpoint):,.0f} passes"
         for N in args.steps:
             x, _ = generate(net, classes, data.x.shape[1:], N, omega, guide_to, channels, classes=classes,
                             sampler=sampler)
             bands.append((f"{name}: {N} step{'s' if N > 1 else ''}{cost}", x))
     preview(args.out, bands, data.meta)
     print(f"wrote {args.out}")
+
+
+def passes_of(name, script, checkpoint):
+    """Forward passes of the run that made a model.pt."""
+    try:
+        return passes_until(script, checkpoint["args"], checkpoint["step"])
+    except KeyError as error:
+        raise BadInput(f"{name}: was not trained by {script}, its args have no {error}") from None
 
 
 if __name__ == "__main__":

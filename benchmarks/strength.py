@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import report  # noqa: E402
 from common import BadInput, main  # noqa: E402
-from data import data_kind  # noqa: E402
+from data import data_kind, load_data  # noqa: E402
 from files import json_text, write_atomic  # noqa: E402
 from flags import Parser, number  # noqa: E402
 from reproduce import CD_MASKED, FSF, STARTS, is_done, job, run_all  # noqa: E402
@@ -34,7 +34,7 @@ def parse_args(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default="digits", help="as in reproduce.py, of pixels")
     p.add_argument("--starts", type=number(int, 1), nargs="+", default=[100, 200, 400, 800], help="steps of the starts")
-    p.add_argument("--lam", type=float, nargs="+", default=[0.01, 0.05, 0.2], help="lambdas of Eq. 15")
+    p.add_argument("--lam", type=number(float, 0), nargs="+", default=[0.01, 0.05, 0.2], help="lambdas of Eq. 15")
     p.add_argument("--seeds", type=number(int, 1), default=3, help="seeds 0, 1, ...")
     p.add_argument("--jobs", type=number(int, 1), default=min(8, os.cpu_count() or 1), help="runs at a time")
     p.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
@@ -43,6 +43,9 @@ def parse_args(argv=None):
 
 
 def run(args):
+    load_data(args.data)                                                        # refused now if it is not readable
+    if data_kind(args.data) == "latents":
+        raise BadInput(f"--data {args.data}: holds latents, expected pixels")
     args.init, args.start, args.table = None, "weak", None                      # what reproduce.job looks at
     jobs = {}                                                                   # {(steps, lambda or name, seed): Job}
     for steps in args.starts:
