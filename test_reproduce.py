@@ -735,6 +735,39 @@ def test_the_new_start_of_the_digits_and_its_first_search_are_in_the_text():
     assert all(one > ten for one, ten in zip(fsf[1][1:], fsf[10][1:], strict=True))                 # more at k = 1
 
 
+def best_of_search(start):
+    """{method: (best setting of those on both seeds, its mean distance)}; the folder's table is that of its runs."""
+    folder = KEPT / f"search-digits-{start}"
+    rows = json.loads((folder / "runs.json").read_text())["rows"]
+    lines = [report.markdown_line(cells) for cells in search.body(rows)]
+    assert "\n".join(lines) in (folder / "README.md").read_text()
+    best = {}
+    for row in rows:
+        value = statistics.mean(row["distance"])
+        if len(row["distance"]) == 2 and value < best.get(row["method"], (None, math.inf))[1]:
+            best[row["method"]] = (row["setting"], value)
+    assert len(rows) == 4 * len(best)                                 # as many settings for each
+    return best
+
+
+def test_settings_from_the_strong_start_are_the_best_of_their_search():
+    best = {method: setting for method, (setting, _) in best_of_search("strong").items()}
+    assert reproduce.FLAGS_STRONG == {
+        "cd": f" {best['CD']}",
+        "fsf": f" {best['CD']}",                                      # the rate of its own L_CD
+        "m1": " " + best["FSF-DMD, M = 1"].removesuffix(" --shift 10"),
+        "dmd2": f" {best['DMD2']}",
+        "cd1": f" {best['DMD2 + L_CD']}",
+    }
+    assert best["FSF-DMD, M = 2"] == "--lam 0.01 --shift 10" and best["SiD"] == "--lr 0.0003 --fake_lr 0.003"
+    for script, names in ((fsf_dmd, dict(lam=0.01, shift=10)), (sid, dict(lr=3e-4, fake_lr=3e-3))):
+        preset = script.PRESETS["pixels", "imf"]
+        assert {name: preset[name] for name in names} == names
+    text = words_of_the_texts()
+    for method, (setting, distance) in best_of_search("strong").items():
+        assert f"{method} `{setting}` {distance:.1f}" in text, method
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # benchmarks/strength.py
 # ---------------------------------------------------------------------------------------------------------------------
