@@ -65,6 +65,7 @@ def parse_args(argv=None):
 
 def run(args):
     args.device = pick_device(args.device)
+    common.keep_freed_memory()                                                  # as every script
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         cost.random_inputs(folder, args.size)
@@ -87,10 +88,14 @@ def wait(device):
 
 
 def seconds_of(actions, args):
-    """{name: median seconds} of several calls, in turns, so that a slow minute of the machine meets all of them."""
-    times = collections.defaultdict(list)
+    """{name: median seconds} of several calls, in turns, so that a slow minute of the machine meets all of them.
+
+    The order changes from turn to turn: what ran before leaves its memory to be taken up.
+    """
+    times, order = collections.defaultdict(list), list(actions.items())
     for repeat in range(args.repeats + 1):                                      # the first warms up
-        for name, action in actions.items():
+        order = order[1:] + order[:1]
+        for name, action in order:
             begun = time.perf_counter()
             action()
             wait(args.device)
