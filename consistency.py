@@ -55,7 +55,7 @@ PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=200, lr=2e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=100, eval_every=100),
     ("pixels", "fm"): dict(
-        size="tiny", steps=200, lr=3e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=100, eval_every=100),
+        size="tiny", steps=200, lr=1.5e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=100, eval_every=100),
     ("images", "scratch"): dict(
         size="small", steps=1500, lr=4e-3, mask_prob=0.9, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100),
     ("images", "imf"): dict(

@@ -87,7 +87,7 @@ FLAGS = {
     "m1":     (" --lam 0.01", "", ""),
     # DMD2 + L_CD: latents train to its peak in the paper, from an iMF, and from a velocity network
     "cd1":    (" --lr 3e-3 --fake_lr 3e-3", " --lr 1e-3", " --steps 54000"),
-    "cd1_fm": ("", " --lr 1e-3", " --steps 33000"),
+    "cd1_fm": (" --lr 3e-3 --fake_lr 3e-3", " --lr 1e-3", " --steps 33000"),
     # LightningDiT: timestep shift 0.3
     "euler":  ("", "", " --steps 250 --shift 3.3333"),
     "fm_all": ("", "", " --cfg_channels 0"),
