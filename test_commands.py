@@ -669,11 +669,11 @@ def test_the_surrogate_and_the_rehearsal_for_a_gpu_run(in_home):
 def test_the_benchmark_of_a_step_compares_like_with_like(in_home):
     """benchmarks/step.py: its straightforward network is ours, and every part that it names was met."""
     run(in_home, "benchmarks/step.py --size tiny --batch_size 4 --repeats 1 --compile 0 --device cpu --out parts")
-    found = json.loads((in_home / "parts" / "step.json").read_text())
+    found = json.loads((in_home / "parts" / "runs.json").read_text())
     assert found["backbone"]["largest_difference"] < 1e-5 * found["backbone"]["largest_output"]
     assert [m["passes"] for m in found["methods"].values()] == [5, 10, 13]
     for name, m in found["methods"].items():
-        lines = (in_home / "parts" / "step.md").read_text()
+        lines = (in_home / "parts" / "README.md").read_text()
         assert {"backward", "optimizer", "EMA", "finite difference", "logging"} <= m["parts"].keys() and name in lines
 
 

@@ -785,3 +785,28 @@ def test_the_two_methods_of_the_figure_over_starts_differ_in_the_dm_term_alone(m
     assert "| 100 | 51.0 ± 1.4 | 21.0 ± 1.4 | 0.2 | -3.0 ± 1.4 | +2.0 ± 1.4 | +0.150 ± 0.071 |" in line
     axis = strength.figure([row]).axes[0]
     assert axis.lines[0].get_ydata().tolist() == [-3.0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# benchmarks/step.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_said_of_a_step_is_in_the_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    step, text = importlib.import_module("step"), words_of_the_texts()
+    found = json.loads((KEPT / "step-cpu" / "runs.json").read_text())
+    assert (KEPT / "step-cpu" / "README.md").read_text() == step.page(found)
+    b, M1, M2 = found["backbone"], found["methods"]["FSF-DMD, M = 1"], found["methods"]["FSF-DMD, M = 2"]
+    shares = {part: spent / M2["seconds"] for part, spent in M2["parts"].items()}
+    small = sum(shares[part] for part in ("EMA", "losses and the rest", "random numbers and data"))
+    assert small < 0.01 and b["largest_difference"] < 1e-5
+    for words in (
+        f"takes {b['ours'] / b['straightforward']:.2f} times as long",
+        f"and {b['ours, compiled'] / b['straightforward']:.2f} times when it is compiled",
+        f"takes {M1['times_passes_and_optimizer']:.2f} (M = 1) and {M2['times_passes_and_optimizer']:.2f} (M = 2)",
+        f"at {M1['share_of_products']:.0%} and {M2['share_of_products']:.0%} of the rate",
+        f"NorMuon is {shares['optimizer']:.0%} of a step with M = 2, the finite difference "
+        f"{shares['finite difference']:.0%}",
+    ):
+        assert words in text, words

@@ -1,6 +1,6 @@
 """Where the seconds of a training step go, and how far they are from the matrix products that cannot be saved.
 
-    python benchmarks/step.py                       # the paper's network, batch 4: 8 minutes on 2 CPU cores
+    python benchmarks/step.py                       # the paper's network, batch 4: 6 minutes on 2 CPU cores
     python benchmarks/step.py --size tiny --batch_size 32
 
 Three measurements in one process, so that their ratios do not depend on the machine:
@@ -12,7 +12,7 @@ Three measurements in one process, so that their ratios do not depend on the mac
                  it is called, without what it calls itself.  Beside it (forward passes x one measured forward pass) +
                  the optimizer, and the FLOP/s of the whole step as a share of `products`
 
-Writes step.md and step.json into --out.
+Leaves README.md and runs.json in --out.
 """
 import argparse
 import collections
@@ -59,7 +59,7 @@ def parse_args(argv=None):
     p.add_argument("--repeats", type=number(int, 1), default=5, help="of the backbone and the products; medians")
     p.add_argument("--compile", type=int, choices=[0, 1], default=1, help="0: without the compiled backbone")
     p.add_argument("--device", default="auto")
-    p.add_argument("--out", type=Path, default=HERE / "runs")
+    p.add_argument("--out", type=Path, default=Path("runs/step"), help="folder of the results")
     return p.parse_args(argv)
 
 
@@ -77,8 +77,8 @@ def run(args):
         for name in METHODS:
             found["methods"][name] = a_method(args, folder, name, forward, flops, found["products"])
     args.out.mkdir(parents=True, exist_ok=True)
-    write_atomic(args.out / "step.json", json_text(found, indent=1) + "\n")
-    write_atomic(args.out / "step.md", page(found))
+    write_atomic(args.out / "runs.json", json_text(found, indent=1) + "\n")
+    write_atomic(args.out / "README.md", page(found))
     print(page(found))
 
 
@@ -292,7 +292,7 @@ def a_method(args, folder, name, forward, flops, rate):
 
 
 def page(found):
-    """step.md."""
+    """README.md of the folder."""
     b = found["backbone"]
     rows = []
     for name in ("ours", "straightforward", "ours, compiled"):
@@ -311,7 +311,7 @@ def page(found):
     return "\n".join([
         "# Where a step's time goes", "",
         f"Made by `python benchmarks/step.py` on {found['device']}, {found['cores']} cores, torch {found['torch']}; "
-        f"{size}. step.json holds the numbers unrounded.", "",
+        f"{size}. [runs.json](runs.json) holds the numbers unrounded.", "",
         *markdown_lines(["forward + backward", "s", "times the straightforward form"], rows), "",
         f"Largest difference of the outputs {b['largest_difference']:.1e} (largest output "
         f"{b['largest_output']:.1f}); one forward pass {b['forward']:.3f} s; products of a block "
