@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import interrupt
 from checkpoints import load_checkpoint
 from files import (BadInput, Locked, first_line, json_text, lock, read_json, read_lines, reading, refuse_flips,
                    write_atomic)
@@ -37,6 +38,7 @@ from files import (BadInput, Locked, first_line, json_text, lock, read_json, rea
 
 def main(train, parse_args):
     """Run a script: bad input ends in one line and exit code 2."""
+    interrupt.imported()
     try:
         train(parse_args())
     except BadInput as error:
@@ -118,8 +120,9 @@ def keep_freed_memory():
     """
     with contextlib.suppress(OSError, AttributeError):              # no glibc
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2**30)                                     # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD of malloc.h
-        libc.mallopt(-1, 2**31 - 1)
+        # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h; older versions refuse more than 32 MB for the first.
+        if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):
+            libc.mallopt(-1, 2**31 - 1)
 
 
 def setup(args):
@@ -227,16 +230,16 @@ def batch_rows(n, batch_size, seed, step):
 def micro_batches(batch, args, device):
     """This process's rows of the global batch, --micro_batch at a time, as namespaces on the device.
 
-    batch: dict of [B, ...] CPU tensors.  From pinned memory a copy to the GPU does not wait for the kernels before it:
-    the CPU draws the numbers of the next step while the GPU is at this one.
+    batch: dict of [B, ...] tensors, on the CPU or there already.  From pinned memory a copy to the GPU does not wait
+    for the kernels before it: the CPU draws the numbers of the next step while the GPU is at this one.
     """
     B = args.batch_size
     low, high = rank() * B // world(), (rank() + 1) * B // world()
     size = args.micro_batch or B
     for start in range(low, high, size):
         rows = {k: v[start:min(start + size, high)] for k, v in batch.items()}
-        if device.type == "cuda":
-            rows = {k: v.pin_memory() for k, v in rows.items()}
+        if device.type != "cpu":
+            rows = {k: v.pin_memory() if v.is_cpu else v for k, v in rows.items()}
         yield SimpleNamespace(**{k: v.to(device, non_blocking=True) for k, v in rows.items()})
 
 

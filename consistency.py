@@ -1,4 +1,4 @@
-"""Flow matching, improved MeanFlow, RCGM, consistency training and distillation: what FSF-DMD starts from, its L_CD.
+"""Flow matching, iMF, RCGM, consistency training and distillation: FSF-DMD's starts, its L_CD and its baselines.
 
 Paper: Kim, Lee, Park, "Distribution Matching Distillation without Fake Score Network", arXiv 2605.19256 (bracketed
 numbers).  Table 2 row 3, Table 3 rows 1 and 9, Table 4 row 3, Table 5 "iMF" and "RCGM".

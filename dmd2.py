@@ -119,8 +119,10 @@ def gan_discriminator_loss(logits_fake: Tensor, logits_real: Tensor) -> Tensor:
 def ida_(fake: torch.nn.Module, generator: torch.nn.Module, a: float) -> None:
     """Implicit distribution alignment, Eq. 60 (SenseFlow: a = 0.97 or 0.98).
 
-    fake <- a fake + (1 - a) generator, weights only.
+    fake <- a fake + (1 - a) generator, weights only; a = 1 is off.
     """
+    if a == 1:
+        return
     torch._foreach_lerp_(list(fake.parameters()), list(generator.parameters()), 1 - a)
 
 
@@ -168,9 +170,7 @@ def parse_args(argv=None):
 
 
 def new_fake_side(args, net, device):
-    """The fake network, a copy of the start; the discriminator's head, None where lambda_G is 0; both in a list; their
-    optimizer.
-    """
+    """-> (fake network, a copy of the start; discriminator head, or None; list of those that exist; their optimizer)"""
     if args.lambda_g and isinstance(net, IMFDiT):
         raise BadInput(f"--init {args.init}: the discriminator reads a LightningDiT; with iMF's own network pass "
                        "--lambda_g 0")
@@ -280,7 +280,7 @@ def train(args):
             opt.step()
             opt.zero_grad()                                                     # frees the gradients' memory
             update_ema(ema, net, ema_decay(args, step))
-            ida_(fake, net, args.ida)                                           # Eq. 60; a = 1: nothing
+            ida_(fake, net, args.ida)                                           # Eq. 60
 
             # -- fake turns: the generator is fixed; the first has the samples of the generator turn
             trainable(True, *fake_side)

@@ -7,19 +7,24 @@ import signal
 import sys
 from pathlib import Path
 
-
-def leave_while_importing(number, frame):
-    """Handler of SIGINT: ends the process if modules are being imported, else raises KeyboardInterrupt as usual."""
-    at = frame
-    while at:
-        if at.f_code.co_filename.startswith("<frozen importlib"):
-            os.write(2, f"{Path(sys.argv[0]).name}: stopped before it began\n".encode())
-            os._exit(128 + number)
-        at = at.f_back
-    signal.default_int_handler(number, frame)
+SCRIPTS = ("fsf_dmd.py", "dmd2.py", "sid.py", "twinflow.py", "consistency.py", "evaluate.py", "vae.py", "reproduce.py",
+           "search.py", "cost.py")
 
 
-# Of our scripts only, not of a notebook or a test that imports one; and a shell's background jobs ignore SIGINT.
-ours = Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent
+def leave_at_once(number, frame):
+    """Handler of SIGINT while modules are imported."""
+    os.write(2, f"{Path(sys.argv[0]).name}: stopped before it began\n".encode())
+    os._exit(128 + number)
+
+
+def imported():
+    """From here on Ctrl-C raises KeyboardInterrupt, as usual."""
+    if signal.getsignal(signal.SIGINT) is leave_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Of our scripts only, not of a program that imports one; a shell's background jobs ignore SIGINT, and go on doing so.
+program = Path(sys.argv[0]).resolve()
+ours = program.parent == Path(__file__).resolve().parent and program.name in SCRIPTS
 if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, leave_while_importing)
+    signal.signal(signal.SIGINT, leave_at_once)

@@ -19,11 +19,11 @@ is said.  Ctrl-C saves; the same command goes on, and ends with the same table. 
 table<N>-<data>-<start> in --out: README.md (the table), runs.json (every evaluation), curves.png (metric against step)
 and samples.png (the same noise in every row).
 
-Protocol (digits).  Settings were chosen on seeds 100 and 101, as many for each method (RESULTS.md,
-results/search-digits); reported are 0 to 4.  `last`: after the preset's steps; `best`: the best of the evaluations on
-the way, at `step`.  Values are mean +- standard deviation over seeds.  A difference to the table's reference row is the
-mean of the paired differences over seeds; * marks p < 0.05 in a paired t-test after Holm's correction over the rows of
-the table.  Five seeds see large effects only.
+Protocol (digits).  Settings were chosen on seeds 100 and 101, as many for each method of a start (search.py; from
+scratch by an earlier search: RESULTS.md); reported are 0 to 4.  `last`: after the preset's steps; `best`: the best of
+the evaluations on the way, at `step`.  Values are mean +- standard deviation over seeds.  A difference to the table's
+reference row is the mean of the paired differences over seeds; * marks p < 0.05 in a paired t-test after Holm's
+correction over the rows of the table.  Five seeds see large effects only.
 """
 import argparse
 import concurrent.futures
@@ -269,7 +269,7 @@ def job(args, command, seed, start=None, via=None):
     """The run of one command and one seed.  Its folder is named after its arguments."""
     kind = preset_kind(args.data)
     choices = {name: flags[KINDS.index(kind)] for name, flags in FLAGS.items()}
-    if kind == "pixels" and args.start == "strong" and start and "imf" in start.command:
+    if kind == "pixels" and args.start == "strong" and start and start.command[1:3] == ("--loss", "imf"):
         choices |= FLAGS_STRONG
     names = dict(start="START", via="VIA", control=CONTROL[kind, args.start])
     script, *flags = shlex.split(command.format(**names, **choices))
@@ -621,7 +621,8 @@ def parse_args(argv=None):
     g.add_argument("--data", default="digits",
                    help="digits, an .npz, an image folder, or a folder of latent shards (see FID of latents)")
     g.add_argument("--start", choices=["weak", "strong"], default="weak",
-                   help="tables 2, 3, 7, 8, 9, 10 on pixels: the iMF they start from, of 400 or of 800 steps")
+                   help="tables 2, 3, 7, 8, 9, 10 on pixels: the iMF they start from, as it is or trained twice as "
+                   "long (on digits with settings of its own)")
     g.add_argument("--init",
                    help="tables 2 to 9 but 5: start from this model.pt, or official weights, not from one trained here")
     g.add_argument("--seeds", type=number(int, 1), default=5, help="seeds 0, 1, ... of every row (default: 5)")

@@ -15,6 +15,7 @@ Runs are kept, stopped and continued as reproduce.py's.  Leaves search-digits-<s
 """
 import argparse
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -47,20 +48,8 @@ BOTH_LOSSES = [
     "--lam 0.1 --lr 0.003 --fake_lr 0.003",
     "--lam 1 --lr 0.003 --fake_lr 0.003",
 ]
-
-
-FOUR_OF_TWO_SIDES = [
-    "--lr 0.0001 --fake_lr 0.001",
-    "--lr 0.0003 --fake_lr 0.001",
-    "--lr 0.0003 --fake_lr 0.003",
-    "--lr 0.001 --fake_lr 0.003",
-]
-FOUR_OF_BOTH_LOSSES = [
-    "--lam 0.1 --lr 0.001 --fake_lr 0.001",
-    "--lam 1 --lr 0.001 --fake_lr 0.001",
-    "--lam 0.1 --lr 0.003 --fake_lr 0.003",
-    "--lam 1 --lr 0.003 --fake_lr 0.003",
-]
+FOUR_OF_TWO_SIDES = [TWO_SIDES[i] for i in (0, 1, 2, 4)]
+FOUR_OF_BOTH_LOSSES = [BOTH_LOSSES[i] for i in (1, 2, 4, 5)]
 SIX_LAMBDAS = [f"--lam {lam} --shift {k}" for lam in (0.01, 0.05, 0.2) for k in (1, 10)]
 FOUR_LAMBDAS = ["--lam 0.003 --shift 10", "--lam 0.01 --shift 1", "--lam 0.01 --shift 10", "--lam 0.05 --shift 10"]
 FOUR_LAMBDAS_FM = ["--lam 0.001 --shift 10", "--lam 0.02 --shift 1", "--lam 0.02 --shift 10", "--lam 0.1 --shift 10"]
@@ -89,15 +78,15 @@ FROM_WEAK = {
 }
 FROM_STRONG = {
     "CD":                 (CD, ["--lr 0.0005", "--lr 0.001", "--lr 0.002", "--lr 0.004"]),
-    "FSF-DMD, M = 2":     (FSF + " --M 2", FOUR_LAMBDAS),
-    "FSF-DMD, M = 1":     (FSF + " --M 1", FOUR_LAMBDAS),
+    "FSF-DMD, M = 2":     (FSF + " --M 2 --lr 0.002", FOUR_LAMBDAS),
+    "FSF-DMD, M = 1":     (FSF + " --M 1 --lr 0.002", FOUR_LAMBDAS),
     "DMD2":               (DMD2, FOUR_OF_TWO_SIDES),
     "DMD2 + L_CD":        (DMD2_CD, FOUR_OF_BOTH_LOSSES),
     "SiD":                (SID, FOUR_OF_TWO_SIDES),
 }
 FROM_FM = {
     "CD":                 (CD, ["--lr 0.0015", "--lr 0.003", "--lr 0.006", "--lr 0.012"]),
-    "FSF-DMD, M = 2":     (FSF + " --M 2", FOUR_LAMBDAS_FM),
+    "FSF-DMD, M = 2":     (FSF + " --M 2 --lr 0.003", FOUR_LAMBDAS_FM),
     "DMD2":               (DMD2, FOUR_OF_TWO_SIDES),
     "DMD2 + L_CD":        (DMD2_CD, FOUR_OF_BOTH_LOSSES),
     "SiD":                (SID, FOUR_OF_TWO_SIDES),
@@ -133,8 +122,10 @@ def parse_args(argv=None):
 
 def run(args):
     start_command, methods = SEARCHES[args.start]
+    if args.method and args.method not in methods:
+        raise BadInput(f"--method {args.method}: is not searched from {args.start}, expected {', '.join(methods)}")
     if args.method:
-        methods = {name: methods[name] for name in methods if name == args.method}
+        methods = {args.method: methods[args.method]}
     found = argparse.Namespace(data="digits", init=None, runs=args.runs, start="weak", jobs=args.jobs, table=None)
     jobs = {}                                                         # {(method, setting): [Job of each seed]}
     for method, (command, settings) in methods.items():
@@ -174,7 +165,10 @@ def one_run(args, start_command, command, seed):
 def write(args, rows):
     """Print the search, and leave it in a folder.  rows: [dict(method, setting, command, runs, distance)]"""
     lines = report.markdown_lines(["method", "setting", "distance, 2 steps", "of each seed"], body(rows))
-    folder = args.out / f"search-digits-{args.start}"
+    name = f"search-digits-{args.start}"
+    if args.method:                                                   # does not replace the whole search
+        name += "-" + re.sub(r"\W+", "_", args.method)
+    folder = args.out / name
     folder.mkdir(parents=True, exist_ok=True)
     head = dict(start=args.start, seeds=SEEDS, torch=torch.__version__, cores=os.cpu_count())
     write_atomic(folder / "runs.json", json_text(dict(head, rows=rows), indent=1) + "\n")

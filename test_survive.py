@@ -23,6 +23,7 @@ import checkpoints
 import common
 import consistency
 import files
+import interrupt
 import reproduce
 from test_helpers import HERE, assert_same, environment, refusal, run, small_images, start, state, train
 
@@ -113,7 +114,7 @@ def test_a_lock_names_its_holder_and_is_freed_however_it_dies(tmp_path):
     assert process.stdout.readline() == "held\n"
     with pytest.raises(files.Locked, match=f"process {process.pid} on .* is training there"):
         with files.lock(tmp_path / "run" / ".lock", "training"):
-            common.keep_freed_memory()
+            pass
     process.kill()
     process.communicate()
     with files.lock(tmp_path / "run" / ".lock", "training"):
@@ -170,6 +171,8 @@ def test_a_signal_saves(home, sig):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc for what is being imported")
 @pytest.mark.parametrize("script", ["fsf_dmd.py", "reproduce.py"])
 def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, script):
+    with_it = {path.name for path in HERE.glob("*.py") if "\nimport interrupt  # noqa" in path.read_text()}
+    assert with_it == set(interrupt.SCRIPTS)
     process = start(tmp_path, [sys.executable, str(HERE / script), "2", "--list"])
     maps = Path(f"/proc/{process.pid}/maps")
     until(lambda: "libtorch" in maps.read_text(), process)
@@ -469,6 +472,18 @@ def test_freed_memory_is_not_faulted_in_again():
         """
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, env=environment(), capture_output=True, text=True)
     assert int(done.stdout) < 1000
+
+
+def test_batches_go_from_pinned_memory_to_a_device_and_what_is_there_stays(monkeypatch):
+    """No GPU here: `meta` stands for it.  A tensor that is there already cannot be pinned."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda v: pinned.append(v.device.type) or v)
+    there = torch.ones(1, 3, device="meta").expand(6, 3)
+    args, rows = SimpleNamespace(batch_size=6, micro_batch=4), []
+    for b in common.micro_batches(dict(x=torch.arange(6.0), guidance=there), args, torch.device("meta")):
+        rows.append(len(b.x))
+        assert b.x.device == b.guidance.device == torch.device("meta") and len(b.guidance) == len(b.x)
+    assert rows == [4, 2] and pinned == ["cpu", "cpu"]
 
 
 # ---- what is kept of a table -----------------------------------------------------------------------------------------

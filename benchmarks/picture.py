@@ -46,8 +46,8 @@ def run(args):
         data = data or load_data(checkpoint["data"]["source"])
         found.append((name, script, net, checkpoint))
     classes = min(data.num_classes, 10)
-    first = [(data.y == c).nonzero()[0, 0] for c in range(classes)]
-    bands = [("real images", data.x[torch.stack(first)])]
+    first = torch.cat([(data.y == c).nonzero()[:1, 0] for c in range(classes)])         # a class may have none
+    bands = [("real images", data.x[first])]
     for name, script, net, checkpoint in found:
         flags = argparse.Namespace(omega=None, guide_to=None, cfg_channels=None, sampler=None, what=name)
         omega, guide_to, channels, sampler = sampling(flags, checkpoint)

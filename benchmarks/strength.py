@@ -24,7 +24,7 @@ from common import BadInput, main  # noqa: E402
 from data import data_kind, load_data  # noqa: E402
 from files import json_text, write_atomic  # noqa: E402
 from flags import Parser, number  # noqa: E402
-from reproduce import CD_MASKED, FSF, STARTS, is_done, job, run_all  # noqa: E402
+from reproduce import CD_MASKED, FSF, STARTS, job, run_all  # noqa: E402
 
 SHOWN = ("fd_1step", "fd_2step", "precision_2step", "recall_2step")
 TITLES = ("distance, 1 step", "distance, 2 steps", "precision, 2 steps", "recall, 2 steps")
@@ -39,7 +39,9 @@ def parse_args(argv=None):
     p.add_argument("--jobs", type=number(int, 1), default=min(8, os.cpu_count() or 1), help="runs at a time")
     p.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
     p.add_argument("--out", type=Path, default=Path("runs/strength"), help="folder of the results")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.starts, args.lam = sorted(set(args.starts)), sorted(set(args.lam))
+    return args
 
 
 def run(args):
@@ -59,7 +61,7 @@ def run(args):
     if failed:
         raise BadInput(f"{len(failed)} runs failed: {'; '.join(j.folder.name for j in failed)}")
     kind = data_kind(args.data)
-    last = {key: report.collect(j, kind)["evaluations"][-1] for key, j in jobs.items() if is_done(j)}
+    last = {key: report.collect(j, kind)["evaluations"][-1] for key, j in jobs.items()}
     rows = []
     for steps in args.starts:
         of_start = [last[steps, "start", seed]["fd_2step"] for seed in range(args.seeds)]
