@@ -302,7 +302,8 @@ RUNTIME_FLAGS = {"vae", "steps", "micro_batch", "device", "compile", "out", "res
 OWN_FILES = ("args.json", "metrics.jsonl", "state.pt", "model.pt", "result.json")
 OWN_PICTURES = ("samples_[0-9]*.png", "health_[0-9]*.png")
 
-# A network that trains has weights near 1.  Beyond this one it has diverged, although its loss may be finite.
+# A network that trains has weights near 1 (1.2 at most in the digits' runs).  Beyond this one it has diverged, although
+# its loss may be finite.
 LARGEST_WEIGHT = 1e4
 
 

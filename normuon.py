@@ -110,7 +110,8 @@ class NorMuon(torch.optim.Optimizer):
         for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
             for name, value in saved.get(i, {}).items():
                 if torch.is_tensor(value):
-                    self.state[p][name] = value.to(p.device, torch.float32, copy=True)
+                    device = "cpu" if name == "step" else p.device                      # a count, read at every step
+                    self.state[p][name] = value.to(device, torch.float32, copy=True)
 
     @torch.no_grad()
     def step(self, closure=None):
