@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 import zlib
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,7 +58,8 @@ def main(train, parse_args):
     except RuntimeError as error:
         if not is_lost(error):
             raise
-        leave("another process of this run ended; the last state.pt is untouched, run the same command again", 1)
+        leave("another process of this run ended; the last state.pt is untouched, run the same command again "
+              f"({first_line(error)})", 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -103,9 +105,10 @@ def pick_device(flag):
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     expected = "expected auto, cpu, cuda or cuda:N"
+    if world() > 1 and flag.startswith("cuda:"):
+        raise BadInput(f"--device {flag}: of {world()} processes each needs a device of its own, expected cuda")
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
+        device = torch.zeros(1, device=name).device                 # with its index, which set_device needs
     except Exception as error:                                      # each backend raises its own
         raise BadInput(f"--device {flag}: not usable here ({first_line(error)}); {expected}") from None
     if device.type not in ("cpu", "cuda"):                          # meta holds no numbers
@@ -138,7 +141,9 @@ def setup(args):
         raise BadInput(f"--batch_size {args.batch_size}: smaller than the {world()} processes, "
                        "expected at least one row for each")
     if world() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        on_gpu = dict(backend="cpu:gloo,cuda:nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
+        # The others wait while the first one evaluates or saves; a process that is gone is noticed all the same.
+        dist.init_process_group(timeout=timedelta(hours=6), **on_gpu)
     torch.manual_seed(args.seed)                                    # the same initial weights in every process
     return device
 
@@ -261,7 +266,7 @@ def trainable(flag, *nets):
 def accumulate(total, B, **losses):
     """total[name] += the sum of a loss [b] over B, without its graph: what `Run.log` takes."""
     for name, value in losses.items():
-        total[name] = total.get(name, 0) + value.detach().sum() / B
+        total[name] = total.get(name, 0) + value.detach().float().sum() / B
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -287,7 +292,11 @@ def frozen_copy(net):
 def frozen_view(net):
     """A network with the same weights, now and after every update, through which they get no gradient."""
     same = {id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()}
-    return copy.deepcopy(net, same).eval()
+    view = copy.deepcopy(net, same).eval()
+    for block, original in zip(view.blocks, net.blocks):
+        if original._compiled_call_impl:                            # a copy is not compiled
+            block.compile()
+    return view
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -412,7 +421,7 @@ class Run:
         """An integer of the first process, in all."""
         if world() == 1:
             return number
-        number = torch.tensor(number, device=next(self.model.parameters()).device)
+        number = torch.tensor(number)
         dist.broadcast(number, 0)
         return int(number)
 
@@ -450,6 +459,8 @@ class Run:
             return False
 
     def __enter__(self):
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()                    # of the pretraining before
         stops = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup
             stops.append(signal.SIGHUP)
@@ -494,7 +505,7 @@ class Run:
         """All processes stop after the same step.  A signal that comes while they agree counts at the next."""
         agreed = self.asked or 0
         if world() > 1:
-            signals = torch.tensor(agreed, device=next(self.model.parameters()).device)
+            signals = torch.tensor(agreed)                          # on the CPU: the GPU is not waited for
             dist.all_reduce(signals, op=dist.ReduceOp.MAX)
             agreed = int(signals)
         self.stop_signal = agreed or None

@@ -1,7 +1,10 @@
 """Fixtures that several test files share; their functions are in test_helpers.py."""
 import contextlib
+import os
 
 import pytest
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""         # also of this process: see test_helpers.environment
 
 import evaluate
 from test_helpers import small_images, train  # puts golden/ on the path, for every test file

@@ -208,7 +208,7 @@ def guided_target(net: Callable, x_t: Tensor, v: Tensor, v_cond: Tensor, t: Tens
 
 def whole_interval(guidance: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """iMF's rule for guidance [B, 3]: rows with s = t, which learn the velocity, ignore the interval."""
-    everywhere = guidance * guidance.new_tensor([1, 0, 0]) + guidance.new_tensor([0, 0, 1])       # (omega, 0, 1)
+    everywhere = torch.stack([guidance[:, 0], torch.zeros_like(t), torch.ones_like(t)], dim=1)    # (omega, 0, 1)
     return torch.where((s == t)[:, None], everywhere, guidance)
 
 

@@ -212,19 +212,22 @@ def count_forward(path, batch_size):
 def time_steps(command, folder, steps, seconds=60):
     """(median seconds of a step without the first ones, peak memory in GB) of a script in a process of its own.
 
-    The process is killed after so many steps, or at the first one past so many seconds.
+    The process is killed after so many lines of its log, or at the first one past so many seconds.
     """
     shutil.rmtree(folder, ignore_errors=True)
     script, *flags = command
     words = [sys.executable, str(HERE / script), *flags]
-    words += ["--log_every", "1", "--save_every", "0", "--out", str(folder)]
+    # Every line of the log waits for the GPU.
+    every, warmup = (4 if torch.cuda.is_available() else 1), max(1, steps // 4)
+    words += ["--log_every", str(every), "--save_every", "0", "--out", str(folder)]
     if script != "consistency.py":                                    # which has no health panel
         words += ["--health_every", "0"]
     path, lines = folder / "metrics.jsonl", []
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(words, stdout=log, stderr=log)
         try:
-            while len(lines) < steps and sum(line["sec_per_step"] for line in lines) < seconds:
+            # The first steps, which compile, do not count.
+            while len(lines) < steps and sum(line["sec_per_step"] for line in lines[warmup:]) < seconds:
                 time.sleep(0.2)
                 if child.poll() is not None:
                     log.seek(0)
@@ -236,7 +239,7 @@ def time_steps(command, folder, steps, seconds=60):
         finally:
             child.kill()                                              # no checkpoint of it is wanted, no picture
             child.wait()
-    first = min(len(lines) - 1, max(1, steps // 4))
+    first = min(len(lines) - 1, warmup)
     kept = lines[first:steps]
     median = float(np.median([line["sec_per_step"] for line in kept]))
     return median, max(line["memory_gb"] for line in kept)
@@ -265,7 +268,7 @@ def measure(args, setting, entry, folder, aside):
         flags += ["--size", args.size]
 
     as_timed = ["--batch_size", str(setting["batch"]), "--precision", setting["precision"]]
-    steps = 24 if torch.cuda.is_available() else 4
+    steps = 8 if torch.cuda.is_available() else 4                     # lines of the log
     seconds, memory = time_steps([script, *flags, *as_timed], folder / "run", steps)
 
     # Of two rows one is masked (--mask_prob 0.5), and costs no difference.

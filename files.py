@@ -88,7 +88,7 @@ def reading(path: str | Path, expected: str, repair: str = "make it again"):
     """Whatever a missing or damaged file raises inside becomes one line: the file, what was expected, what to do."""
     try:
         yield
-    except BadInput:
+    except (BadInput, torch.OutOfMemoryError):
         raise
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"{path}: no such file, expected {expected}") from None

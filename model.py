@@ -102,9 +102,9 @@ def total_derivative(u: Callable, x: Tensor, t: Tensor, s: Tensor, tangent: Tens
     """d/dt u(x_t, t, s) along dx/dt = tangent, ds/dt = 0: tangent . grad_x u + d_t u.  -> shape of x, without gradient.
 
     u: callable (x [B, ...], t [B], s [B]).  h: step of the central difference [u(x+ha, t+h, s) - u(x-ha, t-h, s)] / 2h.
-    Its error is O(h^2) in exact arithmetic; rounding adds O(1/h), about half the tangent in bf16 at h = 0.005, hence
-    autocast is off here.  t +- h may leave [0, 1]: the network is smooth in time.  exact: torch.func.jvp instead (flash
-    attention has no forward derivative, so it runs on the math kernel).
+    Its error is O(h^2) in exact arithmetic; rounding adds O(1/h), at h = 0.005 about half the tangent in bf16, hence
+    autocast is off here, and a twentieth in TF32.  t +- h may leave [0, 1]: the network is smooth in time.  exact:
+    torch.func.jvp instead (flash attention has no forward derivative, so it runs on the math kernel).
     """
     with torch.autocast(x.device.type, enabled=False):
         if exact:
@@ -204,7 +204,7 @@ def guided_map(net: nn.Module, x: Tensor, t: Tensor | float, s: Tensor | float, 
 
 def fixed_guidance(omega, t_min, t_max, like):
     """The same (omega, t_min, t_max) for every row -> [B, 3] for a batch like `like`."""
-    return torch.tensor([[omega, t_min, t_max]], dtype=torch.float32, device=like.device).expand(len(like), 3)
+    return torch.stack([torch.full((len(like),), float(v), device=like.device) for v in (omega, t_min, t_max)], dim=1)
 
 
 # ---- The network -----------------------------------------------------------------------------------------------------
@@ -442,8 +442,8 @@ class LightningDiT(nn.Module):
         if guidance is not None and self.conditioning != "in_context":
             raise ValueError(f"a {self.conditioning} LightningDiT takes no guidance input; guide it with model.cfg")
         B, dtype = len(x), torch.promote_types(x.dtype, torch.float32)
-        t = torch.as_tensor(t, dtype=dtype, device=x.device).expand(B)
-        s = t if s is None else torch.as_tensor(s, dtype=dtype, device=x.device).expand(B)
+        zeros = torch.zeros(B, dtype=dtype, device=x.device)                            # no copy from the CPU
+        t, s = ((zeros + time).to(dtype) for time in (t, t if s is None else s))
 
         cos, sin = self.feat_rope.freqs_cos, self.feat_rope.freqs_sin                   # [N, head_dim]
         with torch.autocast(x.device.type, enabled=False):                              # times stay in fp32
@@ -583,7 +583,7 @@ class IMFDiT(nn.Module):
 
     def forward(self, x, t, y, s=None, guidance=None):
         B, dtype = len(x), torch.promote_types(x.dtype, torch.float32)
-        t = torch.as_tensor(t, dtype=dtype, device=x.device).expand(B)
+        t = (torch.zeros(B, dtype=dtype, device=x.device) + t).to(dtype)
         h = torch.zeros_like(t) if s is None else t - s
         with torch.autocast(x.device.type, enabled=False):                              # times stay in fp32
             if guidance is None:

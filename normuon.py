@@ -152,10 +152,10 @@ class NorMuon(torch.optim.Optimizer):
                 size = 0.2 * m ** 0.5 / (after + 1e-10)                                 # RMS of the update = 0.2
             updates = list((O * (r * size)).unbind(0))
 
-            for p, v in zip(ps, second):
-                self.state[p]["second"].copy_(v)
-                if group["weight_decay"] and p.grad is not None:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
+            torch._foreach_copy_([self.state[p]["second"] for p in ps], list(second.unbind(0)))
+            decayed = [p for p in ps if p.grad is not None]
+            if group["weight_decay"] and decayed:
+                torch._foreach_mul_(decayed, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(ps, [u.to(p.dtype) for p, u in zip(ps, updates)], alpha=-group["lr"])
 
     def _adamw(self, group):

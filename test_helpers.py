@@ -88,9 +88,12 @@ def small_images(path, n):
 
 
 def environment(threads=1):
-    """The environment of a subprocess: not that of a torchrun around the tests, and so many threads."""
+    """The environment of a subprocess: not that of a torchrun around the tests, so many threads, and no GPU.
+
+    What the tests say of bits and last digits holds on CPUs; benchmarks/gpu.py looks at a GPU.
+    """
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return kept | dict(OMP_NUM_THREADS=str(threads), PYTHONUNBUFFERED="1")
+    return kept | dict(OMP_NUM_THREADS=str(threads), PYTHONUNBUFFERED="1", CUDA_VISIBLE_DEVICES="")
 
 
 def run(folder, command, code=0, processes=1, threads=1):
