@@ -678,7 +678,7 @@ def test_the_surrogate_and_the_rehearsal_for_a_gpu_run(in_home):
     command = "benchmarks/gpu.py --rehearse 1 --block difference --out gpu"
     run(in_home, command)
     ways = json.loads((in_home / "gpu" / "gpu" / "difference.json").read_text())["rows"]
-    assert ways[0]["relative_error"] == 0 < ways[1]["relative_error"] < 0.01 < ways[2]["relative_error"]
+    assert ways[0]["relative_error"] == 0 < ways[1]["relative_error"] < 0.01 < ways[-1]["relative_error"]
     assert "measured before" in run(in_home, command) and "## difference" in (in_home / "gpu" / "gpu.md").read_text()
     assert "measured before" not in run(in_home, f"{command} --again 1")
 
