@@ -219,7 +219,7 @@ def measure(args: argparse.Namespace) -> None:
         write_reference(out / "reference.npz", found, args.data)
         print(f"wrote {out / 'reference.npz'}: mu, sigma of {n} images, features of {min(n, 10_000)}; {spaces}")
         return
-    metrics = inception_metrics(found, ref)
+    metrics = inception_metrics(found, ref, device)
     label = f"FID (n = {n})"
     if n % 1000 == 0:
         label = "FID" if n == 50_000 else f"FID{n // 1000}K"

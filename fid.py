@@ -196,8 +196,11 @@ def write_reference(path: Path, found: dict, source: str) -> None:
     write_atomic(path, save)
 
 
-def inception_metrics(found: dict, ref: dict) -> dict:
-    """The numbers, of found = {features [n, 2048], logits [n, 1008][, vgg [n, 4096]]} and ref = read_reference(...)."""
+def inception_metrics(found: dict, ref: dict, device: torch.device | str = "cpu") -> dict:
+    """The numbers, of found = {features [n, 2048], logits [n, 1008][, vgg [n, 4096]]} and ref = read_reference(...).
+
+    device: where the distances of precision and recall are computed, 7e12 of their terms at 50,000 images.
+    """
     if not all(value.isfinite().all() for value in found.values()):
         raise BadInput("the features hold NaN or infinity: the images or the network's weights are damaged")
     probs = found["logits"].double().softmax(1)
@@ -206,7 +209,8 @@ def inception_metrics(found: dict, ref: dict) -> dict:
     metrics["is"], metrics["is_std"] = inception_score(probs, splits=10)
     for space, name in (("features", "inception"), ("vgg", "vgg")):
         if ref[space] is not None and space in found:
-            metrics[f"precision_{name}"], metrics[f"recall_{name}"] = precision_recall(ref[space], found[space])
+            real, fake = (torch.as_tensor(each).to(device) for each in (ref[space], found[space]))
+            metrics[f"precision_{name}"], metrics[f"recall_{name}"] = precision_recall(real, fake)
             metrics[f"n_real_{name}"] = len(ref[space])
     return metrics
 
