@@ -791,6 +791,15 @@ def test_the_two_methods_of_the_figure_over_starts_differ_in_the_dm_term_alone(m
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_what_needs_a_gpu_is_listed_with_its_command_until_it_was_run(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    gpu, text = importlib.import_module("gpu"), (KEPT / "gpu.md").read_text()
+    assert text == gpu.page(KEPT / "gpu")
+    for block in gpu.BLOCKS:
+        run = (KEPT / "gpu" / f"{block}.json").exists()
+        assert run or f"Not run here: `python benchmarks/gpu.py --block {block}`" in text
+
+
 def test_what_is_said_of_a_step_is_in_the_numbers(monkeypatch):
     monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
     step, text = importlib.import_module("step"), words_of_the_texts()

@@ -338,7 +338,7 @@ def page(folder):
     for name in BLOCKS:
         path = folder / f"{name}.json"
         if not path.exists():
-            lines += [f"## {name}", "", "Not run here.", ""]
+            lines += [f"## {name}", "", f"Not run here: `python benchmarks/gpu.py --block {name}`.", ""]
             continue
         found = read_json(path, "what gpu.py measured")
         lines += [f"## {name}", "", f"{found['device']}, torch {found['torch']}, {found['date']}, "
