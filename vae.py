@@ -387,13 +387,14 @@ def encode_rows(vae: VAE, files: list, rows: range, args: argparse.Namespace, de
                     mean, std = vae.encode(view)
                 noise = noise_by_index("vae", args.seed, [2 * i + k for i in kept], mean.shape[1:]).to(device)
                 z = mean.float() + std.float() * noise
-                views[k].append(z.to(dtype).cpu())
+                views[k].append(z.to(dtype))                     # stays there: the device is not waited for
             labels += [files[i][1] for i in kept]
         position += len(batch)
         bar.update(len(batch))
     if not labels:
         raise BadInput(f"no readable image among {files[rows[0]][0]} ... {files[rows[-1]][0]}")
-    return dict(latents=torch.cat(views[0]), latents_flip=torch.cat(views[1]), labels=torch.tensor(labels)), bad
+    latents, flipped = (torch.cat(view).cpu() for view in views)
+    return dict(latents=latents, latents_flip=flipped, labels=torch.tensor(labels)), bad
 
 
 class Images(Dataset):
