@@ -548,6 +548,33 @@ def test_what_is_said_of_fashion_mnist_is_in_the_numbers():
     assert f"{last[M1]['recall_1step']:.3f}" == "0.016"
 
 
+def test_what_is_said_of_table_2_from_the_strong_start_is_in_the_numbers():
+    told = Told("table2-digits-strong")
+    gain, mean = told.gain, told.mean
+    START, TEACHER, CD, DMD2, IDA, BOTH, M2, M1, MASKED, SID, CONTROL, FROM_CD = range(1, 13)
+    means = [mean(row, "fd_2step", 1) for row in (START, CD, DMD2, BOTH, M2, MASKED, SID, CONTROL, FROM_CD)]
+    assert means == ["26.7", "9.9", "13.2", "10.1", "10.7", "10.7", "10.0", "26.3", "11.3"]
+    assert mean(TEACHER, "fd_25step", 1) == "9.6" and mean(DMD2, "fd_4step", 1) == "29.8"
+    assert [mean(row, "fd_1step", 1) for row in (FROM_CD, SID, CD)] == ["10.7", "11.4", "12.2"]
+    gain(CD, MASKED, "fd_2step", "+0.857 ± 0.435", p=0.012)
+    gain(CD, MASKED, "is_2step", "+0.029 ± 0.007", p=0.001)
+    gain(CD, MASKED, "fd_4step", "-0.658 ± 0.873", all_five=False)
+    gain(MASKED, M2, "fd_2step", "-0.002 ± 0.068", all_five=False)
+    gain(MASKED, M2, "is_2step", "+0.003 ± 0.001")
+    gain(MASKED, M2, "recall_2step", "-0.003 ± 0.001")
+    gain(MASKED, M2, "fd_1step", "+0.384 ± 0.055")
+    gain(MASKED, M1, "fd_1step", "+8.632 ± 4.450")
+    gain(MASKED, M1, "recall_1step", "-0.117 ± 0.059")
+    gain(MASKED, M1, "fd_2step", "+0.073 ± 0.273", all_five=False)
+    gain(CD, DMD2, "fd_2step", "+3.359 ± 1.784", p=0.014, all_five=False)
+    gain(DMD2, BOTH, "fd_2step", "3.1 ± 2.0", p=0.026, all_five=False)
+    gain(DMD2, IDA, "fd_2step", "+0.262 ± 0.420", all_five=False)
+    gain(CD, SID, "recall_2step", "+0.031 ± 0.010")
+    gain(CD, SID, "precision_2step", "-0.038 ± 0.011")
+    differences = told.differences("fd")
+    assert {row for row, (_, p) in differences.items() if p < 0.05} == {START, CONTROL}
+
+
 def test_what_is_said_of_table_3_is_in_the_numbers():
     told = Told("table3-digits-weak")
     gain, mean = told.gain, told.mean
