@@ -34,8 +34,8 @@ def parse_args(argv=None):
 def run(args):
     found, data = [], None
     for text in args.networks:
-        name, _, path = text.partition("=")
-        if not path:
+        name, _, path = text.rpartition("=")
+        if not name or not path:
             raise BadInput(f"{text}: expected NAME=MODEL or NAME=SCRIPT:MODEL")
         script, _, path = path.rpartition(":")
         if script and script not in SCRIPTS:
