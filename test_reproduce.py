@@ -604,6 +604,28 @@ def test_what_is_said_of_table_3_is_in_the_numbers():
         assert max(told.last, key=lambda row: float(mean(row, f"fd_{N}step", 4))) == DMD2
 
 
+def test_what_is_said_of_table_4_is_in_the_numbers():
+    told = Told("table4-digits")
+    gain, mean = told.gain, told.mean
+    TEACHER, ONE_CHANNEL, CD, DMD2, BOTH, FSF, FROM_CD = range(1, 8)
+    assert mean(TEACHER, "fd_25step", 4) == mean(ONE_CHANNEL, "fd_25step", 4)
+    assert mean(TEACHER, "fd_25step", 1) == "14.8"
+    starts = [run["evaluations"][0] for run in told.stored["rows"][FSF - 1]["seeds"].values()]
+    assert [f"{statistics.mean(e[name] for e in starts):.1f}" for name in ("fd_1step", "fd_2step")] == ["393.9", "44.1"]
+    assert [mean(CD, f"fd_{N}step", 1) for N in (1, 2)] == ["19.3", "13.9"]
+    assert (mean(FROM_CD, "fd_2step", 1), mean(FROM_CD, "fd_1step", 1)) == ("12.4", "15.6")
+    gain(CD, FROM_CD, "fd_2step", "-1.552 ± 0.750")
+    gain(CD, FSF, "fd_2step", "+0.905 ± 1.593", all_five=False)
+    gain(CD, FSF, "is_2step", "+0.092 ± 0.014", p=0.0002)
+    gain(CD, FSF, "precision_2step", "+0.048 ± 0.010")
+    gain(CD, FSF, "recall_2step", "-0.035 ± 0.009")
+    gain(CD, FSF, "fd_4step", "-7.455 ± 2.058")
+    gain(CD, FSF, "fd_1step", "+13.915 ± 6.006")
+    gain(CD, BOTH, "fd_2step", "+0.027 ± 0.356", all_five=False)
+    assert (mean(DMD2, "fd_2step", 1), mean(DMD2, "fd_4step", 1), mean(BOTH, "fd_1step", 1)) == ("18.3", "50.6", "17.6")
+    assert {row for row, (_, p) in told.differences("fd").items() if p < 0.05} == {FROM_CD}
+
+
 def test_what_is_said_of_table_5_is_in_the_numbers():
     told = Told("table5-digits")
     gain, mean, IMF, DMD2, TWIN, RCGM, RCGM_TWIN, FSF = told.gain, told.mean, 1, 2, 3, 4, 5, 6
