@@ -6,11 +6,11 @@
     python search.py scratch                 # Table 5: 6 methods, 6 runs each
     python search.py weak --method SiD       # one method
 
-Six settings a method from the weak start, four elsewhere, around what the weak search chose.  Every setting is the
-command line of a script, run on seed 100 for the preset's steps; the best two of a method run on seed 101 too, and
-their mean decides.  A run starts from a start of its own seed.  The criterion is the distance after
-the last step at 2 sampling steps, with the sampler that the network was trained for.  The paper's own lambda and shift
-are among the settings.
+Six settings a method from the weak start; four elsewhere, around what the weak search chose, or from scratch around the
+presets.  Every setting is the command line of a script, run on seed 100 for the preset's steps; the best two of a
+method run on seed 101 too, and their mean decides.  A run starts from a start of its own seed.  The criterion is the
+distance after the last step at 2 sampling steps, with the sampler that the network was trained for.  The paper's own
+lambda and shift are among the settings.
 Runs are kept, stopped and continued as reproduce.py's.  Leaves search-digits-<start> in --out: README.md, runs.json.
 """
 import argparse
