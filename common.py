@@ -278,6 +278,11 @@ def ema_decay(args, n):
     return min(args.ema, (1 + n) / (10 + n)) if args.ema_warmup else args.ema
 
 
+def target_decay(args, n):
+    """Decay of RCGM's target network after n updates, with TwinFlow's warm-up: its recursion is close to 1 - 2 / n."""
+    return min(args.target_ema, (2 + n) / (4 + n))
+
+
 @torch.no_grad()
 def update_ema(ema, net, decay):
     """ema <- decay ema + (1 - decay) net, for parameters; buffers are fixed tables."""

@@ -39,7 +39,7 @@ from torch import Tensor
 
 from checkpoints import load_checkpoint, starting_networks
 from common import (BadInput, Run, Stream, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
-                    gradient_norm, main, micro_batches, rank, setup, sync_gradients, update_ema)
+                    gradient_norm, main, micro_batches, rank, setup, sync_gradients, target_decay, update_ema)
 from data import load_data
 from evaluate import metric_space
 from flags import flow_map_flags, number, parser, refuse, refuse_idle, resolve, teacher_flag
@@ -84,9 +84,11 @@ PRESETS_OF_LOSS = {                                  # from scratch, two losses 
     },
     "rcgm": {
         ("pixels", "scratch"): dict(
-            size="tiny", steps=400, lr=1.2e-2, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=100, eval_every=100),
+            size="tiny", steps=400, lr=1.2e-2, target_ema=0.5, delta=0.05, omega=1.0, guide_to=1.0, omega_max=1.0,
+            save_every=100, eval_every=100),
         ("images", "scratch"): dict(
-            size="small", steps=1500, lr=4e-3, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100),
+            size="small", steps=1500, lr=4e-3, target_ema=0.5, delta=0.05, omega=1.5, guide_to=1.0, omega_max=4.0,
+            save_every=100),
     },
 }
 CONDITIONING = dict(fm="plain", ct="decoupled", imf="in_context", rcgm="in_context")    # from scratch
@@ -315,13 +317,11 @@ def parse_args(argv=None):
         help="cd, isg: omega and its interval fixed, or drawn as in iMF")
     add("--tangent_norm", type=number(float, 0), default=0.0,
         help="constant of AYF's and rCM's tangent normalisation (theirs: 0.1); 0: off, the paper found it hurts")
-    add("--delta", type=number(float, 0, 0.5, open_low=True), default=0.01,
-        help="rcgm: delta of Eq. 66 (0.01, TwinFlow)")
+    add("--delta", type=number(float, 0, 0.5, open_low=True), default=0.01, help="rcgm: delta, Eq. 66 (0.01, TwinFlow)")
     add("--order", type=number(int, 1), default=2, help="rcgm: N, jumps of the EMA network in Eq. 66 (2, the paper)")
     add("--clamp", type=number(float, 0), default=1.0,
         help="rcgm: clamp of the residual to [-clamp, clamp] (1, TwinFlow); 0: off")
-    add("--target_ema", type=number(float, 0, 1), default=0.99,
-        help="rcgm: EMA decay of its target network (TwinFlow: 0.99 to 0.999)")
+    add("--target_ema", type=number(float, 0, 1), default=0.99, help="rcgm: decay of its target (TwinFlow: 0.99-0.999)")
     add("--M", type=number(int, 1), default=2, help="isg: segments of [0, 1]")
     loss = p.parse_known_args(argv)[0].loss
     distils = loss in ("cd", "isg")
@@ -438,7 +438,7 @@ def train(args):
             opt.zero_grad()                                                     # frees the gradients' memory
             update_ema(ema, net, ema_decay(args, step))
             if target:
-                update_ema(target, net, args.target_ema)
+                update_ema(target, net, target_decay(args, step))
 
             # -- log, measure, look, save
             run.log(total, batch, grad_norm)

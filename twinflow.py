@@ -31,7 +31,7 @@ from torch import Tensor
 
 from checkpoints import starting_networks
 from common import (BadInput, Run, Stream, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
-                    gradient_norm, main, micro_batches, setup, sync_gradients, update_ema)
+                    gradient_norm, main, micro_batches, setup, sync_gradients, target_decay, update_ema)
 from consistency import draw_guidance, draw_times, guided_rcgm_loss, imf_loss, pretrained
 from data import load_data
 from evaluate import metric_space
@@ -46,7 +46,7 @@ PRESETS = {
         size="tiny", steps=200, lr=3e-3, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=100, eval_every=100, health_every=100),
     ("pixels", "scratch"): dict(
-        size="tiny", steps=400, lr=6e-3, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
+        size="tiny", steps=400, lr=1.2e-2, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=100, eval_every=100, health_every=100),
     ("images", "imf"): dict(
         size="small", steps=300, lr=2e-3, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
@@ -62,11 +62,14 @@ PRESETS = {
         omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500, health_every=500),
 }
 
-# RCGM from scratch has the learning rate that consistency.py --loss rcgm has.
+# RCGM from scratch has the learning rate, the delta and the target's memory that consistency.py --loss rcgm has.
 PRESETS_OF_RCGM = {
     ("pixels", "scratch"): dict(
-        size="tiny", steps=400, lr=1.2e-2, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=100, eval_every=100, health_every=100),
+        size="tiny", steps=400, lr=1.2e-2, target_ema=0.5, delta=0.05, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0,
+        omega_max=1.0, save_every=100, eval_every=100, health_every=100),
+    ("images", "scratch"): dict(
+        size="small", steps=1500, lr=4e-3, target_ema=0.5, delta=0.05, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0,
+        omega_max=4.0, save_every=100, health_every=100),
 }
 
 
@@ -212,7 +215,7 @@ def train(args):
             opt.zero_grad()                                                     # frees the gradients' memory
             update_ema(ema, net, ema_decay(args, step))
             if target:
-                update_ema(target, net, args.target_ema)
+                update_ema(target, net, target_decay(args, step))
 
             # -- log, measure, look, save
             run.log(total, batch, grad_norm)
