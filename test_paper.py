@@ -274,6 +274,17 @@ def test_rcgm_has_a_target_network_of_its_own(home, monkeypatch, capsys, few_sam
     capsys.readouterr()
 
 
+def test_rcgms_target_warms_up_as_twinflows():
+    """Their recursion d <- d + (1 - d)(D - d) / 2 from d = 0, and ours without a state: never 0.025 apart."""
+    args, decay = consistency.parse_args("--loss rcgm --target_ema 0.99".split()), 0.0
+    for n in range(2000):
+        decay += (1 - decay) * (0.99 - decay) / 2
+        assert abs(common.target_decay(args, n) - decay) < 0.025, n
+    assert common.target_decay(args, 2000) == 0.99
+    args.target_ema = 0.0                                             # the network itself, from the first step on
+    assert common.target_decay(args, 0) == 0.0
+
+
 # ---- losses on vectors, masking, random numbers --------------------------------------------------------------------
 
 
