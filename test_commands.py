@@ -674,6 +674,7 @@ def test_the_surrogate_and_the_rehearsal_for_a_gpu_run(in_home):
     rows = json.loads((in_home / "surrogate" / "runs.json").read_text())["rows"]
     assert [row["omega"] for row in rows] == [1, 2] and all(len(row["bins"]) == 5 for row in rows)
     assert all(-1 <= row["over_tau"][k]["cosine"] <= 1 for row in rows for k in ("k1", "k10"))
+    assert all(-1 <= at["two_explicit"] < 0.99999 for row in rows for at in row["bins"])   # they saw other samples
     assert (in_home / "surrogate" / "surrogate.png").exists()
     command = "benchmarks/gpu.py --rehearse 1 --block difference --out gpu"
     run(in_home, command)

@@ -7,11 +7,12 @@ flow matching (Eq. 1) on fresh samples of the generator until its loss on held-o
 noised to tau, three directions of v_fake - v_teacher, along which DMD moves a sample (Eq. 13):
 
     explicit     v of the trained fake network
+    second       v of another one, trained on other samples: how far two explicit ones agree is what cosine can be had
     surrogate    u(x_tau, tau, 0) of the flow map (Eq. 12)
     class mean   m_y - x_hat, from the sample to the mean of the real images of its class: contraction, and nothing else
 
-Shown per bin of tau: cosine of surrogate and explicit, ratio of their lengths, and the cosine of each with the class
-mean; and the first over tau = k r / (1 + (k-1) r) for k = 1 and 10.
+Shown per bin of tau: cosine of surrogate and explicit, of the two explicit ones, ratio of lengths, and the cosine of
+each with the class mean; and cosines over tau = k r / (1 + (k-1) r) for k = 1 and 10.
 Leaves README.md, runs.json and surrogate.png in --out.
 """
 import argparse
@@ -39,6 +40,7 @@ from report import markdown_lines  # noqa: E402
 
 BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SHIFTS = (1, 10)
+COSINES = ("cosine", "two_explicit", "surrogate_to_mean", "explicit_to_mean")
 M = 2
 BATCH = 128
 LR, EMA = 2e-3, 0.99            # of the fake network
@@ -79,9 +81,9 @@ class Generator:
         return fixed_guidance(self.omega, 0.0, 1.0, x)
 
     @torch.no_grad()
-    def sample(self, purpose, step, n):
+    def sample(self, purpose, step, n, seed=0):
         """-> (x_hat [n, C, H, W], y [n], its Stream, to draw on from)"""
-        g = Stream(purpose, 0, step)
+        g = Stream(purpose, seed, step)
         eps, y = g.normal(n, *self.shape).to(self.device), torch.arange(n, device=self.device) % self.net.num_classes
         x, U = rollout(lambda x, t, s: guided_map(self.net, x, t, s, y, self.guidance(x)), eps, M)
         return x - U, y, g
@@ -90,35 +92,38 @@ class Generator:
 def look(net, data, omega, args, device):
     """One flow map at one guidance scale -> dict of numbers."""
     generator = Generator(net, omega, data.x.shape[1:], device)
-    fake, losses = train_fake(generator, args.steps)
+    (fake, losses), (second, _) = (train_fake(generator, args.steps, seed) for seed in (0, 1))
     means = torch.stack([data.x[data.y == c].mean(0) for c in range(data.num_classes)]).to(device)
     x_hat, y, g = generator.sample("surrogate", 0, args.n)
     eps, r = g.normal(*x_hat.shape).to(device), g.uniform(args.n).to(device)
 
     def directions(tau):
-        """[3 directions][n, D] at tau [n]."""
+        """[4 directions][n, D] at tau [n]."""
         x_tau, guidance = interpolate(x_hat, eps, tau), generator.guidance(x_hat)
         teacher = guided_velocity(net, x_tau, tau, y, guidance)
         surrogate = guided_map(net, x_tau, tau, torch.zeros_like(tau), y, guidance) - teacher
         explicit = fake(x_tau, tau, y) - teacher
-        return [d.flatten(1) for d in (surrogate, explicit, means[y] - x_hat)]
+        another = second(x_tau, tau, y) - teacher
+        return [d.flatten(1) for d in (surrogate, explicit, another, means[y] - x_hat)]
 
     bins = []
     with torch.no_grad():
         for low, high in zip(BINS, BINS[1:]):
-            surrogate, explicit, mean = directions(high - (high - low) * r)
+            surrogate, explicit, another, mean = directions(high - (high - low) * r)
             bins.append(dict(
                 tau=[low, high],
                 cosine=cosine(surrogate, explicit),
+                two_explicit=cosine(explicit, another),
                 length_ratio=(surrogate.norm(dim=1).mean() / explicit.norm(dim=1).mean()).item(),
                 surrogate_to_mean=cosine(surrogate, mean),
                 explicit_to_mean=cosine(explicit, mean),
             ))
         over_tau = {}
         for k in SHIFTS:
-            surrogate, explicit, mean = directions(shift_time(1 - r, k))
+            surrogate, explicit, another, mean = directions(shift_time(1 - r, k))
             over_tau[f"k{k}"] = dict(
                 cosine=cosine(surrogate, explicit),
+                two_explicit=cosine(explicit, another),
                 surrogate_to_mean=cosine(surrogate, mean),
                 explicit_to_mean=cosine(explicit, mean),
             )
@@ -130,7 +135,7 @@ def cosine(a, b):
     return F.cosine_similarity(a, b, dim=1).mean().item()
 
 
-def train_fake(generator, steps):
+def train_fake(generator, steps, seed):
     """(EMA of the explicit fake network, [[step, its loss on held-out samples]]): flow matching on the samples."""
     net = generator.net
     fake = frozen_copy(net).requires_grad_(True)
@@ -147,7 +152,7 @@ def train_fake(generator, steps):
         if step % max(1, steps // 10) == 0:
             with torch.no_grad():
                 losses.append([step, loss_of(ema, *held_out[:2], noise, times).item()])
-        x, y, g = generator.sample("fake", step, BATCH)
+        x, y, g = generator.sample("fake", step, BATCH, seed)
         loss_of(fake, x, y, g.normal(*x.shape).to(x.device), g.uniform(BATCH).to(x.device)).backward()
         opt.step()
         opt.zero_grad()
@@ -182,13 +187,13 @@ def table(found):
     """Markdown lines: cosines over tau at k = 1 and 10."""
     header = ["start", "omega"]
     for k in SHIFTS:
-        header += [f"k = {k}: surrogate, explicit", "surrogate, class mean", "explicit, class mean"]
+        header += [f"k = {k}: surrogate, explicit", "two explicit", "surrogate, class mean", "explicit, class mean"]
     body = []
     for row in found:
         cells = [row["start"], f"{row['omega']:g}"]
         for k in SHIFTS:
             at = row["over_tau"][f"k{k}"]
-            cells += [f"{at[name]:.2f}" for name in ("cosine", "surrogate_to_mean", "explicit_to_mean")]
+            cells += [f"{at[name]:.2f}" for name in COSINES]
         body.append(cells)
     return markdown_lines(header, body)
 
@@ -201,13 +206,18 @@ def figure(found):
         tau = [np.mean(each["tau"]) for each in row["bins"]]
         label, color = f"{row['start']}, omega {row['omega']:g}", f"C{i}"
         cosines.plot(tau, [each["cosine"] for each in row["bins"]], ".-", color=color, label=label)
+        cosines.plot(tau, [each["two_explicit"] for each in row["bins"]], ".:", color=color)
         lengths.semilogy(tau, [each["length_ratio"] for each in row["bins"]], ".-", color=color, label=label)
         for name, style in (("surrogate", ".-"), ("explicit", ".:")):
             values = [each[f"{name}_to_mean"] for each in row["bins"]]
             means.plot(tau, values, style, color=color, label=f"{label}, {name}")
     cosines.set_ylim(-0.2, 1)
-    for axis, title in ((cosines, "cosine of surrogate and explicit gap"), (lengths, "length: surrogate / explicit"),
-                        (means, "cosine with the pull to the class mean")):
+    titles = {
+        cosines: "cosine with the explicit gap: surrogate;\ndotted: of a second explicit network",
+        lengths: "length: surrogate / explicit",
+        means: "cosine with the pull to the class mean",
+    }
+    for axis, title in titles.items():
         axis.set_title(title, fontsize=9)
         axis.set_xlabel("tau")
         axis.axhline(1 if axis is lengths else 0, color="gray", linewidth=0.7)
