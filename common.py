@@ -290,7 +290,7 @@ def update_ema(ema, net, decay):
 
 
 def frozen_copy(net):
-    """A copy of a network that nothing trains: EMA, teacher, fake side."""
+    """A copy that is not trained unless it is told to: EMA, teacher; the fake side begins as one."""
     return copy.deepcopy(net).requires_grad_(False).eval()
 
 

@@ -42,7 +42,7 @@ from common import (BadInput, Run, Stream, accumulate, autocast, batch_rows, com
                     gradient_norm, main, micro_batches, rank, setup, sync_gradients, target_decay, update_ema)
 from data import load_data
 from evaluate import metric_space
-from flags import flow_map_flags, number, parser, refuse, refuse_idle, resolve, teacher_flag
+from flags import flow_map_flags, number, parser, rcgm_flags, refuse, refuse_idle, resolve, teacher_flag
 from model import expand, flow_map, gate_guidance, guided_map, guided_velocity, interpolate, total_derivative
 from normuon import NorMuon, param_groups
 from watch import begin, finish, watch
@@ -276,10 +276,10 @@ def rcgm_loss(u: Callable, u_ema: Callable, x_t: Tensor, t: Tensor, s: Tensor, v
 
 
 def guided_rcgm_loss(net: Callable, target: Callable, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, y: Tensor,
-                     guidance: Tensor, guided: bool, *options, **rho) -> Tensor:
+                     guidance: Tensor, guided: bool, delta: float, N: int, clamp: float, **rho) -> Tensor:
     """RCGM on the data of each sample -> [B], guided as iMF is, with the target network's velocities.
 
-    target: an EMA of net with a short memory.  The others as in imf_loss; options, rho: of rcgm_loss.
+    target: an EMA of net with a short memory.  The others as in imf_loss; delta, N, clamp, rho: of rcgm_loss.
     """
     guidance = whole_interval(guidance, t, s)
     x_t, v = interpolate(x0, eps, t), eps - x0                                          # [B, C, H, W]
@@ -288,7 +288,7 @@ def guided_rcgm_loss(net: Callable, target: Callable, x0: Tensor, eps: Tensor, t
             v_cond = target(x_t, t, y, None, gate_guidance(guidance, t))
         v = guided_target(target, x_t, v, v_cond, t, y, guidance)
     return rcgm_loss(lambda x, t, s: net(x, t, y, s, guidance), lambda x, t, s: target(x, t, y, s, guidance),
-                     x_t, t, s, v, *options, **rho)
+                     x_t, t, s, v, delta, N, clamp, **rho)
 
 
 def isg_loss(u: Callable, teacher: Callable, x_t: Tensor, t: Tensor, s: Tensor, r: Tensor, c: float = 1e-3) -> Tensor:
@@ -317,11 +317,7 @@ def parse_args(argv=None):
         help="cd, isg: omega and its interval fixed, or drawn as in iMF")
     add("--tangent_norm", type=number(float, 0), default=0.0,
         help="constant of AYF's and rCM's tangent normalisation (theirs: 0.1); 0: off, the paper found it hurts")
-    add("--delta", type=number(float, 0, 0.5, open_low=True), default=0.01, help="rcgm: delta, Eq. 66 (0.01, TwinFlow)")
-    add("--order", type=number(int, 1), default=2, help="rcgm: N, jumps of the EMA network in Eq. 66 (2, the paper)")
-    add("--clamp", type=number(float, 0), default=1.0,
-        help="rcgm: clamp of the residual to [-clamp, clamp] (1, TwinFlow); 0: off")
-    add("--target_ema", type=number(float, 0, 1), default=0.99, help="rcgm: decay of its target (TwinFlow: 0.99-0.999)")
+    rcgm_flags(p)
     add("--M", type=number(int, 1), default=2, help="isg: segments of [0, 1]")
     loss = p.parse_known_args(argv)[0].loss
     distils = loss in ("cd", "isg")
@@ -378,7 +374,7 @@ def train(args):
     features = metric_space(data, args)
     channels = args.cfg_channels or None                                        # of a plain teacher's CFG
     huber = dict(c=args.huber_c, cosine=args.cosine)
-    rho = dict(h=args.fd_h, exact=args.jvp == "exact", tangent_norm=args.tangent_norm, **huber)
+    options = dict(h=args.fd_h, exact=args.jvp == "exact", tangent_norm=args.tangent_norm, **huber)
     guided = args.omega_max > 1                                                 # of a loss on the data
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)
 
@@ -416,13 +412,13 @@ def train(args):
                     if args.loss == "fm":                                       # Eq. 1
                         loss = flow_matching_loss(u(b.y_drop), b.x0, b.eps, b.t, args.cosine)
                     elif args.loss == "imf":                                    # Eq. 6
-                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, **rho)
+                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, **options)
                     elif args.loss == "ct":                                     # Eq. 6 without guidance
                         x_t, v = interpolate(b.x0, b.eps, b.t), b.eps - b.x0
-                        loss = consistency_loss(u(b.y_drop), x_t, b.t, b.s, v, v, **rho)
+                        loss = consistency_loss(u(b.y_drop), x_t, b.t, b.s, v, v, **options)
                     elif args.loss == "cd":                                     # Eq. 16
                         loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
-                                                 channels, **rho)
+                                                 channels, **options)
                     elif args.loss == "rcgm":                                   # Eq. 66-67
                         loss = guided_rcgm_loss(net, target, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided,
                                                 args.delta, args.order, args.clamp or math.inf, **huber)

@@ -4,8 +4,8 @@ Papers: Yin et al., "Improved Distribution Matching Distillation", arXiv 2405.14
 Lee, Park, arXiv 2605.19256 (bracketed numbers): Table 2 rows 4-6, Table 3 row 8, Table 4 rows 4-5, Table 5
 "iMF + DMD2", Table 7.
 
-    rollout      i ~ U{0..M-1}, shared by the batch: i jumps to 0, each renoised afresh,
-                 then x_hat = x - t_i u(x, t_i, 0)                                                            [17]
+    rollout      k ~ U{0..M-1}, shared by the batch: k jumps to 0, each renoised afresh,
+                 then x_hat = x - t_k u(x, t_k, 0)                                                            [17]
     generator    || x_hat - sg( x_hat - (v_teacher - v_fake) / mean |v_teacher - (eps - x_hat)| ) ||^2 / 2    [50-51]
                  + lambda_G softplus(-D(x_hat noised))                                                        [53-54]
     fake side    || v_fake(x_t, t) - (eps - sg x_hat) ||^2
@@ -26,7 +26,7 @@ network in training, and L_CT (iMF) takes the place of L_CD.
 
 A generator is sampled as it was trained: with Eq. 17 to its end (M jumps, renoised), with --cd 1 as a flow map.
 
-Cost in forward passes of one network (backward = 2), M = 2, averaged over i: generator turn 5.5, first fake turn 3, the
+Cost in forward passes of one network (backward = 2), M = 2, averaged over k: generator turn 5.5, first fake turn 3, the
 others 4.5 each; the GAN adds 1.1 and 3.3 R.  At R = 5 that is 26.5 without and 44.1 with it; FSF-DMD takes 13.
 """
 from collections.abc import Callable
@@ -199,9 +199,9 @@ def train(args):
     state |= dict(fake=fake, head=head, opt_fake=opt_fake)
     features = metric_space(data, args)
     channels = args.cfg_channels or None                                        # of a plain teacher's CFG
-    rho = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
+    options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
     guided = args.omega_max > 1                                                 # of a loss on the data
-    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # guidance of the others
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # guidance outside the consistency loss
 
     def u(y):
         return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))
@@ -258,9 +258,9 @@ def train(args):
                     with autocast(args, device):
                         if teacher:                                             # Eq. 16
                             loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
-                                                     channels, **rho)
+                                                     channels, **options)
                         else:                                                   # Eq. 6, 24
-                            loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, **rho)
+                            loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, **options)
                     (loss.sum() / B).backward()                                 # frees its graph before the next
                     accumulate(total, B, cd=loss)
 

@@ -385,7 +385,7 @@ def measure_without_inception(args: argparse.Namespace) -> None:
         raise BadInput("--shift: belongs to --sampler euler; leave that out")
     net = net.to(pick_device(args.device))
     features = None if args.grid else metric_space(data, args)
-    args.shift_euler = args.shift
+    args.shift_euler = args.shift                          # another name: a run's own --shift is k of tau
     metrics = evaluate(net, features, args, args.steps, args.n, args.seed)
     folder = Path(args.what).parent
     name = folder.name[:30]

@@ -145,7 +145,7 @@ def flow_map_flags(p):
     add("--label_drop", type=number(float, 0, 1), default=0.1,
         help="probability of the null label in the consistency loss (Table 6)")
     add("--omega", type=number(float, 1), default=6.0,
-        help="CFG scale omega of teacher, fake side and samples (Table 6)")
+        help="CFG scale omega of teacher and samples, and of FSF-DMD's fake side (Table 6)")
     add("--guide_to", type=number(float, 0, 1), default=0.9, help="guidance acts for t in [0, guide_to] (Table 6: 0.9)")
     add("--cfg_channels", type=number(int, 0), default=0,
         help="CFG of a plain teacher on this many first channels; 0: all (Table 4: 3 of 32)")
@@ -156,6 +156,19 @@ def flow_map_flags(p):
     add("--n_tokens", type=number(int, 1, 1024),
         help="n, tokens per condition of the augmented backbone (default: 16; tiny 1)")
     add("--token_block", type=number(int, 0, 1024), help="k, they join after this many blocks (default: 4; tiny 2)")
+
+
+def rcgm_flags(p):
+    """Flags of RCGM, Eq. 66-67."""
+    add = p.method.add_argument
+    add("--delta", type=number(float, 0, 0.5, open_low=True), default=0.01,
+        help="rcgm: delta of Eq. 66 (0.01, TwinFlow)")
+    add("--order", type=number(int, 1, 100), default=2,
+        help="rcgm: N, jumps of the target network in Eq. 66 (2, the paper)")
+    add("--clamp", type=number(float, 0), default=1.0,
+        help="rcgm: clamp of its residual to [-clamp, clamp] (1, TwinFlow); 0: off")
+    add("--target_ema", type=number(float, 0, 1), default=0.99,
+        help="rcgm: EMA decay of its target network, after a warm-up (TwinFlow: 0.99 to 0.999)")
 
 
 def health_flag(p):

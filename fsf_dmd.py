@@ -172,9 +172,9 @@ def train(args):
     state = dict(net=net, ema=ema, opt=opt, teacher=teacher)
     features = metric_space(data, args)
     channels = args.cfg_channels or None                                        # of a plain teacher's CFG
-    rho = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
+    options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
     guided = args.omega_max > 1                                                 # of a loss on the data
-    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # guidance of the others
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # guidance outside the consistency loss
 
     def u(y):
         return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))
@@ -218,9 +218,9 @@ def train(args):
                 with autocast(args, device):
                     if teacher:                                                 # Eq. 16
                         loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
-                                                 channels, **rho)
+                                                 channels, **options)
                     else:                                                       # Eq. 6, 24
-                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, **rho)
+                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, **options)
                 (loss.sum() / B).backward()                                     # frees its graph before the next
                 accumulate(total, B, cd=loss)
                 if step < args.warmup or args.lam == 0:

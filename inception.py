@@ -3,7 +3,7 @@ VGG16.
 
 Weights are files that the user downloads; nothing is fetched here.  evaluate.py uses these networks;
 golden/inception.npz holds outputs of the two public implementations to compare with.  The networks need torch alone;
-reading the files needs common.py, files.py and model.py.
+reading the files needs checkpoints.py, common.py, files.py and model.py.
 """
 import pickle
 import zipfile

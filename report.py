@@ -34,6 +34,16 @@ METRICS = [
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def rounded(evaluation):
+    """Of an evaluation every number to 4 digits; null, which json_text writes for what is not finite, is NaN."""
+    found = {}
+    for name, value in evaluation.items():
+        if value is None:
+            value = math.nan
+        found[name] = round(value, 4) if isinstance(value, float) else value
+    return found
+
+
 def collect(job, kind):
     """One run: dict(evaluations=[{step, fd_2step, ...}], other_sampler, sec_per_step, memory_gb, passes).
 
@@ -49,7 +59,7 @@ def collect(job, kind):
     else:
         result = read_json(job.folder / "result.json", "the result of a run")
         evaluations, other = result["evaluations"], result["other_sampler"]
-    evaluations = [{k: round(v, 4) for k, v in evaluation.items()} for evaluation in evaluations]
+    evaluations = [rounded(evaluation) for evaluation in evaluations]
 
     lines = []
     path = job.folder / "metrics.jsonl"
@@ -65,7 +75,7 @@ def collect(job, kind):
     memory = [line.get("memory_gb", 0) for line in lines]
     return dict(
         evaluations=evaluations,
-        other_sampler={k: round(v, 4) if isinstance(v, float) else v for k, v in other.items()},
+        other_sampler=rounded(other),
         sec_per_step=round(float(np.median(seconds)), 4) if seconds else None,
         memory_gb=round(max(memory), 3) if memory else None,
         passes=passes,
@@ -108,7 +118,7 @@ def summarise(number, row, runs):
     best = []
     for run in seeds.values():
         trained = [e for e in run["evaluations"] if e["step"] > 0]
-        best.append(min(trained or run["evaluations"], key=lambda e: e[f"fd_{N}step"]))
+        best.append(min(trained or run["evaluations"], key=lambda e: np.nan_to_num(e[f"fd_{N}step"], nan=np.inf)))
     return dict(
         number=number,
         label=row.label,

@@ -193,6 +193,7 @@ NOT_IN_TABLE_2 = [                                                    # at the e
 ]
 NOT_IN_TABLE_4 = [
     Row("DMD2 from row 3", {}, "fm", DMD2_FROM_CD, CD),
+    Row("Consistency distillation + random masking", {}, "fm", CD_MASKED),
 ]
 
 

@@ -62,9 +62,9 @@ FOUR_LAMBDAS_SCRATCH = [
 FOUR_OF_TWINFLOW = ["--lam 0.01", "--lam 0.03", "--lam 0.1", "--lam 1"]
 # The target network's memory has to be short against 400 steps: with TwinFlow's 0.99 it lags by a quarter of the run.
 FOUR_OF_RCGM = [
-    "--target_ema 0.5 --delta 0.05 --lr 0.006",
     "--target_ema 0.5 --delta 0.05 --lr 0.012",
     "--target_ema 0.5 --delta 0.05 --lr 0.024",
+    "--target_ema 0.5 --delta 0.05 --lr 0.048",
     "--target_ema 0.99 --delta 0.01 --lr 0.012",
 ]
 
@@ -99,7 +99,7 @@ FROM_SCRATCH = {
     "RCGM":               ("consistency.py --loss rcgm", FOUR_OF_RCGM),
     "iMF + DMD2":         ("dmd2.py --init scratch", ["--lam 0.01", "--lam 0.03", "--lam 0.1", "--lam 0.3"]),
     "iMF + TwinFlow":     ("twinflow.py --base imf", FOUR_OF_TWINFLOW),
-    "RCGM + TwinFlow":    ("twinflow.py --base rcgm", FOUR_OF_TWINFLOW),
+    "RCGM + TwinFlow":    ("twinflow.py --base rcgm --lr 0.024", FOUR_OF_TWINFLOW),
     "FSF-DMD":            ("fsf_dmd.py --init scratch", FOUR_LAMBDAS_SCRATCH),
 }
 # start: (the start's command, or None from scratch; its methods)

@@ -35,7 +35,7 @@ from common import (BadInput, Run, Stream, accumulate, autocast, batch_rows, com
 from consistency import draw_guidance, draw_times, guided_rcgm_loss, imf_loss, pretrained
 from data import load_data
 from evaluate import metric_space
-from flags import flow_map_flags, health_flag, number, parser, refuse, resolve
+from flags import flow_map_flags, health_flag, number, parser, rcgm_flags, refuse, resolve
 from model import IMFDiT, guided_map, guided_velocity, interpolate
 from normuon import NorMuon, param_groups
 from watch import begin, finish, health, watch
@@ -112,14 +112,7 @@ def parse_args(argv=None):
         help="weight of L_adv beside the base loss, whose distance has a gradient of length one")
     add("--clip", type=number(float, 0), default=1.0,
         help="clamp v_fake - v_teacher to [-clip, clip] (1, the paper); 0: off")
-    add("--delta", type=number(float, 0, 0.5, open_low=True), default=0.01,
-        help="rcgm: delta of Eq. 66 (0.01, TwinFlow)")
-    add("--order", type=number(int, 1, 100), default=2,
-        help="rcgm: N, jumps of the EMA network in Eq. 66 (2, the paper)")
-    add("--clamp", type=number(float, 0), default=1.0,
-        help="rcgm: clamp of its residual to [-clamp, clamp] (1, TwinFlow); 0: off")
-    add("--target_ema", type=number(float, 0, 1), default=0.99,
-        help="rcgm: EMA decay of its target network (TwinFlow: 0.99 to 0.999)")
+    rcgm_flags(p)
     p.set_defaults(init="scratch")
     base = p.parse_known_args(argv)[0].base
     args = resolve(p, argv, PRESETS | PRESETS_OF_RCGM if base == "rcgm" else PRESETS, "twinflow")
@@ -153,9 +146,9 @@ def train(args):
     compile_blocks(args, target)
     state |= dict(target=target)
     features = metric_space(data, args)
-    rho = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
+    options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
     guided = args.omega_max > 1                                                 # of a loss on the data
-    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # guidance of the others
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # guidance outside the consistency loss
 
     def u(y):
         return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))
@@ -173,9 +166,9 @@ def train(args):
         batch["t"], batch["s"] = draw_times(g.uniform(B, 2), args.time_law, args.mask_prob)
         batch["y_drop"] = torch.where(g.uniform(B) < args.label_drop, null, batch["y"])
         batch["guidance"] = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
-        for name in ("z", "eps_adv", "eps_tau"):
+        for name in ("z", "eps_fake", "eps_tau"):
             batch[name] = g.normal(B, *shape)
-        for name in ("t_adv", "tau"):
+        for name in ("t_fake", "tau"):
             batch[name] = g.uniform(B)
         return batch
 
@@ -195,16 +188,16 @@ def train(args):
             for b in micro_batches(batch, args, device):
                 with autocast(args, device):
                     if args.base == "imf":                                      # Eq. 6
-                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, **rho)
+                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, **options)
                     else:                                                       # Eq. 66-67
                         loss = guided_rcgm_loss(net, target, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided,
-                                                args.delta, args.order, args.clamp or math.inf, args.huber_c,
-                                                args.cosine)
+                                                args.delta, args.order, args.clamp or math.inf, c=args.huber_c,
+                                                cosine=args.cosine)
                 (loss.sum() / B).backward()                                     # frees its graph before the next
                 accumulate(total, B, **{args.base: loss})
 
                 with autocast(args, device):
-                    adv, rectify, gap = twinflow_losses(u(b.y), v_fake(b.y), v_teacher(b.y), b.z, b.t_adv, b.eps_adv,
+                    adv, rectify, gap = twinflow_losses(u(b.y), v_fake(b.y), v_teacher(b.y), b.z, b.t_fake, b.eps_fake,
                                                         b.tau, b.eps_tau, args.clip or math.inf)
                     objective = args.lam_adv * adv + args.lam * rectify
                 (objective.sum() / B).backward()
