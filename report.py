@@ -16,7 +16,7 @@ from scipy.stats import ttest_rel
 from checkpoints import load_network
 from data import data_kind, load_data, preview
 from evaluate import decoder, generate, sampling
-from files import read_json, read_lines, write_atomic
+from files import json_text, read_json, read_lines, write_atomic
 from passes import passes_a_step, passes_until
 
 # Our metrics: name here, name in fid.json of evaluate.py (None: not there), digits shown.
@@ -406,8 +406,11 @@ def samples(args, rows, jobs, path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def page(head, command, tables):
+def page(head, command, tables, rows):
     """README.md of a table's folder.  head: of its runs.json; command: what made it; tables: `markdown`."""
+    cost = ""                                                         # the oldest tables have no passes
+    if any(row["passes"] for row in rows.values()):
+        cost = ", distance also against passes"
     regime = f", {head['start']} start" if head["start"] else ""
     torch_version = head["sources"]["torch"]
     return f"""# Table {head['table']}, {head['title']}: {head['data']}{regime}
@@ -419,7 +422,7 @@ Mean ± standard deviation over n seeds. `last`: after the last step; `best`: th
 after Holm's correction over the rows of the table.
 
 * [runs.json](runs.json): the command of every row, and every evaluation of every seed
-* [curves.png](curves.png): distance and IS at 2 steps against training step, distance also against forward passes
+* [curves.png](curves.png): distance and IS at 2 steps against training step{cost}
 * [samples.png](samples.png): every row from the same noise, seed 0
 
 {tables}
@@ -432,7 +435,7 @@ def runs_json(head, rows, commands):
     for r, row in rows.items():
         entry = {name: row[name] for name in ("number", "label", "paper", "N")}
         entry |= dict(command=commands[r], seeds=row["seeds"])
-        lines.append(json.dumps(entry, separators=(",", ":")))
+        lines.append(json_text(entry, separators=(",", ":")))
     return json.dumps(head, indent=1).removesuffix("\n}") + ',\n "rows": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
@@ -447,7 +450,7 @@ def write(args, table, head, rows, jobs, commands):
     folder = args.out / "-".join(part for part in parts if part)
     folder.mkdir(parents=True, exist_ok=True)
     tables = markdown(kind, table, rows)
-    write_atomic(folder / "README.md", page(head, args.command, tables))
+    write_atomic(folder / "README.md", page(head, args.command, tables, rows))
     write_atomic(folder / "runs.json", runs_json(head, rows, commands))
     figure(kind, table, rows, folder / "curves.png")
     samples(args, rows, jobs, folder / "samples.png")

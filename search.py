@@ -68,10 +68,10 @@ FOUR_OF_RCGM = [
     "--target_ema 0.99 --delta 0.01 --lr 0.012",
 ]
 
-CD = "consistency.py --loss cd --init {start}"
+CD = "consistency.py --loss cd --init {start}"                        # masking is the preset; plain CD has its rate
 SID = "sid.py --init {start}"
 FROM_WEAK = {
-    "CD":                 (CD, SIX_RATES),
+    "CD with masking":    (CD, SIX_RATES),
     "FSF-DMD, M = 2":     (FSF + " --M 2", SIX_LAMBDAS),
     "FSF-DMD, M = 1":     (FSF + " --M 1", SIX_LAMBDAS),
     "DMD2":               (DMD2, TWO_SIDES),
@@ -79,7 +79,7 @@ FROM_WEAK = {
     "SiD":                (SID, ["--lr 0.00003 --fake_lr 0.001", *TWO_SIDES[:5]]),
 }
 FROM_STRONG = {
-    "CD":                 (CD, ["--lr 0.0005", "--lr 0.001", "--lr 0.002", "--lr 0.004"]),
+    "CD with masking":    (CD, ["--lr 0.0005", "--lr 0.001", "--lr 0.002", "--lr 0.004"]),
     "FSF-DMD, M = 2":     (FSF + " --M 2 --lr 0.002", FOUR_LAMBDAS),
     "FSF-DMD, M = 1":     (FSF + " --M 1 --lr 0.002", FOUR_LAMBDAS),
     "DMD2":               (DMD2, FOUR_OF_TWO_SIDES),
@@ -87,7 +87,7 @@ FROM_STRONG = {
     "SiD":                (SID, FOUR_OF_TWO_SIDES),
 }
 FROM_FM = {
-    "CD":                 (CD, ["--lr 0.0015", "--lr 0.003", "--lr 0.006", "--lr 0.012"]),
+    "CD with masking":    (CD, ["--lr 0.0015", "--lr 0.003", "--lr 0.006", "--lr 0.012"]),
     "FSF-DMD, M = 2":     (FSF + " --M 2 --lr 0.003", FOUR_LAMBDAS_FM),
     "DMD2":               (DMD2, FOUR_OF_TWO_SIDES),
     "DMD2 + L_CD":        (DMD2_CD, FOUR_OF_BOTH_LOSSES),

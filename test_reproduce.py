@@ -99,7 +99,7 @@ def test_list_prints_what_would_run(capsys):
 
 def test_rows_are_the_papers_and_its_lost_numbers_stay_lost():
     counts = {name: len(table.rows) for name, table in reproduce.TABLES.items()}
-    assert counts == {"2": 8 + 4, "3": 9, "4": 6 + 1, "5": 6, "7": 16, "8": 5, "9": 9, "10": 10}
+    assert counts == {"2": 8 + 4, "3": 9, "4": 6 + 2, "5": 6, "7": 16, "8": 5, "9": 9, "10": 10}
     fids = {name: [row.paper.get("fid") for row in table.rows] for name, table in reproduce.TABLES.items()}
     assert fids["2"][:8] == [9.1, 8.54, 6.06, 4.18, 4.2, 4.67, 3.85, 3.96]
     assert fids["5"] == [None] * 6
@@ -177,6 +177,24 @@ def test_latents_are_trained_in_pieces_and_the_best_fid_is_found(inputs, tmp_pat
     assert run["evaluations"][2] == last
     row = report.summary({7: rows[7]}, {7: {0: run}})[7]
     assert row["best"] == [4.0] and row["step"] == [3000] and row["last"]["fd_2step"] == [4.5]
+
+
+def test_a_run_that_diverged_stands_in_the_table(tmp_path):
+    """result.json has null where a metric was not finite: the table shows it, and it is not the best evaluation."""
+    runs = {}
+    for seed, values in ((0, [None, 30.0]), (1, [20.0, 25.0]), (2, [None, None])):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        evaluations = [dict(step=s, fd_2step=v, is_2step=None) for s, v in zip((100, 200), values, strict=True)]
+        (folder / "result.json").write_text(json.dumps(dict(evaluations=evaluations, other_sampler={})))
+        runs[seed] = report.collect(reproduce.Job(folder, ["dmd2.py"], [], None), "pixels")
+    table = reproduce.TABLES["7"]
+    rows = report.summary({13: table.rows[12], 14: table.rows[13]}, {13: runs, 14: runs})
+    np.testing.assert_equal(rows[13]["best"], [30.0, 20.0, np.nan])
+    assert rows[13]["step"][:2] == [200, 100] and "| nan ± nan |" in report.markdown("pixels", table, rows)
+    head = dict(table="7")
+    stored = json.loads(report.runs_json(head, rows, {13: "a", 14: "b"}))["rows"][0]
+    assert [e["fd_2step"] for e in stored["seeds"]["0"]["evaluations"]] == [None, 30.0]
 
 
 def test_bad_flags_end_in_one_line(capsys, monkeypatch, inputs):
@@ -341,7 +359,7 @@ def test_every_table_in_results_follows_from_its_runs_and_stands_in_the_text():
         tables = report.markdown(data_kind(stored["data"]), table, rows)
         page = (folder / "README.md").read_text()
         [command] = re.findall(r"^Made by `(.*?)`", page, re.M)
-        assert page == report.page(stored, command, tables), folder
+        assert page == report.page(stored, command, tables, rows), folder
         args = reproduce.parse_args(shlex.split(command)[2:])
         assert (args.table, args.data, args.out.name) == (stored["table"], stored["data"], "results")
         assert stored["start"] in (args.start, "")
@@ -607,23 +625,27 @@ def test_what_is_said_of_table_3_is_in_the_numbers():
 def test_what_is_said_of_table_4_is_in_the_numbers():
     told = Told("table4-digits")
     gain, mean = told.gain, told.mean
-    TEACHER, ONE_CHANNEL, CD, DMD2, BOTH, FSF, FROM_CD = range(1, 8)
+    TEACHER, ONE_CHANNEL, CD, DMD2, BOTH, FSF, FROM_CD, MASKED = range(1, 9)
     assert mean(TEACHER, "fd_25step", 4) == mean(ONE_CHANNEL, "fd_25step", 4)
     assert mean(TEACHER, "fd_25step", 1) == "14.8"
     starts = [run["evaluations"][0] for run in told.stored["rows"][FSF - 1]["seeds"].values()]
     assert [f"{statistics.mean(e[name] for e in starts):.1f}" for name in ("fd_1step", "fd_2step")] == ["393.9", "44.1"]
     assert [mean(CD, f"fd_{N}step", 1) for N in (1, 2)] == ["19.3", "13.9"]
     assert (mean(FROM_CD, "fd_2step", 1), mean(FROM_CD, "fd_1step", 1)) == ("12.4", "15.6")
-    gain(CD, FROM_CD, "fd_2step", "-1.552 ± 0.750")
+    gain(CD, FROM_CD, "fd_2step", "-1.552 ± 0.750", p=0.0099)
     gain(CD, FSF, "fd_2step", "+0.905 ± 1.593", all_five=False)
     gain(CD, FSF, "is_2step", "+0.092 ± 0.014", p=0.0002)
     gain(CD, FSF, "precision_2step", "+0.048 ± 0.010")
     gain(CD, FSF, "recall_2step", "-0.035 ± 0.009")
     gain(CD, FSF, "fd_4step", "-7.455 ± 2.058")
     gain(CD, FSF, "fd_1step", "+13.915 ± 6.006")
+    gain(MASKED, FSF, "fd_2step", "+0.012 ± 0.016", all_five=False)
+    gain(MASKED, FSF, "fd_4step", "+0.006 ± 0.003")
+    gain(MASKED, FSF, "fd_1step", "+0.070 ± 0.010")
     gain(CD, BOTH, "fd_2step", "+0.027 ± 0.356", all_five=False)
     assert (mean(DMD2, "fd_2step", 1), mean(DMD2, "fd_4step", 1), mean(BOTH, "fd_1step", 1)) == ("18.3", "50.6", "17.6")
-    assert {row for row, (_, p) in told.differences("fd").items() if p < 0.05} == {FROM_CD}
+    assert f"{told.differences('fd')[FROM_CD][1]:.2g}" == "0.059"
+    assert {row for row, (_, p) in told.differences("fd").items() if p < 0.05} == set()
 
 
 def test_what_is_said_of_table_5_is_in_the_numbers():
@@ -751,9 +773,9 @@ def test_the_new_start_of_the_digits_and_its_first_search_are_in_the_text():
     assert distance["FSF-DMD, M = 1", "--lam 0.01 --shift 10"] == best["FSF-DMD, M = 1"]
     lam, shift = (fsf_dmd.PRESETS["pixels", "imf"][name] for name in ("lam", "shift"))
     assert distance["FSF-DMD, M = 2", f"--lam {lam} --shift {shift:.0f}"] == best["FSF-DMD, M = 2"]
-    assert distance["CD", f"--lr {consistency.PRESETS['pixels', 'imf']['lr']}"] == best["CD"]
-    words = (f"CD takes the distance from {means[0.9][1]:.1f} to {best['CD']:.1f}, and the best FSF-DMD with M = 2 to "
-             f"{best['FSF-DMD, M = 2']:.1f}")
+    assert distance["CD with masking", f"--lr {consistency.PRESETS['pixels', 'imf']['lr']}"] == best["CD with masking"]
+    words = (f"CD with masking takes the distance from {means[0.9][1]:.1f} to {best['CD with masking']:.1f}, "
+             f"and the best FSF-DMD with M = 2 to {best['FSF-DMD, M = 2']:.1f}")
     assert words in " ".join(text.split())
     fsf = {k: [distance["FSF-DMD, M = 2", f"--lam {lam} --shift {k}"] for lam in (0.01, 0.05, 0.2)] for k in (1, 10)}
     assert fsf[1] == sorted(fsf[1]) and fsf[10] == sorted(fsf[10])    # every larger lambda costs distance,
@@ -778,8 +800,8 @@ def best_of_search(start):
 def test_settings_from_the_strong_start_are_the_best_of_their_search():
     best = {method: setting for method, (setting, _) in best_of_search("strong").items()}
     assert reproduce.FLAGS_STRONG == {
-        "cd": f" {best['CD']}",
-        "fsf": f" {best['CD']}",                                      # the rate of its own L_CD
+        "cd": f" {best['CD with masking']}",
+        "fsf": f" {best['CD with masking']}",                                      # the rate of its own L_CD
         "m1": " " + best["FSF-DMD, M = 1"].removesuffix(" --shift 10"),
         "dmd2": f" {best['DMD2']}",
         "cd1": f" {best['DMD2 + L_CD']}",
@@ -801,7 +823,7 @@ def told_of_search(start):
 def test_presets_from_a_velocity_network_are_the_best_of_their_search():
     best = {method: setting for method, (setting, _) in best_of_search("fm").items()}
     cd, fsf, both, of_sid = (script.PRESETS["pixels", "fm"] for script in (consistency, fsf_dmd, dmd2, sid))
-    assert best["CD"] == f"--lr {cd['lr']}" and fsf["lr"] == cd["lr"]
+    assert best["CD with masking"] == f"--lr {cd['lr']}" and fsf["lr"] == cd["lr"]
     assert best["FSF-DMD, M = 2"] == f"--lam {fsf['lam']} --shift {fsf['shift']:.0f}"
     assert best["DMD2"] == f"--lr {both['lr']} --fake_lr {both['fake_lr']}"
     assert best["SiD"] == f"--lr {of_sid['lr']} --fake_lr {of_sid['fake_lr']}"
