@@ -57,7 +57,7 @@ PRESETS = {
         size="tiny", steps=100, lr=1e-3, fake_lr=3e-3, M=2, lam=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=100, eval_every=100, health_every=100),
     ("pixels", "scratch"): dict(
-        size="tiny", steps=400, lr=1.2e-2, M=1, cd=1, ttur=1, lam=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
+        size="tiny", steps=400, lr=1.2e-2, M=1, cd=1, ttur=1, lam=0.03, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=100, eval_every=100, health_every=100),
     ("images", "imf"): dict(
         size="small", steps=100, lr=3e-4, fake_lr=1e-3, M=2, lam=1.0, omega=1.5, guide_to=1.0, omega_max=4.0,

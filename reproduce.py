@@ -83,7 +83,7 @@ FLAGS = {
     "fsf":    ("", "", ""),
     "dmd2":   ("", "", ""),
     # the iMF of Table 5, where it is no start
-    "imf":    (" --mask_prob 0.5 --lr 1.2e-2 --eval_every 100", " --mask_prob 0.5", ""),
+    "imf":    (" --mask_prob 0.5 --lr 0.012 --eval_every 100", " --mask_prob 0.5", ""),
     "m1":     (" --lam 0.01", "", ""),
     # DMD2 + L_CD: latents train to its peak in the paper, from an iMF, and from a velocity network
     "cd1":    (" --lr 3e-3 --fake_lr 3e-3", " --lr 1e-3", " --steps 54000"),

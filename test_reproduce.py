@@ -707,40 +707,6 @@ def test_what_is_said_of_table_9_is_in_the_numbers():
 # The search for the digits presets
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Runs of results/search-digits, S for the seed; the chosen one first.
-THREE_SETTINGS = {
-    "DMD2 from scratch": "dmdsc-0.1-S dmdsc-0.03-S dmdsc-0.3-S",
-    "RCGM + TwinFlow": "twrcgm-0.1-S twrcgm-0.3-S twrcgm-1-S",
-    "RCGM": "rcgm-1.2e-2-S rcgm-6e-3-S rcgm-3e-3-S",
-}
-
-
-def test_presets_of_the_digits_from_scratch_are_what_the_earlier_search_chose():
-    """The chosen setting is the best of its search, or within 1% of it.
-
-    Best in the mean 2-step distance of seeds 100 and 101.
-    """
-    stored = json.loads((KEPT / "search-digits" / "runs.json").read_text())
-    runs = {run["run"]: run for run in stored["runs"]}
-
-    def means(names):
-        found = []
-        for name in names.split():
-            of_seeds = [runs[name.replace("S", seed)]["last"]["fd_2step"] for seed in ("100", "101")]
-            found.append(statistics.mean(of_seeds))
-        return found
-
-    for method, names in THREE_SETTINGS.items():
-        chosen, *others = means(names)
-        assert chosen <= 1.01 * min(others), method
-    chosen, *others = means("fsfsc-0.01-S fsfsc-0.05-S fsfsc-0.2-S")
-    assert chosen <= 1.04 * min(others)
-
-    lam = {script: importlib.import_module(script).PRESETS["pixels", "scratch"]["lam"]
-           for script in ("fsf_dmd", "dmd2", "twinflow")}
-    assert lam == dict(fsf_dmd=0.01, dmd2=0.1, twinflow=0.1)
-
-
 def test_the_new_start_of_the_digits_and_its_first_search_are_in_the_text():
     """Both tables of RESULTS.md follow from their runs.json; presets of CD and FSF-DMD are the best of that search."""
     text = (HERE / "RESULTS.md").read_text()
@@ -830,6 +796,22 @@ def test_presets_from_a_velocity_network_are_the_best_of_their_search():
     assert best["DMD2 + L_CD"] == "--lam 1 --lr 0.003 --fake_lr 0.003" and both["lam"] == 1
     assert reproduce.FLAGS["cd1_fm"][0] == " --lr 3e-3 --fake_lr 3e-3"
     told_of_search("fm")
+
+
+def test_presets_from_scratch_are_the_best_of_their_search():
+    """Every method at the learning rate of the loss on the data that it is added to."""
+    best = {method: setting for method, (setting, _) in best_of_search("scratch").items()}
+    rcgm = consistency.PRESETS_OF_LOSS["rcgm"]["pixels", "scratch"]
+    fsf, both, twin = (script.PRESETS["pixels", "scratch"] for script in (fsf_dmd, dmd2, twinflow))
+    on_rcgm = twinflow.PRESETS_OF_RCGM["pixels", "scratch"]
+    assert best["iMF"] == f"--lr {fsf['lr']}" and fsf["lr"] == both["lr"] == twin["lr"]
+    assert f" --mask_prob 0.5 --lr {fsf['lr']} " in reproduce.FLAGS["imf"][0]
+    assert best["RCGM"] == " ".join(f"--{name} {rcgm[name]}" for name in ("target_ema", "delta", "lr"))
+    assert {name: on_rcgm[name] for name in ("target_ema", "delta", "lr")}.items() <= rcgm.items()
+    assert best["FSF-DMD"] == f"--lam {fsf['lam']} --shift {fsf['shift']:.0f}"
+    for method, preset in (("iMF + DMD2", both), ("iMF + TwinFlow", twin), ("RCGM + TwinFlow", on_rcgm)):
+        assert best[method] == f"--lam {preset['lam']}"
+    told_of_search("scratch")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ PRESETS = {
         size="tiny", steps=200, lr=3e-3, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=100, eval_every=100, health_every=100),
     ("pixels", "scratch"): dict(
-        size="tiny", steps=400, lr=1.2e-2, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
+        size="tiny", steps=400, lr=1.2e-2, lam=0.03, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=100, eval_every=100, health_every=100),
     ("images", "imf"): dict(
         size="small", steps=300, lr=2e-3, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
@@ -65,7 +65,7 @@ PRESETS = {
 # RCGM from scratch has the learning rate, the delta and the target's memory that consistency.py --loss rcgm has.
 PRESETS_OF_RCGM = {
     ("pixels", "scratch"): dict(
-        size="tiny", steps=400, lr=1.2e-2, target_ema=0.5, delta=0.05, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0,
+        size="tiny", steps=400, lr=2.4e-2, target_ema=0.5, delta=0.05, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0,
         omega_max=1.0, save_every=100, eval_every=100, health_every=100),
     ("images", "scratch"): dict(
         size="small", steps=1500, lr=4e-3, target_ema=0.5, delta=0.05, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0,
