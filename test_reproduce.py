@@ -29,6 +29,7 @@ import report
 import reproduce
 import search
 import sid
+import twinflow
 from data import data_kind
 from test_all import HERE, environment, refusal, small_images
 
