@@ -17,7 +17,7 @@ def read_weights(path):
     Never unpickles code (weights_only).
     """
     if not Path(path).is_file():
-        raise BadInput(f"{path}: no such file")
+        raise BadInput(f"{path}: no such file, expected a file of weights; download it, or name another")
     with reading(path, "a file of weights", "fetch it again, or choose another"):
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
@@ -61,7 +61,11 @@ def load_checkpoint(path):
     if isinstance(checkpoint, dict) and {"config", "weights", "data", "args"} <= set(checkpoint):
         with reading(path, "a model.pt of this project", "take another, or train it again"):
             refuse_damage(**{k: checkpoint[k] for k in ("config", "weights", "data", "args")})
+            if not isinstance(checkpoint.get("sampler", ""), (str, type(None))):
+                raise ValueError("its sampler is no text")
         return checkpoint
+    if isinstance(checkpoint, dict) and {"net", "ema", "evaluations"} <= set(checkpoint):
+        raise BadInput(f"{path}: is the state.pt of a run, expected the model.pt beside it")
     return official(path, checkpoint)
 
 
@@ -84,6 +88,8 @@ def refuse_damage(config, weights, data, args):
         value = config.get(name, 1)
         if type(value) is not int or not 0 <= value <= largest:
             raise ValueError(f"its config has {name} {value!r}")
+    if not isinstance(config.get("size", ""), str):
+        raise ValueError("its config has a size that is no text")
     if config.get("conditioning") not in CONDITIONINGS:
         raise ValueError(f"its config has conditioning {config.get('conditioning')!r}")
     if data is None:                                                # of official weights
@@ -130,10 +136,15 @@ def load_network(path, data=None, conditioning=None):
         net.load_state_dict(checkpoint["weights"])
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise BadInput(f"{path}: its weights do not fit its configuration ({first_line(error, 160)})") from None
-    for name, v in net.state_dict().items():
+    refuse_not_finite(path, net.state_dict())
+    return net, checkpoint
+
+
+def refuse_not_finite(path, state):
+    """BadInput if a tensor of a state dict has NaN or infinity."""
+    for name, v in state.items():
         if not v.isfinite().all():
             raise BadInput(f"{path}: its weights are not finite ({name}); expected those of a run that did not diverge")
-    return net, checkpoint
 
 
 def refuse_other_data(path, checkpoint, data):

@@ -40,6 +40,9 @@ from files import (BadInput, Locked, first_line, json_text, lock, read_json, rea
 def main(train, parse_args):
     """Run a script: bad input ends in one line and exit code 2."""
     interrupt.imported()
+    sys.stderr = sys.stderr or open(os.devnull, "w")                # closed by the shell; tqdm needs one
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")           # a terminal that has no +- sign
     try:
         train(parse_args())
     except BadInput as error:
@@ -69,7 +72,7 @@ def leave(words, code):
     """End this process with one line of its own, not one behind a bar."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-    print(f"{Path(sys.argv[0]).name}: {words}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(words.splitlines())}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -84,11 +87,19 @@ def is_lost(error):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def rank():
-    return int(os.environ.get("RANK", 0))
+    return of_torchrun("RANK", 0)
 
 
 def world():
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return of_torchrun("WORLD_SIZE", 1)
+
+
+def of_torchrun(name, default):
+    """A whole number that torchrun sets for each process."""
+    text = os.environ.get(name, "") or str(default)
+    if not text.isdecimal() or int(text) < default:
+        raise BadInput(f"{name}={text}: expected what torchrun sets; unset it to run one process")
+    return int(text)
 
 
 def barrier():
@@ -143,7 +154,10 @@ def setup(args):
     if world() > 1 and not dist.is_initialized():
         on_gpu = dict(backend="cpu:gloo,cuda:nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
         # The others wait while the first one evaluates or saves; a process that is gone is noticed all the same.
-        dist.init_process_group(timeout=timedelta(hours=6), **on_gpu)
+        try:
+            dist.init_process_group(timeout=timedelta(hours=6), **on_gpu)
+        except ValueError as error:                                 # RANK and the like without an address
+            raise BadInput(f"WORLD_SIZE={world()}: {first_line(error)}; start it by torchrun") from None
     torch.manual_seed(args.seed)                                    # the same initial weights in every process
     return device
 
@@ -316,6 +330,9 @@ RUNTIME_FLAGS = {"vae", "steps", "micro_batch", "device", "compile", "out", "res
 OWN_FILES = ("args.json", "metrics.jsonl", "state.pt", "model.pt", "result.json")
 OWN_PICTURES = ("samples_[0-9]*.png", "health_[0-9]*.png")
 
+# Upper limit of training steps, and of every number of a flag that has no other.
+STEPS = 10 ** 9
+
 # A network that trains has weights near 1 (1.2 at most in the digits' runs).  Beyond this one it has diverged, although
 # its loss may be finite.
 LARGEST_WEIGHT = 1e4
@@ -335,16 +352,26 @@ def leftovers(folder):
     return [path for name in OWN_FILES for path in folder.glob(f".{name}.*.tmp")]
 
 
+def check_writable(folder):
+    """BadInput if a folder cannot be made or written.  Touches nothing."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder}: exists and is no run folder but a file; nothing was touched")
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise BadInput(f"{folder}: Not a directory: {existing} is a file; nothing was touched")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise BadInput(f"{folder}: cannot be written in {existing}; nothing was touched")
+
+
 def check_folder(args):
     """BadInput if --out cannot be a run folder, or is that of another configuration.  Touches nothing."""
     folder = Path(args.out)
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"--out {folder}: exists and is no run folder but a file; nothing was touched")
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise BadInput(f"--out {folder}: Not a directory: {existing} is a file; nothing was touched")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise BadInput(f"--out {folder}: cannot be written in {existing}; nothing was touched")
+    check_writable(folder)
+    own = [folder / name for name in OWN_FILES] + [path for pattern in OWN_PICTURES for path in folder.glob(pattern)]
+    for path in own:
+        if path.exists() and not path.is_file():
+            raise BadInput(f"--out {folder}: {path.name} in it is no file; nothing was touched")
     if folder.is_symlink() and args.resume == "no":
         raise BadInput(f"--out {folder}: is a link, and --resume no does not remove through one; nothing was touched")
     path = folder / "args.json"
@@ -358,6 +385,21 @@ def check_folder(args):
         if differ:
             raise BadInput(f"{folder} holds another configuration: {', '.join(differ)}; "
                            "choose another --out, or --resume no to start over")
+        if (folder / "model.pt").exists() and not (folder / "state.pt").exists():       # the first is written last
+            raise BadInput(f"{folder}: has a model.pt but no state.pt to go on from; --init {folder}/model.pt starts "
+                           "another run from it, --resume no starts over")
+
+
+def refuse_odd_history(step, evaluations):
+    """ValueError if these are not the step and the evaluations that `Run.save` writes."""
+    whole = type(step) is int and 0 <= step <= STEPS and isinstance(evaluations, list)
+    if not whole or not all(isinstance(e, dict) and type(e.get("step")) is int for e in evaluations):
+        raise ValueError("its step or its evaluations are of another kind")
+    for evaluation in evaluations:
+        if evaluation.keys() != evaluations[0].keys():
+            raise ValueError("its evaluations have several kinds of metrics")
+        if not all(type(v) in (int, float, type(None)) for v in evaluation.values()):
+            raise ValueError("its evaluations hold more than numbers")
 
 
 class Run:
@@ -449,9 +491,14 @@ class Run:
         with reading(path, "the state of this run", "it cannot be resumed, --resume no starts over"):
             refuse_flips(path)
             saved = torch.load(path, map_location="cpu", weights_only=True)
+            refuse_odd_history(saved["step"], saved["evaluations"])
             for name, part in self.state.items():
+                settings = [dict(group, params=None) for group in getattr(part, "param_groups", [])]
                 part.load_state_dict(saved[name])
-            self.step, self.evaluations = int(saved["step"]), list(saved["evaluations"])
+                for group, own in zip(getattr(part, "param_groups", []), settings):     # the flags', not the file's
+                    group.update(own, params=group["params"])
+            self.step, self.evaluations = saved["step"], saved["evaluations"]
+        self.refuse_divergence(f"{path}, which --resume no replaces")
 
     def model_is_good(self):
         """Whether model.pt holds what state.pt holds."""
@@ -561,14 +608,14 @@ class Run:
         self.pending = []
         self.restart_clock()
 
-    def refuse_divergence(self):
+    def refuse_divergence(self, what="the last state.pt is untouched: lower --lr, or look at the data"):
         """BadInput if a weight has left all bounds: one step can do that before any loss shows it."""
         for name, part in self.state.items():
             if isinstance(part, torch.nn.Module):
                 largest = torch.nn.utils.get_total_norm([*part.parameters()], float("inf")).item()
                 if not largest <= LARGEST_WEIGHT:                   # or nan
                     raise BadInput(f"the run has diverged: a weight of {name} is {largest:.3g} after step {self.step}; "
-                                   "the last state.pt is untouched: lower --lr, or look at the data")
+                                   f"{what}")
 
     def write(self, line):
         """One line of metrics.jsonl, under the step's number."""
@@ -610,7 +657,7 @@ class Run:
             if k == "step":
                 continue
             choose = min if k.startswith("fd") else max             # a distance is best low
-            at = choose(self.evaluations, key=lambda e, k=k: e[k])
+            at = choose((e for e in self.evaluations if k in e), key=lambda e, k=k: e[k])
             best[k] = dict(value=at[k], step=at["step"])
         result = dict(last=last, best=best, evaluations=self.evaluations, definition=definition,
                       other_sampler=other_sampler or {})

@@ -43,7 +43,7 @@ import twinflow
 from checkpoints import load_network
 from common import BadInput, main
 from files import json_text, read_json, write_atomic
-from flags import Parser, number
+from flags import Parser, folder_path, number
 from model import SIZES, LightningDiT, fixed_guidance
 from reproduce import HERE, TABLE_5, paper, sources
 
@@ -401,8 +401,8 @@ def parse_args(argv=None):
     p.add_argument("--batch_size", type=number(int, 1),
                    help="batch of the timing (default: 128 on a GPU, 1 on a CPU); FLOPs are counted at 2")
     p.add_argument("--row", type=number(int, 1), help=f"this method only, 1 to {len(COST)}, in the order of the table")
-    p.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder that keeps what was measured")
-    p.add_argument("--out", type=Path, default=Path("runs/reproduce/tables"), help="where the folder is made")
+    p.add_argument("--runs", type=folder_path, default=Path("runs/reproduce"), help="keeps what was measured")
+    p.add_argument("--out", type=folder_path, default=Path("runs/reproduce/tables"), help="where the folder is made")
     args = p.parse_args(argv)
     if args.row and args.row > len(COST):
         raise BadInput(f"--row {args.row}: expected 1 to {len(COST)}")

@@ -232,6 +232,7 @@ def refuse_labels(labels: "np.ndarray | torch.Tensor", shown: str | Path) -> Non
                        "the number of classes less one")
 
 
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")     # by content: no other parser of Pillow is asked
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pgm", ".ppm", ".pnm", ".tif", ".tiff")
 
 
@@ -244,7 +245,9 @@ def read_rgb(path: str | Path, largest: int | None = None) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                if image.mode[0] in "IF":
+                    raise ValueError(f"its pixels are of mode {image.mode}, expected 8 bits a channel")
                 if largest and max(image.size) > largest:
                     raise BadInput(f"{path}: has {image.width} x {image.height} pixels, "
                                    f"expected square images of at most {largest}; larger ones: python vae.py encode")

@@ -11,7 +11,6 @@ on the data set itself, on one CPU thread from a fixed seed (3 s for the digits;
 trained on the even ones), cached under runs/cache.
 """
 import argparse
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -20,12 +19,12 @@ import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import numpy as np
 import torch
 
-from checkpoints import load_checkpoint, load_network, weights_hash
+from checkpoints import load_checkpoint, load_network, refuse_not_finite, weights_hash
 from common import BadInput, main, noise_by_index, pick_device, rank, setup, world
 from data import Data, load_data, preview, to_images
 from fid import collect, describe, feature_networks, image_source, inception_metrics, read_reference, write_reference
 from files import json_text, reading, write_atomic
-from flags import BATCH, SEED, Parser, number
+from flags import BATCH, SEED, STEPS, Parser, folder_path, number
 from inception import Inception  # noqa: F401  (a public name of this file too, as the four metrics below)
 from metrics import EVAL_SEED, METRICS, Features
 from metrics import frechet_distance, inception_score, moments, precision_recall  # noqa: F401
@@ -282,6 +281,7 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[LightningDiT, dict, Dat
                            "expected the run folder's state.pt beside the model.pt")
         with reading(path, f"the state.pt of the run that made {args.what}", "--weights ema takes the model.pt"):
             net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["net"])
+        refuse_not_finite(path, net.state_dict())
     return net, checkpoint, data
 
 
@@ -290,11 +290,12 @@ def sampling(args: argparse.Namespace, checkpoint: dict) -> tuple[float, float, 
 
     BadInput for a sampler that this network does not have.
     """
-    def chosen(name, default):
+    def chosen(name, default, kind, low, high):
         flag = getattr(args, name)
         value = checkpoint["args"].get(name, default) if flag is None else flag
-        if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-            raise BadInput(f"{args.what}: its args have {name} {value!r}, expected a number; pass --{name}")
+        if not isinstance(value, (int, kind)) or not low <= value <= high:
+            raise BadInput(f"{args.what}: its args have {name} {str(value)[:40]}, expected {low} to {high}; "
+                           f"pass --{name}")
         return value
 
     plain = checkpoint["config"]["conditioning"] == "plain"
@@ -304,7 +305,8 @@ def sampling(args: argparse.Namespace, checkpoint: dict) -> tuple[float, float, 
     if plain and sampler == "flow_map":
         raise BadInput(f"--sampler flow_map: {args.what} is a velocity network, which has no target time; "
                        "expected euler or renoised")
-    return chosen("omega", 1.0), chosen("guide_to", 1.0), chosen("cfg_channels", 0) or None, sampler
+    omega, guide_to = chosen("omega", 1.0, float, 1, STEPS), chosen("guide_to", 1.0, float, 0, 1)
+    return omega, guide_to, chosen("cfg_channels", 0, int, 0, STEPS) or None, sampler
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -350,7 +352,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--batch_size", type=number(int, 1, BATCH), default=50,
                    help="images per forward pass of Inception (changes nothing but speed)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--out", help="folder of the results (default: beside the checkpoint; `evaluation`)")
+    p.add_argument("--out", type=folder_path, help="folder of the results (default: the checkpoint's; `evaluation`)")
     args = p.parse_args(argv)
 
     args.grid = args.what[:1] == ["grid"]

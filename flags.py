@@ -8,14 +8,13 @@ import sys
 from pathlib import Path
 
 from checkpoints import load_checkpoint
-from common import RUNTIME_FLAGS, BadInput, rank
+from common import RUNTIME_FLAGS, STEPS, BadInput, check_writable, rank
 from data import preset_kind
 from model import SIZES
 
 # Upper limits of what no machine does: beyond them a slip is told at once, not by a library after minutes.
 BATCH = 2 ** 20                 # images
 SEED = 2 ** 32 - 1
-STEPS = 10 ** 9                 # of training; the limit of every whole number that has no other
 
 # Flags that only L_CD and L_CT read.
 CONSISTENCY_FLAGS = {"mask_prob", "time_law", "jvp", "fd_h", "huber_c", "cosine", "label_drop", "omega_max",
@@ -28,26 +27,42 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise BadInput(message)
 
+    def parse_known_args(self, args=None, namespace=None):
+        """An empty value, mostly a shell variable that is not set, is not taken for a flag that is not given."""
+        words = list(sys.argv[1:] if args is None else args)
+        for i, word in enumerate(words):
+            if not word or (word.startswith("--") and word.endswith("=")):
+                raise BadInput(f"{words[i - 1] if i and not word else word}: has an empty value, expected one; "
+                               "leave the flag out where you mean its default")
+        return super().parse_known_args(words, namespace)
+
 
 def number(kind, low, high=math.inf, open_low=False):
-    """An argparse type: a finite number in [low, high], or (low, high] with open_low.  Whole ones end at STEPS."""
-    if kind is int and high == math.inf:
-        high = STEPS
+    """An argparse type: a finite number in [low, high], or (low, high] with open_low; STEPS where no high is given."""
+    high = STEPS if high == math.inf else high
     noun = "an integer" if kind is int else "a number"
     limit = f"above {low}" if open_low else f"of at least {low}"
-    if high < math.inf:
-        limit += f" and at most {high}"
+    limit += f" and at most {high}"
 
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        in_range = low <= value <= high and value != math.inf       # False for nan
+        in_range = low <= value <= high                             # False for nan
         if not in_range or (open_low and value == low):
             raise argparse.ArgumentTypeError(f"{text[:40]} is out of range, expected {noun} {limit}")
         return value
     return parse
+
+
+def folder_path(text):
+    """An argparse type: the Path of a folder that is there or can be made."""
+    try:
+        check_writable(text)
+    except BadInput as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
 
 
 def parser(doc, init_help):

@@ -53,6 +53,10 @@ def read_idx_or_cifar(folder: str | Path) -> tuple:
     low = labels.min()                                           # EMNIST's letters start at 1
     if test_images is not None and (test_labels.min() < low or test_labels.max() > labels.max()):
         raise BadInput(f"--data {folder}: the test part has labels that the training part has not")
+    if test_images is not None and (test_images.shape[1:] != images.shape[1:] or len(test_images) < 4):
+        found, expected = (list(part.shape[1:]) for part in (test_images, images))
+        raise BadInput(f"--data {folder}: the test part has {len(test_images)} images of {found}, "
+                       f"expected at least 4 of {expected}, as the training part has")
     return images, labels - low, test_images, None if test_labels is None else test_labels - low
 
 

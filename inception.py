@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoints import read_weights, weights_hash
+from checkpoints import read_weights, refuse_not_finite, weights_hash
 from common import BadInput
 from files import reading
 from model import refuse_differences
@@ -396,6 +396,7 @@ def fill(net: nn.Module, state: dict, path: str | Path, what: str, expected: str
         refuse_differences(net, state, what)
     except ValueError as error:
         raise BadInput(f"{path}: {error}; expected {expected}") from None
+    refuse_not_finite(path, state)
     net.load_state_dict(state)
     return net.requires_grad_(False).eval(), weights_hash(net)
 

@@ -104,9 +104,20 @@ class NorMuon(torch.optim.Optimizer):
             raise ValueError("NorMuon orthogonalises matrices only: put other parameters into a group with muon=False")
 
     def load_state_dict(self, state_dict):
-        """torch casts optimizer states to the parameter's dtype on loading; ours stay float32."""
+        """torch casts optimizer states to the parameter's dtype on loading; ours stay float32.
+
+        ValueError if a state has other names or shapes than this optimizer gives it.
+        """
         super().load_state_dict(state_dict)
         saved = state_dict["state"]
+        for group in self.param_groups:
+            for p in group["params"]:
+                expected = dict(step=(), mean=p.shape, second=p.shape)
+                if group["muon"]:
+                    expected = dict(momentum=p.shape, second=(len(p), 1))
+                found = {name: getattr(value, "shape", None) for name, value in self.state.get(p, {}).items()}
+                if found and found != expected:
+                    raise ValueError(f"the state of a parameter of shape {list(p.shape)} is not NorMuon's")
         for i, p in enumerate(p for group in self.param_groups for p in group["params"]):
             for name, value in saved.get(i, {}).items():
                 if torch.is_tensor(value):

@@ -50,8 +50,11 @@ import report
 from checkpoints import load_checkpoint
 from common import BadInput, main
 from data import data_kind, load_data, preset_kind
+from fid import read_reference
 from files import json_text, read_json, write_atomic
-from flags import Parser, number
+from flags import Parser, folder_path, number
+from inception import load_inception
+from vae import load_vae
 
 HERE = Path(__file__).resolve().parent
 PAPER = json.loads((HERE / "golden" / "paper_tables.json").read_text())
@@ -632,8 +635,8 @@ def parse_args(argv=None):
     g.add_argument("--list", action="store_true", help="print the commands and exit")
     g.add_argument("--jobs", type=number(int, 1),
                    help="runs at a time (default: the CPU cores, at most 8; one on a GPU)")
-    g.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
-    g.add_argument("--out", type=Path, default=Path("runs/reproduce/tables"),
+    g.add_argument("--runs", type=folder_path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
+    g.add_argument("--out", type=folder_path, default=Path("runs/reproduce/tables"),
                    help="where the folder of the table is made")
     g = p.add_argument_group("FID of latents")
     g.add_argument("--vae", help="VAE checkpoint, as in evaluate.py")
@@ -693,6 +696,10 @@ def run(args):
         return print_commands(rows, jobs)
 
     load_data(args.data)                                              # refused now if it is not readable
+    if data_kind(args.data) == "latents":
+        load_vae(args.vae)
+        load_inception(args.inception)
+        read_reference(args.ref)
     wanted = [jobs[r][seed] for seed in range(args.seeds) for r in rows]
     failed = run_all(args, wanted)
     kind, runs = data_kind(args.data), {}

@@ -26,7 +26,7 @@ import torch
 import report
 from common import BadInput, main
 from files import json_text, write_atomic
-from flags import Parser, number
+from flags import Parser, folder_path, number
 from reproduce import DMD2, DMD2_CD, FSF, STARTS, is_done, job, run_all
 
 SEEDS = (100, 101)
@@ -117,8 +117,8 @@ def parse_args(argv=None):
     p.add_argument("--method", choices=sorted({name for _, methods in SEARCHES.values() for name in methods}),
                    help="this method only")
     p.add_argument("--jobs", type=number(int, 1), default=min(8, os.cpu_count() or 1), help="runs at a time")
-    p.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
-    p.add_argument("--out", type=Path, default=Path("runs/reproduce/tables"), help="where the folder is made")
+    p.add_argument("--runs", type=folder_path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
+    p.add_argument("--out", type=folder_path, default=Path("runs/reproduce/tables"), help="where the folder is made")
     return p.parse_args(argv)
 
 

@@ -125,7 +125,16 @@ BAD_IDX = {
     "no training images": (lambda d: (d / IMAGES).unlink(), "has no images of the train part"),
     "test labels of a class that is not trained": (
         lambda d: idx(d / "t10k-labels-idx1-ubyte.gz", np.full(20, 11)), "labels that the training part has not"),
+    "test images of another size": (
+        lambda d: idx(d / "t10k-images-idx3-ubyte.gz", drawn(20, 10)[0]), "expected at least 4 of [1, 28, 28]"),
+    "too few test images": (lambda d: few_test_images(d), "the test part has 3 images"),
 }
+
+
+def few_test_images(folder):
+    images, labels = drawn(3)
+    idx(folder / "t10k-images-idx3-ubyte.gz", images)
+    idx(folder / "t10k-labels-idx1-ubyte.gz", labels)
 
 
 @pytest.mark.parametrize("what", BAD_IDX)

@@ -3,6 +3,7 @@
 What is refused ends in one line and exit code 2 and leaves the folder as it was; what is a cache is made again.
 """
 import copy
+import shutil
 import typing
 import zipfile
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoints
 import common
+import consistency
 import data
 import fid
 import flags
@@ -48,15 +50,18 @@ def damaged_checkpoints(good):
         for value in (0, -1, 10 ** 12, 2.0, "4", None, True):
             yield f"{key} {value!r}", good | dict(config=good["config"] | {key: value})
     for key, value in (("conditioning", "other"), ("conditioning", 3), ("size", "huge"), ("size", []),
+                       ("size", torch.zeros(2)),
                        ("depth", 10 ** 6), ("mlp_ratio", 0), ("mlp_ratio", "4"), ("unknown", 1),
                        ("architecture", "imf")):
         yield f"{key} {value!r}", good | dict(config=good["config"] | {key: value})
     for key, value in (("source", 3), ("shape", [1, 4]), ("shape", None), ("mean", []), ("mean", ["a"]), ("std", [0.0]),
                        ("std", [float("nan")]), ("std", None), ("kind", "sound"), ("vae", 5)):
         yield f"data {key} {value!r}", good | dict(data=good["data"] | {key: value})
-    for key, value in (("omega", "six"), ("guide_to", None), ("omega", float("nan")), ("cfg_channels", -1)):
+    for key, value in (("omega", "six"), ("guide_to", None), ("omega", float("nan")), ("cfg_channels", -1),
+                       ("omega", 0.5), ("omega", 1e39), ("guide_to", 7), ("cfg_channels", 1.5)):
         yield f"args {key} {value!r}", good | dict(args=good["args"] | {key: value})
-    yield "sampler", good | dict(sampler="guess")
+    for value in ("guess", torch.zeros(2), 3):
+        yield f"sampler {value!r}", good | dict(sampler=value)
     name = "blocks.0.mlp.w3.weight"
     for value in (torch.zeros(()), good["weights"][name][:1], torch.full_like(good["weights"][name], torch.nan),
                   good["weights"][name].to_sparse(), 3, None):
@@ -91,6 +96,57 @@ def test_damaged_checkpoints(in_home, monkeypatch, capsys):
         ], capsys, monkeypatch)
     for path in ("bad.pt", "bad.safetensors"):
         (in_home / path).unlink()
+    said = refusal("evaluate.py grid fm/state.pt", capsys, monkeypatch)         # its weights are not official ones
+    assert "fm/state.pt: is the state.pt of a run, expected the model.pt beside it" in said
+
+
+def odd_states(good):
+    """(what, state.pt): one that torch.load takes, and no run writes."""
+    for step in (-3, 10 ** 30, 2.0, "8", None):
+        yield f"step {step!r}", good | dict(step=step)
+    first = good["evaluations"][0]
+    for value in ("abc", {"a": 1}, [1, 2], [{}], [first, {"step": 3}], [first | {"fd_1step": "a"}],
+                  [first | {"fd_1step": torch.zeros(2)}], [first | {"step": 1.5}]):
+        yield f"evaluations {value!r:.30}", good | dict(evaluations=value)
+    name = "blocks.0.mlp.w3.weight"
+    for part in ("net", "ema"):
+        for value in (torch.nan, 1e9):
+            yield f"{part} {value}", good | {part: good[part] | {name: torch.full_like(good[part][name], value)}}
+    opt = good["opt"]
+    for i, own in ((0, "momentum"), (len(opt["state"]) - 1, "mean")):           # of a matrix, of a vector
+        for value in (torch.zeros(2, 3), "text", None):
+            state = opt["state"][i] | {own: value}
+            yield f"{own} {value!r:.20}", good | dict(opt=opt | dict(state=opt["state"] | {i: state}))
+        state = {k: v for k, v in opt["state"][i].items() if k != own}
+        yield f"no {own}", good | dict(opt=opt | dict(state=opt["state"] | {i: state}))
+
+
+def test_odd_states(in_home, monkeypatch, capsys, few_samples):
+    """Refused before a step, in a line that names the file; nothing of the run is written."""
+    shutil.copytree("imf", "odd")
+    good, command = torch.load("imf/state.pt", weights_only=True), "consistency.py --loss imf --data toy.npz --out odd"
+    for what, state in odd_states(good):
+        torch.save(state, "odd/state.pt")
+        before = {path: path.read_bytes() for path in (in_home / "odd").iterdir()}
+        said = refusal(f"{command} --steps 9", capsys, monkeypatch)
+        assert "odd/state.pt" in said and "--resume no" in said, (what, said)
+        assert {path: path.read_bytes() for path in (in_home / "odd").iterdir()} == before, what
+    groups = [group | dict(lr=-1.0, ns_steps=10 ** 9) for group in good["opt"]["param_groups"]]
+    torch.save(good | dict(opt=good["opt"] | dict(param_groups=groups)), "odd/state.pt")
+    common.main(consistency.train, lambda: consistency.parse_args(f"{command} --steps 9".split()[1:]))
+    again = torch.load("odd/state.pt", weights_only=True)["opt"]["param_groups"]
+    assert [group["lr"] for group in again] == [group["lr"] for group in good["opt"]["param_groups"]]   # the flags'
+
+    (in_home / "odd" / "state.pt").unlink()
+    said = refusal(f"{command} --steps 9", capsys, monkeypatch)
+    assert "has a model.pt but no state.pt" in said and "--init odd/model.pt" in said
+    (in_home / "odd" / "state.pt").mkdir()
+    for resume in ("auto", "no"):
+        said = refusal(f"{command} --resume {resume}", capsys, monkeypatch)
+        assert "state.pt in it is no file; nothing was touched" in said
+    assert (in_home / "odd" / "model.pt").exists() and (in_home / "odd" / "metrics.jsonl").exists()
+    shutil.rmtree("odd")
+    capsys.readouterr()
 
 
 def test_damaged_raw_weights(in_home, monkeypatch, capsys):
@@ -103,6 +159,9 @@ def test_damaged_raw_weights(in_home, monkeypatch, capsys):
         refuse_all(in_home, cases, capsys, monkeypatch)
     (in_home / "raw" / "state.pt").write_bytes(b"")
     refuse_all(in_home, cases, capsys, monkeypatch)
+    name = "blocks.0.mlp.w3.weight"
+    torch.save(good | dict(net=good["net"] | {name: torch.full_like(good["net"][name], torch.nan)}), "raw/state.pt")
+    refuse_all(in_home, [(cases[0][0], "raw/state.pt: its weights are not finite")], capsys, monkeypatch)
 
 
 def damaged(state, key):
@@ -238,9 +297,12 @@ def test_images_that_are_none(tmp_path, monkeypatch, capsys):
     good = (tmp_path / "good.png").read_bytes()
     contents = dict(
         none=b"P6 0 0 255\n", narrow=b"P6 0 4 255\n", huge=b"P6 60000 60000 255\n" + b"\0" * 90, zero=b"",
-        text=b"hello",
+        text=b"hello", program=b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n",
         strip=b"P6 1 60000 255\n" + b"\0" * 180_000, cut=good[:40], flipped=good[:45] + b"\xff\xff" + good[47:],
     )
+    for name, pixels in (("deep", np.zeros((8, 8), np.uint16)), ("floats", np.zeros((8, 8), np.float32))):
+        Image.fromarray(pixels).save("deep.tif")
+        contents[name] = (tmp_path / "deep.tif").read_bytes()
     for name, content in contents.items():
         (tmp_path / name / "a").mkdir(parents=True)
         (tmp_path / name / "a" / f"0.{'ppm' if content[:2] == b'P6' else 'png'}").write_bytes(content)
@@ -483,7 +545,13 @@ def test_numbers_beyond_any_machine(script, tmp_path, monkeypatch, capsys):
     for flag, value in [("--seed", "99999999999999999999"), ("--batch_size", "99999999999999"), ("--steps", "1" * 400),
                         ("--micro_batch", "9" * 20), ("--lr", "inf"), ("--seed", "1" * 5000), *tokens, *rollout]:
         cases.append((f"{script} {flag} {value}", f"{flag}: {value[:40]} is out of range, expected a"))
+    for flag in ["--lr", *(["--fake_lr"] if script in ("dmd2.py", "sid.py") else []),
+                 *([] if script == "sid.py" else ["--huber_c"]), "--omega"]:
+        cases.append((f"{script} {flag} 1e39", f"{flag}: 1e39 is out of range"))
+    for flag in ("--init", "--out", "--vae", "--data"):                 # a shell variable that is not set
+        cases += [(f"{script} {flag} ''", f"{flag}: has an empty value"), (f"{script} {flag}=", "has an empty value")]
     cases.append((f"{script} --device meta --out o", "--device meta: not usable here"))
+    cases.append((f"{script} --device 'cpu\nx' --out o", "--device cpu x: "))           # one line, whatever is in it
     refuse_all(tmp_path, cases, capsys, monkeypatch)
 
 
@@ -500,6 +568,19 @@ def test_numbers_of_the_other_commands(tmp_path, monkeypatch, capsys):
         (f"{encode} --workers 100000000", "--workers: 1"),
         (f"{encode} --batch_size 99999999999999", "--batch_size: 9"),
     ], capsys, monkeypatch)
+    (tmp_path / "file").write_text("")                                  # where a folder is asked for: before any work
+    refuse_all(tmp_path, [
+        ("evaluate.py a.pt --out file", "--out: file: exists and is no run folder but a file"),
+        ("reproduce.py 2 --runs file", "--runs: file: exists"),
+        ("reproduce.py 2 --out file/a", "--out: file/a: Not a directory"),
+        ("search.py weak --runs file", "--runs: file: exists"),
+        ("cost.py --out file", "--out: file: exists"),
+        ("vae.py decode a --ckpt b --out file", "--out: file: exists"),
+    ], capsys, monkeypatch)
+    for name, value in (("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("RANK", "-1")):
+        monkeypatch.setenv(name, value)
+        refuse_all(tmp_path, [("sid.py --out o", f"{name}={value}: expected what torchrun sets")], capsys, monkeypatch)
+        monkeypatch.delenv(name)
     assert flags.number(int, 0, flags.SEED)(str(2 ** 32 - 1)) == 2 ** 32 - 1
 
 

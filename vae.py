@@ -25,12 +25,12 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from checkpoints import read_weights, weights_hash
+from checkpoints import read_weights, refuse_not_finite, weights_hash
 from common import BadInput, autocast, barrier, main, noise_by_index, pick_device, rank, setup, world
 from data import image_files, latents_to_uint8, open_shard, read_image, read_stats, shards
 from data import denormalize, load_data, normalize  # noqa: F401  (public names of this file too)
 from files import first_line, lock, read_json, reading, write_atomic
-from flags import BATCH, SEED, Parser, number
+from flags import BATCH, SEED, Parser, folder_path, number
 from model import refuse_differences
 
 VAES = {
@@ -99,6 +99,7 @@ def load_vae(path: str | Path) -> tuple[VAE, str]:
     for name, value in state.items():
         if not value.is_floating_point():
             raise BadInput(f"{path}: {name} is {value.dtype}, expected floating point; fetch the checkpoint again")
+    refuse_not_finite(path, state)
     vae.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     names = [name for name, preset in VAES.items() if preset == dims]
     return vae.requires_grad_(False).eval(), names[0] if names else "custom"
@@ -488,6 +489,8 @@ def decode(args: argparse.Namespace) -> None:
     channels = vae.config["z_channels"]
     if latents.shape[1] != channels:
         raise BadInput(f"{path}: latents of {latents.shape[1]} channels, but {args.ckpt} is the {name} with {channels}")
+    if not latents.isfinite().all():
+        raise BadInput(f"{path}: holds latents that are not finite; python vae.py check FOLDER finds them")
     device = pick_device("auto")
     vae = vae.to(device)
     out = Path(args.out)
@@ -521,7 +524,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     e = commands.add_parser("encode", help="image folder -> latent shards; run it again to resume")
     e.add_argument("--images", required=True, help="folder with one sub-folder of images a class")
     e.add_argument("--ckpt", required=True, help="VAE checkpoint: the official VA-VAE f16d32 or SD-VAE f8d4")
-    e.add_argument("--out", required=True, help="new folder for the shards")
+    e.add_argument("--out", type=folder_path, required=True, help="new folder for the shards")
     e.add_argument("--size", type=number(int, 8, 4096), default=256, help="images are cropped to size x size (256)")
     e.add_argument("--batch_size", type=number(int, 1, BATCH), default=20, help="images per forward pass (20)")
     e.add_argument("--shard", type=number(int, 1), default=10_000, help="images per shard (10,000, LightningDiT)")
@@ -540,7 +543,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     d = commands.add_parser("decode", help="latents of a folder or shard -> PNG files")
     d.add_argument("latents")
     d.add_argument("--ckpt", required=True, help="VAE checkpoint")
-    d.add_argument("--out", required=True, help="folder for the images")
+    d.add_argument("--out", type=folder_path, required=True, help="folder for the images")
     d.add_argument("--n", type=number(int, 1), default=16, help="images (16)")
     return p.parse_args(argv)
 

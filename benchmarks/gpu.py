@@ -36,7 +36,7 @@ import fsf_dmd  # noqa: E402
 from common import BadInput, Run, main  # noqa: E402
 from evaluate import generate  # noqa: E402
 from files import json_text, read_json, read_lines, write_atomic  # noqa: E402
-from flags import Parser, number  # noqa: E402
+from flags import Parser, folder_path, number  # noqa: E402
 from inception import Inception  # noqa: E402
 from model import LightningDiT, fixed_guidance, total_derivative  # noqa: E402
 from report import markdown_lines  # noqa: E402
@@ -75,7 +75,7 @@ def parse_args(argv=None):
     p.add_argument("--block", nargs="+", choices=list(BLOCKS), default=list(BLOCKS), help="these blocks only")
     p.add_argument("--again", type=int, choices=[0, 1], default=0, help="1: measure what is measured already")
     p.add_argument("--rehearse", type=int, choices=[0, 1], default=0, help="1: on the CPU, at tiny size")
-    p.add_argument("--out", type=Path, default=HERE / "results", help="where gpu.md and gpu/ are written")
+    p.add_argument("--out", type=folder_path, default=HERE / "results", help="where gpu.md and gpu/ are written")
     p.add_argument("--batch_size", type=number(int, 2), default=128, help="of profile and difference")
     args = p.parse_args(argv)
     if not args.rehearse and not torch.cuda.is_available():

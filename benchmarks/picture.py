@@ -14,7 +14,7 @@ import torch
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 from checkpoints import load_network  # noqa: E402
-from common import BadInput, main  # noqa: E402
+from common import BadInput, check_writable, main  # noqa: E402
 from data import load_data, preview  # noqa: E402
 from evaluate import generate, sampling  # noqa: E402
 from flags import Parser, number  # noqa: E402
@@ -32,6 +32,7 @@ def parse_args(argv=None):
 
 
 def run(args):
+    check_writable(args.out.parent)
     found, data = [], None
     for text in args.networks:
         name, _, path = text.rpartition("=")

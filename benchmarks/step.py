@@ -38,7 +38,7 @@ import cost  # noqa: E402
 import fsf_dmd  # noqa: E402
 from common import Run, Stream, main, pick_device  # noqa: E402
 from files import json_text, write_atomic  # noqa: E402
-from flags import Parser, number  # noqa: E402
+from flags import Parser, folder_path, number  # noqa: E402
 from model import SIZES, LightningDiT, fixed_guidance  # noqa: E402
 from normuon import NorMuon  # noqa: E402
 from passes import passes_a_step  # noqa: E402
@@ -59,7 +59,7 @@ def parse_args(argv=None):
     p.add_argument("--repeats", type=number(int, 1), default=5, help="of the backbone and the products; medians")
     p.add_argument("--compile", type=int, choices=[0, 1], default=1, help="0: without the compiled backbone")
     p.add_argument("--device", default="auto")
-    p.add_argument("--out", type=Path, default=Path("runs/step"), help="folder of the results")
+    p.add_argument("--out", type=folder_path, default=Path("runs/step"), help="folder of the results")
     return p.parse_args(argv)
 
 

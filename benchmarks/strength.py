@@ -23,7 +23,7 @@ import report  # noqa: E402
 from common import BadInput, main  # noqa: E402
 from data import data_kind, load_data  # noqa: E402
 from files import json_text, write_atomic  # noqa: E402
-from flags import Parser, number  # noqa: E402
+from flags import Parser, folder_path, number  # noqa: E402
 from reproduce import CD_MASKED, FSF, STARTS, job, run_all  # noqa: E402
 
 SHOWN = ("fd_1step", "fd_2step", "precision_2step", "recall_2step")
@@ -37,8 +37,8 @@ def parse_args(argv=None):
     p.add_argument("--lam", type=number(float, 0), nargs="+", default=[0.01, 0.05, 0.2], help="lambdas of Eq. 15")
     p.add_argument("--seeds", type=number(int, 1), default=3, help="seeds 0, 1, ...")
     p.add_argument("--jobs", type=number(int, 1), default=min(8, os.cpu_count() or 1), help="runs at a time")
-    p.add_argument("--runs", type=Path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
-    p.add_argument("--out", type=Path, default=Path("runs/strength"), help="folder of the results")
+    p.add_argument("--runs", type=folder_path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
+    p.add_argument("--out", type=folder_path, default=Path("runs/strength"), help="folder of the results")
     args = p.parse_args(argv)
     args.starts, args.lam = sorted(set(args.starts)), sorted(set(args.lam))
     return args

@@ -32,7 +32,7 @@ from common import BadInput, Stream, frozen_copy, main, pick_device, update_ema 
 from consistency import flow_matching_loss  # noqa: E402
 from data import load_data  # noqa: E402
 from files import json_text, write_atomic  # noqa: E402
-from flags import Parser, number  # noqa: E402
+from flags import Parser, folder_path, number  # noqa: E402
 from fsf_dmd import rollout  # noqa: E402
 from model import fixed_guidance, guided_map, guided_velocity, interpolate, shift_time  # noqa: E402
 from normuon import NorMuon, param_groups  # noqa: E402
@@ -53,7 +53,7 @@ def parse_args(argv=None):
     p.add_argument("--steps", type=number(int, 1), default=1000, help="training steps of the explicit fake network")
     p.add_argument("--n", type=number(int, 10), default=2000, help="samples of a measurement")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--out", type=Path, default=Path("runs/surrogate"), help="folder of the results")
+    p.add_argument("--out", type=folder_path, default=Path("runs/surrogate"), help="folder of the results")
     return p.parse_args(argv)
 
 
