@@ -380,7 +380,7 @@ class Shard(NamedTuple):
     labels: torch.Tensor            # [n], integers
 
 
-REMAKE = "make it anew with `python vae.py encode`, or fetch it again"
+REMAKE = "make it again with `python vae.py encode`, or fetch it again"
 LATENT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 

@@ -161,7 +161,7 @@ def read_reference(path: str | Path) -> dict:
     names = [name for name in ("mu", "sigma", "ref_mu", "ref_sigma", "features", "vgg") if name in headers]
     there = ", ".join(f"{name} {headers[name][1]} {list(headers[name][0])}" for name in names) or "neither"
     damaged = BadInput(f"{shown}: expected finite mu [2048] and sigma [2048, 2048], and where it has them features "
-                       f"[n, 2048] and vgg [n, 4096] of 4 images or more (found {there}); make it anew with "
+                       f"[n, 2048] and vgg [n, 4096] of 4 images or more (found {there}); make it again with "
                        "`python evaluate.py ref`, or fetch it again")
     for name in names:
         shape, dtype = headers[name]

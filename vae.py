@@ -453,7 +453,7 @@ def check(args: argparse.Namespace) -> None:
             view = getattr(shard, name).double()                 # [n, C, h, w]
             if not view.isfinite().all():
                 broken = (~view.isfinite()).flatten(1).any(1).nonzero()
-                raise BadInput(f"{shard.path}: {name} hold NaN or infinity in image {int(broken[0])}; encode it anew")
+                raise BadInput(f"{shard.path}: {name} hold NaN or infinity in image {int(broken[0])}; encode it again")
             count += view[:, 0].numel()
             total = total + view.sum((0, 2, 3))
             square = square + view.square().sum((0, 2, 3))
