@@ -649,6 +649,32 @@ def test_what_is_said_of_table_4_is_in_the_numbers():
     assert {row for row, (_, p) in told.differences("fd").items() if p < 0.05} == set()
 
 
+def test_what_is_said_of_table_7_is_in_the_numbers():
+    told = Told("table7-digits-weak")
+    gain, mean, RATIOS = told.gain, told.mean, (*range(1, 6), *range(9, 14))
+    ONE, FIVE_ALONE, ONE_GAN, FIVE, IDA, BOTH, MASKED = 1, 5, 9, 13, 14, 15, 16
+    means = sorted(told.mean_distance(row) for row in RATIOS)
+    assert (f"{means[0]:.1f}", f"{means[-1]:.1f}") == ("18.5", "20.6")
+    gain(ONE_GAN, FIVE, "fd_2step", "+0.153 ± 1.776", all_five=False)
+    gain(FIVE_ALONE, FIVE, "fd_2step", "-0.058 ± 0.405", all_five=False)
+    gain(ONE_GAN, FIVE, "fd_1step", "-1.985 ± 0.413", p=0.0005)
+    rows = {row["number"]: row for row in told.stored["rows"]}
+    passes_of = {n: next(iter(rows[n]["seeds"].values()))["passes"] for n in (ONE, FIVE)}
+    assert {n: f"{value:.1f}" for n, value in passes_of.items()} == {ONE: "8.5", FIVE: "44.1"}
+    gain(FIVE, IDA, "fd_2step", "+0.039 ± 0.518", all_five=False)
+    gain(FIVE, IDA, "recall_1step", "0.015 ± 0.007", p=0.009)
+    assert (mean(BOTH, "fd_2step", 1), mean(MASKED, "fd_2step", 1)) == ("20.6", "16.9")
+    assert min(told.last, key=told.mean_distance) == MASKED
+    gain(BOTH, MASKED, "fd_2step", "-3.727 ± 1.586", p=0.0064)
+    gain(BOTH, MASKED, "fd_4step", "-10.642 ± 1.688")
+    gain(BOTH, MASKED, "is_2step", "+0.104 ± 0.020")
+    gain(BOTH, MASKED, "precision_2step", "+0.034 ± 0.011")
+    gain(BOTH, MASKED, "recall_2step", "-0.030 ± 0.022")
+    mean_difference, p = told.differences("fd")[MASKED]
+    assert f"{mean_difference:.1f}, p {p:.2g}" == "-2.0, p 0.13"
+    assert mean(FIVE, "fd_2step", 1) == "18.9" and all(p > 0.05 for _, p in told.differences("fd").values())
+
+
 def test_what_is_said_of_table_5_is_in_the_numbers():
     told = Told("table5-digits")
     gain, mean, IMF, DMD2, TWIN, RCGM, RCGM_TWIN, FSF = told.gain, told.mean, 1, 2, 3, 4, 5, 6
