@@ -379,7 +379,7 @@ def test_line_budgets():
     """A method is one page to hold in one's head; nothing grows sideways instead."""
     lines = {path.name: len(path.read_text().splitlines()) for path in [*HERE.glob("*.py"), HERE / "README.md"]}
     assert all(lines[script] <= 450 for script in METHODS), lines
-    assert lines["model.py"] <= 700 and lines["README.md"] <= 230, lines
+    assert lines["model.py"] <= 700 and lines["README.md"] <= 190, lines
     for path in [*HERE.glob("*.py"), *HERE.glob("benchmarks/*.py")]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert len(line) <= 120, f"{path.name}:{number} has {len(line)} columns"
