@@ -347,6 +347,12 @@ def identity(args):
 NO_FLAGS = {"sources", "wait"}
 
 
+def own_paths(folder):
+    """What a run writes into its folder: the files, there or not, and the pictures that are there."""
+    pictures = [path for pattern in OWN_PICTURES for path in folder.glob(pattern)]
+    return [folder / name for name in OWN_FILES] + pictures
+
+
 def leftovers(folder):
     """Temporary files of a process that was killed while it wrote."""
     return [path for name in OWN_FILES for path in folder.glob(f".{name}.*.tmp")]
@@ -368,8 +374,7 @@ def check_folder(args):
     """BadInput if --out cannot be a run folder, or is that of another configuration.  Touches nothing."""
     folder = Path(args.out)
     check_writable(folder)
-    own = [folder / name for name in OWN_FILES] + [path for pattern in OWN_PICTURES for path in folder.glob(pattern)]
-    for path in own:
+    for path in own_paths(folder):
         if path.exists() and not path.is_file():
             raise BadInput(f"--out {folder}: {path.name} in it is no file; nothing was touched")
     if folder.is_symlink() and args.resume == "no":
@@ -459,8 +464,7 @@ class Run:
             for path in leftovers(self.folder):
                 path.unlink()
         if self.main and self.args.resume == "no":
-            pictures = [path for pattern in OWN_PICTURES for path in self.folder.glob(pattern)]
-            for path in [*(self.folder / name for name in OWN_FILES), *pictures]:
+            for path in own_paths(self.folder):
                 path.unlink(missing_ok=True)
         barrier()
 
@@ -582,8 +586,10 @@ class Run:
             return
         names = list(dict.fromkeys(name for _, losses, _, _ in self.pending for name in losses))
         zero = torch.zeros((), device=self.pending[0][3].device)    # of a loss that a step does not have
-        values = torch.stack([torch.stack([losses.get(name, zero).float() for name in names])
-                              for _, losses, _, _ in self.pending])                               # [steps, names]
+        rows = []
+        for _, losses, _, _ in self.pending:
+            rows.append(torch.stack([losses.get(name, zero).float() for name in names]))
+        values = torch.stack(rows)                                  # [steps, names]
         if world() > 1:
             dist.all_reduce(values)
         values, norms = values.cpu(), torch.stack([norm.float() for *_, norm in self.pending]).cpu()

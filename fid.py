@@ -121,7 +121,10 @@ def collect(network: Callable, images: Callable, n: int, folder: Path, identity:
         parts = [read_part(folder / f"features_{start:06d}.pt", min(batch, n - start)) for start in range(0, n, batch)]
     if None in parts or any(part.keys() != parts[0].keys() for part in parts):
         raise BadInput(f"{folder}: its files do not fit together; delete that folder and run the command again")
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    found = {}
+    for name in parts[0]:
+        found[name] = torch.cat([part[name] for part in parts])
+    return found
 
 
 def claim(folder: Path, identity: dict) -> None:

@@ -112,8 +112,9 @@ def summarise(number, row, runs):
     seeds = {seed: run for seed, run in runs.items() if run["evaluations"]}
     finals = [run["evaluations"][-1] for run in seeds.values()]
     last = {}
-    if finals:
-        last = {name: [final[name] for final in finals] for name in finals[0] if "_" in name}
+    for name in finals[0] if finals else ():
+        if "_" in name:
+            last[name] = [final[name] for final in finals]
     N = 2 if "fd_2step" in last else 25                              # a velocity is sampled with 25 Euler steps
     best = []
     for run in seeds.values():
@@ -299,8 +300,12 @@ def curve(row, key):
     for evaluations in seeds:
         if any(key not in e for e in evaluations):
             return None
-    steps = set.intersection(*({e["step"] for e in evaluations} for evaluations in seeds))
-    values = [[e[key] for e in evaluations if e["step"] in steps] for evaluations in seeds]
+    steps = {e["step"] for e in seeds[0]}
+    for evaluations in seeds:
+        steps &= {e["step"] for e in evaluations}
+    values = []
+    for evaluations in seeds:
+        values.append([e[key] for e in evaluations if e["step"] in steps])
     return sorted(steps), np.array(values)
 
 

@@ -128,6 +128,7 @@ def run(args):
         raise BadInput(f"--method {args.method}: is not searched from {args.start}, expected {', '.join(methods)}")
     if args.method:
         methods = {args.method: methods[args.method]}
+    # start: every setting stands in the commands, none comes from FLAGS_STRONG
     found = argparse.Namespace(data="digits", init=None, runs=args.runs, start="weak", jobs=args.jobs, table=None)
     jobs = {}                                                         # {(method, setting): [Job of each seed]}
     for method, (command, settings) in methods.items():

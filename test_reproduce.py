@@ -554,6 +554,17 @@ def test_what_is_said_of_table_2_is_in_the_numbers():
         assert max(few_steps, key=lambda row: float(mean(row, metric, 4))) == CONTROL
 
 
+def test_the_table_of_the_main_command_is_that_of_a_run():
+    """README's table, number by number, from the result.json that the command left."""
+    result = json.loads((KEPT / "main-command" / "result.json").read_text())
+    lines = (HERE / "README.md").read_text().splitlines()
+    for name, evaluation in (("at step 0", result["evaluations"][0]), ("after 200 steps", result["last"])):
+        for N in (1, 2, 4):
+            [line] = [line for line in lines if line.startswith(name) and line.removeprefix(name).split()[0] == str(N)]
+            found = [f"{evaluation[f'{metric}_{N}step']:.3f}" for metric in ("fd", "is", "precision", "recall", "acc")]
+            assert line.removeprefix(name).split()[1:] == found, line
+
+
 def test_what_is_said_of_fashion_mnist_is_in_the_numbers():
     told = Told("table2-fashion-mnist-weak-row1-2-4-7-8-9-10")
     last = {row: evaluations[0] for row, evaluations in told.last.items()}
