@@ -245,6 +245,8 @@ def read_rgb(path: str | Path, largest: int | None = None) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if Path(path).is_fifo():
+                raise ValueError("it is a pipe")
             with Image.open(path, formats=IMAGE_FORMATS) as image:
                 if image.mode[0] in "IF":
                     raise ValueError(f"its pixels are of mode {image.mode}, expected 8 bits a channel")

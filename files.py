@@ -86,6 +86,8 @@ def no_space(error, folder):
 @contextlib.contextmanager
 def reading(path: str | Path, expected: str, repair: str = "make it again"):
     """Whatever a missing or damaged file raises inside becomes one line: the file, what was expected, what to do."""
+    if Path(path).is_fifo():                                        # opening one waits for ever
+        raise BadInput(f"{path}: is a pipe, expected {expected}")
     try:
         yield
     except (BadInput, torch.OutOfMemoryError):

@@ -3,6 +3,7 @@
 What is refused ends in one line and exit code 2 and leaves the folder as it was; what is a cache is made again.
 """
 import copy
+import os
 import shutil
 import typing
 import zipfile
@@ -311,6 +312,11 @@ def test_images_that_are_none(tmp_path, monkeypatch, capsys):
     (tmp_path / "oblong" / "a").mkdir(parents=True)
     (tmp_path / "oblong.png").rename("oblong/a/0.png")
     cases.append(("consistency.py --loss imf --data oblong", "has 8 x 6 pixels, expected square images"))
+    (tmp_path / "pipe" / "a").mkdir(parents=True)
+    os.mkfifo(tmp_path / "pipe" / "a" / "0.png")
+    os.mkfifo(tmp_path / "pipe.pt")
+    cases.append(("consistency.py --loss imf --data pipe", "a/0.png: not a readable image (it is a pipe)"))
+    cases.append(("evaluate.py grid pipe.pt", "pipe.pt: is a pipe, expected a model.pt"))
     (tmp_path / "one" / "a").mkdir(parents=True)
     (tmp_path / "one" / "a" / "0.png").write_bytes(good)
     (tmp_path / "empty").mkdir()
