@@ -856,6 +856,32 @@ def test_presets_from_scratch_are_the_best_of_their_search():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# benchmarks/surrogate.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_said_of_the_surrogate_is_in_the_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    surrogate = importlib.import_module("surrogate")
+    rows = json.loads((KEPT / "surrogate-digits" / "runs.json").read_text())["rows"]
+    table, text = "\n".join(surrogate.table(rows)), (HERE / "RESULTS.md").read_text()
+    assert table in text and table in (KEPT / "surrogate-digits" / "README.md").read_text()
+    over_tau = [row["over_tau"][k] for row in rows for k in ("k1", "k10")]
+    ranges = {}
+    for name in ("two_explicit", "cosine"):
+        values = [each[name] for each in over_tau]
+        ranges[name] = f"({min(values):.2f} to {max(values):.2f}"
+    assert ranges["two_explicit"] + ")" in text and ranges["cosine"] + "," in text
+    for row in rows:
+        cleanest, *others = row["bins"]
+        assert cleanest["cosine"] > 0 > max(each["cosine"] for each in others)
+        for each in row["bins"][:-1]:
+            assert each["surrogate_to_mean"] > abs(each["explicit_to_mean"])
+        to_mean = [row["over_tau"][k]["surrogate_to_mean"] for k in ("k1", "k10")]
+        assert f"{to_mean[0]:.2f}" == "0.35" and round(to_mean[1], 2) in (0.15, 0.16)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # benchmarks/strength.py
 # ---------------------------------------------------------------------------------------------------------------------
 

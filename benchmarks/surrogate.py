@@ -211,7 +211,7 @@ def figure(found):
         for name, style in (("surrogate", ".-"), ("explicit", ".:")):
             values = [each[f"{name}_to_mean"] for each in row["bins"]]
             means.plot(tau, values, style, color=color, label=f"{label}, {name}")
-    cosines.set_ylim(-0.2, 1)
+    cosines.set_ylim(-0.5, 1)
     titles = {
         cosines: "cosine with the explicit gap: surrogate;\ndotted: of a second explicit network",
         lengths: "length: surrogate / explicit",
