@@ -636,8 +636,8 @@ def test_bad_input_is_one_line_and_exit_code_2(in_home, monkeypatch, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_state(home):
     _, printed = together(
         home,
-        f"{TOY['fsf_dmd.py']} --steps 2 --out diverges --lr 1e30 --log_every 1",
-        f"{TOY['fsf_dmd.py']} --steps 50 --out diverges2 --lr 1e20 --log_every 4 --save_every 4",
+        f"{TOY['fsf_dmd.py']} --steps 2 --out diverges --lr 1e9 --log_every 1",
+        f"{TOY['fsf_dmd.py']} --steps 50 --out diverges2 --lr 1e9 --log_every 4 --save_every 4",
         code=2)
     assert "is not finite at step" in printed and "tau in [" in printed and "Traceback" not in printed
     path = home / "diverges2" / "state.pt"
