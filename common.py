@@ -358,22 +358,22 @@ def leftovers(folder):
     return [path for name in OWN_FILES for path in folder.glob(f".{name}.*.tmp")]
 
 
-def check_writable(folder):
-    """BadInput if a folder cannot be made or written.  Touches nothing."""
+def check_writable(folder, flag=""):
+    """BadInput if a folder cannot be made or written; the line begins with `flag`.  Touches nothing."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder}: exists and is no run folder but a file; nothing was touched")
+        raise BadInput(f"{flag}{folder}: exists and is no run folder but a file; nothing was touched")
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
-        raise BadInput(f"{folder}: Not a directory: {existing} is a file; nothing was touched")
+        raise BadInput(f"{flag}{folder}: Not a directory: {existing} is a file; nothing was touched")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise BadInput(f"{folder}: cannot be written in {existing}; nothing was touched")
+        raise BadInput(f"{flag}{folder}: cannot be written in {existing}; nothing was touched")
 
 
 def check_folder(args):
     """BadInput if --out cannot be a run folder, or is that of another configuration.  Touches nothing."""
     folder = Path(args.out)
-    check_writable(folder)
+    check_writable(folder, "--out ")
     for path in own_paths(folder):
         if path.exists() and not path.is_file():
             raise BadInput(f"--out {folder}: {path.name} in it is no file; nothing was touched")

@@ -206,6 +206,8 @@ def test_bad_flags_end_in_one_line(capsys, monkeypatch, inputs):
         ("reproduce.py 5 --start strong", "--start strong"),
         ("reproduce.py 2 --seeds 0", "--seeds"),
         (f"reproduce.py 2 --data {inputs}/latents", "needs --vae, --inception and --ref"),
+        (f"reproduce.py 2 --data {inputs}/latents --vae nowhere --inception {inputs}/imf.pt --ref {inputs}/imf.pt",
+         "nowhere: no such file, expected a file of weights"),        # before any training
         ("reproduce.py 2 --vae x", "does nothing"),
         ("reproduce.py 2 --vae x --n 5", "--n, --vae: does nothing for table 2 on digits"),
         ("reproduce.py 2 --size tiny", "--size"),
