@@ -60,8 +60,8 @@ PRESETS = {
         size="small", steps=1500, lr=4e-3, mask_prob=0.9, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100),
     ("images", "imf"): dict(
         size="small", steps=300, lr=2e-3, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100, eval_every=150),
-    ("images", "fm"): dict(
-        size="small", steps=300, lr=2e-3, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100, eval_every=150),
+    ("images", "fm"): dict(                         # 2,250 forward passes, as FSF-DMD's and DMD2's
+        size="small", steps=375, lr=2e-3, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100, eval_every=125),
     ("latents", "scratch"): dict(
         size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
         omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500),

@@ -368,7 +368,7 @@ def draw_curves(axis, metric, table, rows, against_passes=False):
             handles[label] = axis.axhline(values[:, -1].mean(), linewidth=1, color=color, linestyle=style)
             continue
         mean, error = values.mean(0), paired_error(row, base, key, steps, values)
-        if from_scratch:                                             # step 0 is noise
+        if from_scratch and steps[0] == 0:                           # kept runs of earlier code: noise
             steps, mean, error = steps[1:], mean[1:], error[1:]
         if against_passes:
             at = {e["step"]: e.get("passes", np.nan) for e in next(iter(row["seeds"].values()))["evaluations"]}

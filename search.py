@@ -1,22 +1,25 @@
-"""The settings of the digits' presets, as many for every method, on seeds that no table reports.
+"""The settings of the presets, as many for every method, on seeds that no table reports.
 
     python search.py weak                    # from the iMF of 400 steps: 6 methods, 8 runs each
     python search.py strong                  # from the iMF of 800 steps: 6 methods, 6 runs each
     python search.py fm                      # from the velocity network (Table 4): 5 methods, 6 runs each
     python search.py scratch                 # Table 5: 6 methods, 6 runs each
     python search.py weak --method SiD       # one method
+    python search.py fm --data /usr/share/datasets/fashion-mnist --seeds 1    # 3 methods, 3 runs each
 
 Six settings a method from the weak start; four elsewhere, around what the weak search chose, or from scratch around the
-presets.  Every setting is the command line of a script, run on seed 100 for the preset's steps; the best two of a
+presets; three of images of 24 pixels or more, where a run takes ten minutes, all with the same number of forward
+passes.  Every setting is the command line of a script, run on seed 100 for the preset's steps; the best two of a
 method run on seed 101 too, and their mean decides.  A run starts from a start of its own seed.  The criterion is the
 distance after the last step at 2 sampling steps, with the sampler that the network was trained for.  The paper's own
 lambda and shift are among the settings.
-Runs are kept, stopped and continued as reproduce.py's.  Leaves search-digits-<start> in --out: README.md, runs.json.
+Runs are kept, stopped and continued as reproduce.py's.  Leaves search-<data>-<start> in --out: README.md, runs.json.
 """
 import argparse
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
@@ -25,6 +28,7 @@ import torch
 
 import report
 from common import BadInput, main
+from data import load_data, preset_kind
 from files import json_text, write_atomic
 from flags import Parser, folder_path, number
 from reproduce import DMD2, DMD2_CD, FSF, STARTS, is_done, job, run_all
@@ -102,12 +106,21 @@ FROM_SCRATCH = {
     "RCGM + TwinFlow":    ("twinflow.py --base rcgm --lr 0.024", FOUR_OF_TWINFLOW),
     "FSF-DMD":            ("fsf_dmd.py --init scratch", FOUR_LAMBDAS_SCRATCH),
 }
+FROM_FM_OF_IMAGES = {
+    "CD with masking":    (CD, ["--lr 0.002", "--lr 0.004", "--lr 0.008"]),
+    "DMD2":               (DMD2, [TWO_SIDES[i] for i in (1, 2, 4)]),
+    "FSF-DMD, M = 2":     (FSF + " --M 2 --lr 0.004",                 # the best of CD's rates
+                           ["--lam 0.001 --shift 10", "--lam 0.01 --shift 10", "--lam 0.05 --shift 10"]),
+}
 # start: (the start's command, or None from scratch; its methods)
 SEARCHES = {
     "weak": (STARTS["imf"], FROM_WEAK),
     "strong": (STARTS["imf"] + "{strong}", FROM_STRONG),
     "fm": (STARTS["fm"], FROM_FM),
     "scratch": (None, FROM_SCRATCH),
+}
+SEARCHES_OF_IMAGES = {
+    "fm": (STARTS["fm"], FROM_FM_OF_IMAGES),
 }
 
 
@@ -116,20 +129,30 @@ def parse_args(argv=None):
     p.add_argument("start", choices=list(SEARCHES), help="where the methods start from")
     p.add_argument("--method", choices=sorted({name for _, methods in SEARCHES.values() for name in methods}),
                    help="this method only")
+    p.add_argument("--data", default="digits", help="digits, or other images, as in reproduce.py")
+    p.add_argument("--seeds", type=number(int, 1, 2), default=2, help="1: no second seed for the best two of a method")
     p.add_argument("--jobs", type=number(int, 1), default=min(8, os.cpu_count() or 1), help="runs at a time")
     p.add_argument("--runs", type=folder_path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
     p.add_argument("--out", type=folder_path, default=Path("runs/reproduce/tables"), help="where the folder is made")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    args.command = shlex.join(["python", "search.py", *(sys.argv[1:] if argv is None else argv)])
+    return args
 
 
 def run(args):
-    start_command, methods = SEARCHES[args.start]
+    load_data(args.data)                                              # refused now if it is not readable
+    kind = preset_kind(args.data)
+    searches = {"pixels": SEARCHES, "images": SEARCHES_OF_IMAGES, "latents": {}}[kind]
+    if args.start not in searches:
+        known = ", ".join(searches) or "none of latents"
+        raise BadInput(f"{args.start}: is not searched on {args.data}, expected {known}")
+    start_command, methods = searches[args.start]
     if args.method and args.method not in methods:
         raise BadInput(f"--method {args.method}: is not searched from {args.start}, expected {', '.join(methods)}")
     if args.method:
         methods = {args.method: methods[args.method]}
     # start: every setting stands in the commands, none comes from FLAGS_STRONG
-    found = argparse.Namespace(data="digits", init=None, runs=args.runs, start="weak", jobs=args.jobs, table=None)
+    found = argparse.Namespace(data=args.data, init=None, runs=args.runs, start="weak", jobs=args.jobs, table=None)
     jobs = {}                                                         # {(method, setting): [Job of each seed]}
     for method, (command, settings) in methods.items():
         for setting in settings:
@@ -139,7 +162,8 @@ def run(args):
         best = sorted((setting for setting in settings if is_done(jobs[method, setting][0])),
                       key=lambda setting, method=method: distances(jobs[method, setting])[0])
         for setting in best[:FINALISTS]:
-            jobs[method, setting].append(one_run(found, start_command, f"{command} {setting}", SEEDS[1]))
+            for seed in SEEDS[1:args.seeds]:
+                jobs[method, setting].append(one_run(found, start_command, f"{command} {setting}", seed))
     failed |= run_all(found, all_of(jobs))
     rows = []
     for (method, setting), each in jobs.items():
@@ -167,20 +191,24 @@ def one_run(args, start_command, command, seed):
 
 def write(args, rows):
     """Print the search, and leave it in a folder.  rows: [dict(method, setting, command, runs, distance)]"""
-    lines = report.markdown_lines(["method", "setting", "distance, 2 steps", "of each seed"], body(rows))
-    name = f"search-digits-{args.start}"
+    lines = report.markdown_lines(["method", "setting", "distance, 2 steps", "of each seed"], body(rows, args.seeds))
+    name = f"search-{Path(args.data).stem}-{args.start}"
     if args.method:                                                   # does not replace the whole search
         name += "-" + re.sub(r"\W+", "_", args.method)
     folder = args.out / name
     folder.mkdir(parents=True, exist_ok=True)
-    head = dict(start=args.start, seeds=SEEDS, torch=torch.__version__, cores=os.cpu_count())
+    seeds = SEEDS[:args.seeds]
+    head = dict(data=args.data, start=args.start, seeds=seeds, torch=torch.__version__, cores=os.cpu_count())
     write_atomic(folder / "runs.json", json_text(dict(head, rows=rows), indent=1) + "\n")
     text = "\n".join(lines)
-    write_atomic(folder / "README.md", f"""# Search on the digits, start: {args.start}
+    finals, bold = f", the best two of\na method on seed {SEEDS[1]} too", "the lower mean of the two"
+    if args.seeds == 1:
+        finals, bold = " alone", "the lowest of a method"
+    write_atomic(folder / "README.md", f"""# Search on {Path(args.data).stem}, start: {args.start}
 
-Made by `python search.py {args.start}`, torch {torch.__version__}.  Every setting on seed {SEEDS[0]}, the best two of
-a method on seed {SEEDS[1]} too; no table reports these seeds.  The distance is after the last step, with the sampler
-that the network was trained for; **bold**: the lower mean of the two.  [runs.json](runs.json): the command of every
+Made by `{args.command}`, torch {torch.__version__}.  Every setting on seed {SEEDS[0]}{finals}; no table reports
+these seeds.  The distance is after the last step, with the sampler
+that the network was trained for; **bold**: {bold}.  [runs.json](runs.json): the command of every
 setting, and every evaluation of every seed.
 
 {text}
@@ -188,16 +216,16 @@ setting, and every evaluation of every seed.
     print(f"{text}\n\nwrote README.md and runs.json into {folder}")
 
 
-def body(rows):
+def body(rows, seeds=2):
     """Cells of the table; the best setting of a method is bold."""
     best = {}                                                         # {method: the lower mean of its finalists}
     for row in rows:
-        if len(row["distance"]) == len(SEEDS):
+        if len(row["distance"]) == seeds:
             best[row["method"]] = min(best.get(row["method"], np.inf), np.mean(row["distance"]))
     cells = []
     for row in rows:
         text = f"{np.mean(row['distance']):.1f}" if row["distance"] else "failed"
-        if len(row["distance"]) == len(SEEDS) and np.mean(row["distance"]) == best[row["method"]]:
+        if len(row["distance"]) == seeds and np.mean(row["distance"]) == best[row["method"]]:
             text = f"**{text}**"
         each = ", ".join(f"{value:.1f}" for value in row["distance"])
         cells.append([row["method"], f"`{row['setting']}`", text, each])

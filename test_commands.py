@@ -426,6 +426,7 @@ def test_the_main_command_leaves_a_picture_a_table_and_a_checkpoint(tmp_path):
     assert {"fd_1step", "fd_2step", "is_2step", "precision_2step", "recall_2step", "acc_2step"} <= set(last)
     assert last["step"] == 3
     assert first == of_the_start["last"] | dict(step=0)                                 # it starts where the iMF ended
+    assert of_the_start["evaluations"][0]["step"] > 0                                   # random weights: not evaluated
     assert result["best"]["fd_2step"]["value"] <= last["fd_2step"] and "64 features" in result["definition"]
     # what a student does with the checkpoint
     checkpoint = torch.load(out / "model.pt", weights_only=True)

@@ -183,6 +183,23 @@ def test_the_side_of_the_images_decides_the_preset(tmp_path):
     assert {row["omega_max"] for row in pretraining.values()} == {4.0}       # guidance is an input, and is learned
 
 
+def test_long_runs_on_images_are_compiled_where_a_compiler_is(tmp_path, monkeypatch):
+    mnist(tmp_path / "set")
+
+    def compiled(flags):
+        return fsf_dmd.parse_args(flags.split()).compile
+
+    compiler, on_images = tmp_path / "c++", f"--data {tmp_path / 'set'} --steps"
+    compiler.write_text("")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert compiled(f"{on_images} 100") == 1
+    assert compiled(f"{on_images} 99") == compiled(f"{on_images} 100 --compile 0") == 0
+    assert compiled(f"{on_images} 100 --jvp exact") == compiled("--steps 100") == 0          # the last: digits
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert compiled(f"{on_images} 100") == 0 and compiled(f"{on_images} 99 --compile 1") == 1
+
+
 def test_metrics_of_a_set_with_a_test_part(tmp_path, monkeypatch):
     """The classifier never sees the test part; the floor compares it with the training part; features are kept."""
     parts = mnist(tmp_path / "set", n=60)

@@ -13,8 +13,8 @@ from model import fixed_guidance, interpolate, v_to_x0
 
 
 def begin(run, features):
-    """The evaluation of a run's start, before its first step."""
-    if run.step == 0 and run.main:
+    """The evaluation of a run's start, before its first step.  A network with random weights is not worth one."""
+    if run.step == 0 and run.main and run.args.start != "scratch":
         run.evaluated(evaluate(run.model, features, run.args))
 
 
@@ -46,7 +46,8 @@ def finish(run, features):
         return
     first, last = run.evaluations[0], run.evaluations[-1]
     result = run.result(f"{features.definition()}; sampler {run.args.sampler}", other_sampler(run, features))
-    print(table([("at step 0", first), (f"after {last['step']} steps", last)], features))
+    rows = [("at step 0", first)] if first["step"] == 0 else []
+    print(table([*rows, (f"after {last['step']} steps", last)], features))
     print(f"{result['definition']}\n"
           f"{run.folder}: model.pt, result.json, metrics.jsonl, samples_{run.step:06d}.png")
 
