@@ -111,7 +111,7 @@ def parser(doc, init_help):
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--compile", type=auto_or_int, choices=["auto", 0, 1], default="auto",
         help="1: torch.compile every transformer block; auto: of latents on CUDA, and of images of 24 pixels or more "
-        "in runs of 100 steps or more, where a C++ compiler is")
+        "in runs of 50 steps or more, where a C++ compiler is")
     add("--log_every", type=number(int, 1), default=10, help="steps between lines of metrics.jsonl")
     add("--preview_every", type=number(int, 0), default=0, help="steps between sample pictures (0: at the end only)")
     add("--eval_every", type=number(int, 0), default=0,
@@ -240,10 +240,10 @@ def resolve_compile(args, kind):
         return 0
     if kind == "latents":
         return "auto"
-    # Measured on Fashion-MNIST, one CPU thread: a fifth of a step is saved, 17 s go into the first step.
-    # The digits' runs are done before that.
+    # Measured on Fashion-MNIST, one CPU thread: a fifth of a step is saved (FSF-DMD 0.3 s, DMD2 over a second), 17 s go
+    # into the first one.  The digits' runs are done before that.
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    return int(kind == "images" and args.steps >= 100 and shutil.which(compiler) is not None)
+    return int(kind == "images" and args.steps >= 50 and shutil.which(compiler) is not None)
 
 
 def given_flags(p, argv):

@@ -63,7 +63,7 @@ PRESETS = {
         size="small", steps=300, lr=2e-3, M=2, lam=0.05, shift=10.0, omega=1.5, guide_to=1.0, omega_max=4.0,
         save_every=100, eval_every=150, health_every=150),
     ("images", "fm"): dict(
-        size="small", steps=210, warmup=100, lr=2e-3, M=2, lam=0.001, shift=10.0, omega=1.5, guide_to=1.0,
+        size="small", steps=210, warmup=100, lr=8e-3, M=2, lam=0.001, shift=10.0, omega=1.5, guide_to=1.0,
         omega_max=4.0, save_every=100, eval_every=105, health_every=105),
     ("images", "scratch"): dict(
         size="small", steps=1500, lr=4e-3, M=1, lam=0.05, shift=10.0, omega=1.5, guide_to=1.0, omega_max=4.0,

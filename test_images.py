@@ -193,11 +193,11 @@ def test_long_runs_on_images_are_compiled_where_a_compiler_is(tmp_path, monkeypa
     compiler.write_text("")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    assert compiled(f"{on_images} 100") == 1
-    assert compiled(f"{on_images} 99") == compiled(f"{on_images} 100 --compile 0") == 0
-    assert compiled(f"{on_images} 100 --jvp exact") == compiled("--steps 100") == 0          # the last: digits
+    assert compiled(f"{on_images} 50") == 1
+    assert compiled(f"{on_images} 49") == compiled(f"{on_images} 50 --compile 0") == 0
+    assert compiled(f"{on_images} 50 --jvp exact") == compiled("--steps 50") == 0          # the last: digits
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert compiled(f"{on_images} 100") == 0 and compiled(f"{on_images} 99 --compile 1") == 1
+    assert compiled(f"{on_images} 50") == 0 and compiled(f"{on_images} 49 --compile 1") == 1
 
 
 def test_metrics_of_a_set_with_a_test_part(tmp_path, monkeypatch):

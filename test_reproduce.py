@@ -791,16 +791,16 @@ def test_the_new_start_of_the_digits_and_its_first_search_are_in_the_text():
     assert all(one > ten for one, ten in zip(fsf[1][1:], fsf[10][1:], strict=True))                 # more at k = 1
 
 
-def best_of_search(start):
-    """{method: (best setting of those on both seeds, its mean distance)}; the folder's table is that of its runs."""
-    folder = KEPT / f"search-digits-{start}"
+def best_of_search(start, data="digits", seeds=2):
+    """{method: (best setting of those on all seeds, its mean distance)}; the folder's table is that of its runs."""
+    folder = KEPT / f"search-{data}-{start}"
     rows = json.loads((folder / "runs.json").read_text())["rows"]
-    lines = [report.markdown_line(cells) for cells in search.body(rows)]
+    lines = [report.markdown_line(cells) for cells in search.body(rows, seeds)]
     assert "\n".join(lines) in (folder / "README.md").read_text()
     best = {}
     for row in rows:
         value = statistics.mean(row["distance"])
-        if len(row["distance"]) == 2 and value < best.get(row["method"], (None, math.inf))[1]:
+        if len(row["distance"]) == seeds and value < best.get(row["method"], (None, math.inf))[1]:
             best[row["method"]] = (row["setting"], value)
     assert len(rows) == 4 * len(best)                                 # as many settings for each
     return best
@@ -822,10 +822,10 @@ def test_settings_from_the_strong_start_are_the_best_of_their_search():
     told_of_search("strong")
 
 
-def told_of_search(start):
+def told_of_search(start, data="digits", seeds=2):
     """RESULTS.md names the best settings of a search and their distances."""
     text = words_of_the_texts()
-    for method, (setting, distance) in best_of_search(start).items():
+    for method, (setting, distance) in best_of_search(start, data, seeds).items():
         assert f"{method} `{setting}` {distance:.1f}" in text, method
 
 
@@ -839,6 +839,19 @@ def test_presets_from_a_velocity_network_are_the_best_of_their_search():
     assert best["DMD2 + L_CD"] == "--lam 1 --lr 0.003 --fake_lr 0.003" and both["lam"] == 1
     assert reproduce.FLAGS["cd1_fm"][0] == " --lr 3e-3 --fake_lr 3e-3"
     told_of_search("fm")
+
+
+def test_presets_of_images_from_a_velocity_network_are_the_best_of_their_search():
+    """All with one number of forward passes, from the same start."""
+    best = {method: setting for method, (setting, _) in best_of_search("fm", "fashion-mnist", seeds=1).items()}
+    cd, fsf, both = (script.PRESETS["images", "fm"] for script in (consistency, fsf_dmd, dmd2))
+    assert best["CD with masking"] == f"--lr {cd['lr']}" and fsf["lr"] == cd["lr"]
+    assert best["FSF-DMD, M = 2"] == f"--lam {fsf['lam']} --shift {fsf['shift']:.0f}"
+    assert best["DMD2"] == f"--lr {both['lr']} --fake_lr {both['fake_lr']}"
+    rows = json.loads((KEPT / "search-fashion-mnist-fm" / "runs.json").read_text())["rows"]
+    passes = [row["runs"][0]["evaluations"][-1]["passes"] for row in rows]
+    assert all(total == pytest.approx(2250, rel=0.003) for total in passes)
+    told_of_search("fm", "fashion-mnist", seeds=1)
 
 
 def test_presets_from_scratch_are_the_best_of_their_search():
