@@ -218,7 +218,7 @@ def time_steps(command, folder, steps, seconds=60):
     script, *flags = command
     words = [sys.executable, str(HERE / script), *flags]
     # Every line of the log waits for the GPU.
-    every, warmup = (4 if torch.cuda.is_available() else 1), max(1, steps // 4)
+    every, warmup = (2 if torch.cuda.is_available() else 1), max(1, steps // 4)
     words += ["--log_every", str(every), "--save_every", "0", "--out", str(folder)]
     if script != "consistency.py":                                    # which has no health panel
         words += ["--health_every", "0"]
@@ -267,16 +267,20 @@ def measure(args, setting, entry, folder, aside):
     if start is None:
         flags += ["--size", args.size]
 
-    as_timed = ["--batch_size", str(setting["batch"]), "--precision", setting["precision"]]
-    steps = 8 if torch.cuda.is_available() else 4                     # lines of the log
-    seconds, memory = time_steps([script, *flags, *as_timed], folder / "run", steps)
-
     # Of two rows one is masked (--mask_prob 0.5), and costs no difference.
-    as_counted = ["--batch_size", str(COUNTED), "--precision", "fp32", "--out", str(folder / "count"), "--resume", "no"]
+    as_counted = ["--batch_size", str(COUNTED), "--precision", "fp32", "--device", "cpu",
+                  "--out", str(folder / "count"), "--resume", "no"]
     plain = start == "fm" or label == "FM"
     forward_of = folder / ("fm.pt" if plain else "imf.pt")
     counted_steps = 2 if script == "dmd2.py" else 1                   # its rollouts are drawn
-    flops = aside.apply(count, (script, [*flags, *as_counted], counted_steps, forward_of))
+    counted = aside.apply_async(count, (script, [*flags, *as_counted], counted_steps, forward_of))
+    if not torch.cuda.is_available():
+        counted.wait()                                                # would slow on a CPU what is timed there
+
+    as_timed = ["--batch_size", str(setting["batch"]), "--precision", setting["precision"]]
+    steps = 8 if torch.cuda.is_available() else 4                     # lines of the log
+    seconds, memory = time_steps([script, *flags, *as_timed], folder / "run", steps)
+    flops = counted.get()
 
     per_image = flops["step"] / COUNTED
     of_a_step = PAPER_BATCH * per_image + flops["optimizer"]
@@ -358,14 +362,15 @@ def kept_rows(path):
 
 
 def run(args):
-    on_gpu = torch.cuda.is_available()
+    on_gpu, begun = torch.cuda.is_available(), time.perf_counter()
     setting = dict(
         device=torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores",
         size=args.size,
         batch=args.batch_size or (PAPER_BATCH if on_gpu else 1),
         precision="bf16" if on_gpu else "fp32",
     )
-    chosen = [entry for i, entry in enumerate(COST, 1) if args.row in (None, i)]
+    numbers = args.row or range(1, len(COST) + 1)
+    chosen = [COST[number - 1] for number in dict.fromkeys(numbers)]
     scratch, path = args.runs / "cost", args.runs / "cost.json"
     kept = kept_rows(path)
 
@@ -377,6 +382,10 @@ def run(args):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         for entry in tqdm(chosen, unit="method", dynamic_ncols=True):
             label, _, command = entry
+            late = args.minutes and time.perf_counter() - begun > 60 * args.minutes
+            if late and entry is not chosen[0]:
+                tqdm.write(f"{args.minutes} minutes are over: no method is begun any more, the same command goes on")
+                break
             identity = dict(setting, command=command, sources=sources(shlex.split(command)[0]))
             if label in kept and kept[label]["identity"] == identity:
                 continue
@@ -386,7 +395,8 @@ def run(args):
             write_atomic(path, json_text(kept, indent=1))
             shutil.rmtree(scratch)
 
-    rows = [kept[label]["row"] for label, *_ in chosen]
+    in_order = [entry for entry in COST if entry in chosen]
+    rows = [kept[label]["row"] for label, *_ in in_order if label in kept]
     found = dict(setting, torch=torch.__version__, flop_per_second_modelled=RATE, counted=COUNTED, rows=rows)
     folder = args.out / ("cost-cuda" if on_gpu else "cost-cpu")
     folder.mkdir(parents=True, exist_ok=True)
@@ -400,12 +410,16 @@ def parse_args(argv=None):
     p.add_argument("--size", default="B/1", choices=list(SIZES), help="network size (default: B/1, the paper's)")
     p.add_argument("--batch_size", type=number(int, 1),
                    help="batch of the timing (default: 128 on a GPU, 1 on a CPU); FLOPs are counted at 2")
-    p.add_argument("--row", type=number(int, 1), help=f"this method only, 1 to {len(COST)}, in the order of the table")
+    p.add_argument("--row", type=number(int, 1), nargs="+",
+                   help=f"these methods only, 1 to {len(COST)} as in the table, measured in this order")
+    p.add_argument("--minutes", type=number(float, 0), default=0,
+                   help="after so many minutes begin no other method (0: measure all)")
     p.add_argument("--runs", type=folder_path, default=Path("runs/reproduce"), help="keeps what was measured")
     p.add_argument("--out", type=folder_path, default=Path("runs/reproduce/tables"), help="where the folder is made")
     args = p.parse_args(argv)
-    if args.row and args.row > len(COST):
-        raise BadInput(f"--row {args.row}: expected 1 to {len(COST)}")
+    for row in args.row or ():
+        if row > len(COST):
+            raise BadInput(f"--row {row}: expected 1 to {len(COST)}")
     args.command = shlex.join(["python", "cost.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 

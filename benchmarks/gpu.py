@@ -14,6 +14,8 @@
 Warm-up first, medians of CUDA events, random weights and inputs.  Writes gpu.md and gpu/<block>.json into --out.
 """
 import argparse
+import concurrent.futures
+import os
 import platform
 import re
 import shlex
@@ -58,6 +60,9 @@ SETTINGS = {
 }
 COMPARED = 20                   # steps whose losses are compared with the CPU's
 
+# Rows of cost.py, those of the paper's claim first: FSF-DMD, DMD2, CD, ...
+ORDER = "3 7 1 2 6 5 16 15 10 18 4 8 9 19 12 14 11 13 17 20 21".split()
+
 # Kernels by name, the first that fits; those of compiled blocks are named after all that they fuse.
 KINDS = [
     ("reductions", r"^triton_(per|red)"),
@@ -76,6 +81,8 @@ def parse_args(argv=None):
     p.add_argument("--again", type=int, choices=[0, 1], default=0, help="1: measure what is measured already")
     p.add_argument("--rehearse", type=int, choices=[0, 1], default=0, help="1: on the CPU, at tiny size")
     p.add_argument("--out", type=folder_path, default=HERE / "results", help="where gpu.md and gpu/ are written")
+    p.add_argument("--minutes", type=number(float, 0), default=8,
+                   help="cost begins no method after so many minutes (0: measures all); the next call goes on")
     p.add_argument("--batch_size", type=number(int, 2), default=128, help="of profile and difference")
     args = p.parse_args(argv)
     if not args.rehearse and not torch.cuda.is_available():
@@ -90,7 +97,7 @@ def run(args):
     folder.mkdir(parents=True, exist_ok=True)
     for name in args.block:
         path = folder / f"{name}.json"
-        if path.exists() and not args.again:
+        if path.exists() and not args.again and not read_json(path, "what was measured before").get("missing"):
             print(f"{name}: measured before, in {path}")
             continue
         begun = time.perf_counter()
@@ -137,24 +144,28 @@ def matrix_rate(args, dtype=torch.bfloat16):
 
 
 def runs(args):
-    """Every script runs; its fp32 losses on the device beside the CPU's."""
-    rows = []
+    """Every script runs; its losses on the device beside those of fp32 on the CPU.  Several at a time: no timing."""
+    steps, rows = (2 if args.rehearse else COMPARED), []
+    settings = {"cpu": ""} | {name: flags for name, flags in SETTINGS.items()
+                              if not (args.rehearse and "compiled" in name)}
     with tempfile.TemporaryDirectory() as folder:
-        steps = 2 if args.rehearse else COMPARED
         script("consistency.py --loss imf --device cpu --steps 20 --out start", folder)
-        for name, command in SCRIPTS.items():
-            command = f"{command.replace('START', 'start/model.pt')} --steps {steps} --log_every 1"
+
+        def lines_of(name, setting):
+            command = f"{SCRIPTS[name].replace('START', 'start/model.pt')} --steps {steps} --log_every 1"
             if name not in ("imf", "cd"):
                 command += " --health_every 0"
-            on_cpu = script(f"{command} --device cpu --out {name}-cpu", folder)
-            for setting, flags in SETTINGS.items():
-                if args.rehearse and "compiled" in setting:
-                    continue
-                out = f"{name}-{setting.replace(' ', '-')}"
-                lines = script(f"{command} {flags} --device {args.device.type} --out {out}", folder)
+            device = "cpu" if setting == "cpu" else args.device.type
+            return script(f"{command} {settings[setting]} --device {device} "
+                          f"--out {name}-{setting.replace(' ', '-')}", folder)
+
+        with concurrent.futures.ThreadPoolExecutor(max(1, os.cpu_count() // 2)) as pool:
+            found = {(name, setting): pool.submit(lines_of, name, setting) for name in SCRIPTS for setting in settings}
+        for (name, setting), lines in found.items():
+            if setting != "cpu":
                 # From the second step on NorMuon's products have made a difference: bf16 on a GPU, float32 on a CPU.
-                rows.append(dict(script=name, setting=setting, sec_per_step=lines[-1]["sec_per_step"],
-                                 first_step=largest_difference(on_cpu[:1], lines[:1]),
+                on_cpu, lines = found[name, "cpu"].result(), lines.result()
+                rows.append(dict(script=name, setting=setting, first_step=largest_difference(on_cpu[:1], lines[:1]),
                                  all_steps=largest_difference(on_cpu, lines)))
     return dict(steps=steps, flash_attention=flash_attention(args), rows=rows)
 
@@ -170,7 +181,8 @@ def flash_attention(args):
 def script(command, folder):
     """Run a command of this project in a folder.  -> the lines of its metrics.jsonl that hold losses"""
     file, *flags = shlex.split(command)
-    done = subprocess.run([sys.executable, str(HERE / file), *flags], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(HERE / file), *flags], cwd=folder, capture_output=True, text=True,
+                          env=dict(os.environ, OMP_NUM_THREADS="2"))
     if done.returncode:
         raise BadInput(f"{command} ended with exit code {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
     return [line for line in read_lines(Path(folder) / flags[-1] / "metrics.jsonl") if "grad_norm" in line]
@@ -191,12 +203,12 @@ def largest_difference(a, b):
 def cost_table(args):
     """cost.py, row by row, and the matrix rate; a row that is measured is kept beside the results."""
     rate = matrix_rate(args)
-    with tempfile.TemporaryDirectory() as scratch:
-        kept = args.out / "gpu" if not args.rehearse else Path(scratch)
-        flags = ["--runs", str(kept), "--out", str(args.out)]
-        if args.rehearse:
-            flags += ["--size", "tiny", "--batch_size", "2", "--row", "1"]
-        cost.run(cost.parse_args(flags))
+    flags = ["--runs", str(args.out / "gpu" / "rows"), "--out", str(args.out), "--minutes", str(args.minutes)]
+    if args.rehearse:
+        flags += ["--size", "tiny", "--batch_size", "2", "--row", "1"]
+    else:
+        flags += ["--row", *ORDER]
+    cost.run(cost.parse_args(flags))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = read_json(args.out / f"cost-{device}" / "runs.json", "what cost.py measured")
     rows = []
@@ -204,7 +216,9 @@ def cost_table(args):
         flops = 1e9 * (found["batch"] * row["gflop_per_image"] + row["gflop_optimizer"])
         rows.append({k: row[k] for k in ("label", "passes", "sec_per_step", "memory_gb", "paper_sec_per_step")}
                     | dict(share_of_matrix_rate=flops / row["sec_per_step"] / rate))
-    return dict(batch=found["batch"], precision=found["precision"], matrix_rate=rate, rows=rows)
+    measured = {row["label"] for row in rows}
+    missing = [label for label, *_ in cost.COST if label not in measured]
+    return dict(batch=found["batch"], precision=found["precision"], matrix_rate=rate, rows=rows, missing=missing)
 
 
 class Done(Exception):
@@ -346,6 +360,8 @@ def page(folder):
         rows = found.get("rows") or [dict(kind=kind, seconds=spent) for kind, spent in found["seconds_of"].items()]
         body = [[f"{value:.4g}" if isinstance(value, float) else value for value in row.values()] for row in rows]
         lines += [*markdown_lines(list(rows[0]), body), ""]
+        if found.get("missing"):
+            lines += ["Not run here: " + ", ".join(found["missing"]) + ".", ""]
         more = {k: v for k, v in found.items() if isinstance(v, (int, float)) and k != "seconds"}
         lines += ["; ".join(f"{k} {v:.4g}" for k, v in more.items()), ""]
     return "\n".join(lines)
