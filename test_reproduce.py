@@ -343,7 +343,12 @@ def test_cost_measures_a_step_of_a_method(tmp_path):
     gflop = 40_000 * (128 * row["gflop_per_image"] + row["gflop_optimizer"])
     assert row["hours_modelled"] == pytest.approx(gflop * 1e9 / found["flop_per_second_modelled"] / 3600)
     assert "| imf: Consistency distillation | 5.0 |" in printed
-    assert (tmp_path / "cost-cpu" / "README.md").read_text() == cost.page(found, f"python {command}")
+    late = [*words, "--row", "1", "2", "--minutes", "0.0001"]                         # for the first alone: it is kept
+    said = subprocess.run(late, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    assert "no method is begun any more" in said.stdout + said.stderr
+    assert json.loads((tmp_path / "cost-cpu" / "runs.json").read_text())["rows"] == [row]
+    again = f"python {command} --row 1 2 --minutes 0.0001"
+    assert (tmp_path / "cost-cpu" / "README.md").read_text() == cost.page(found, again)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -839,6 +844,82 @@ def test_presets_from_a_velocity_network_are_the_best_of_their_search():
     assert best["DMD2 + L_CD"] == "--lam 1 --lr 0.003 --fake_lr 0.003" and both["lam"] == 1
     assert reproduce.FLAGS["cd1_fm"][0] == " --lr 3e-3 --fake_lr 3e-3"
     told_of_search("fm")
+
+
+def test_what_is_said_of_table_4_of_fashion_mnist_is_in_the_numbers():
+    told = Told("table4-fashion-mnist-row1-3-4-5-6-7-8")
+    TEACHER, _, CD, DMD2, BOTH, FSF, FROM_CD, MASKED = range(1, 9)
+    rows = {row["number"]: row for row in told.stored["rows"]}
+    starts = [run["evaluations"][0] for run in rows[FSF]["seeds"].values()]
+    for N, words in ((1, "617.8 at 1 step"), (2, "230.7 at 2"), (4, "92.1 at 4")):
+        assert f"{statistics.mean(e[f'fd_{N}step'] for e in starts):.1f}" == words.split()[0] and words in told.text
+    assert told.mean(TEACHER, "fd_25step", 1) == "25.6"
+    for row, mean in ((CD, "31.6"), (DMD2, "34.8"), (BOTH, "41.3"), (FSF, "29.1"), (MASKED, "26.6")):
+        assert told.mean(row, "fd_2step", 1) == mean
+    assert told.mean(DMD2, "fd_1step", 1) == "103.9"
+    told.gain(CD, FSF, "fd_2step", "2.458 ± 2.371")
+    told.gain(CD, FSF, "fd_4step", "4.860 ± 1.370")
+    told.gain(CD, FSF, "fd_1step", "6.839 ± 1.192")
+    told.gain(CD, FSF, "is_2step", "0.165 ± 0.002", p=0.0001)
+    told.gain(MASKED, FSF, "fd_2step", "2.536 ± 1.220")
+    told.gain(MASKED, FSF, "fd_4step", "1.995 ± 0.553")
+    told.gain(CD, MASKED, "fd_2step", "4.994 ± 1.163", p=0.0177)
+    told.gain(CD, MASKED, "fd_4step", "6.855 ± 1.132")
+    told.gain(CD, FROM_CD, "fd_2step", all_five=False)
+    passes = {number: [round(run["evaluations"][-1]["passes"]) for run in row["seeds"].values()]
+              for number, row in rows.items() if number != TEACHER}
+    assert (passes[CD][0], passes[BOTH][0], passes[FSF][0], passes[MASKED][0]) == (2625, 2605, 2250, 2250)
+
+
+def test_what_is_said_of_a_gpu_is_in_the_numbers():
+    text = words_of_the_texts()
+    cost, profile, difference, throughput, runs = (
+        json.loads((KEPT / "gpu" / f"{block}.json").read_text())
+        for block in ("cost", "profile", "difference", "throughput", "runs"))
+    first, again = ({row["label"]: row for row in rows} for rows in (cost["rows"], cost["again"]))
+    one, two, dmd2, cd = (first[f"imf: {name}"] for name in ("FSF-DMD M=1", "FSF-DMD M=2", "DMD2 1:5",
+                                                             "Consistency distillation"))
+    table = json.loads((KEPT / "cost-cuda" / "runs.json").read_text())["rows"]
+    assert {row["label"]: row["sec_per_step"] for row in table} == {k: row["sec_per_step"] for k, row in first.items()}
+    pair = ("imf: FSF-DMD M=2", "imf: DMD2 1:5")
+    seconds = [[rows[label]["sec_per_step"] for label in pair] for rows in (first, again)]
+    parts = {kind: spent / profile["step_seconds"] for kind, spent in profile["seconds_of"].items()}
+    ways = {row["way"].split(", ")[-1].split(" ")[0]: row for row in difference["rows"][1:]}
+    decoding = throughput["rows"][1]["images_per_second"]
+    for words in (
+        f"{seconds[0][0]:.3f} s for FSF-DMD with M = 2 and {seconds[0][1]:.3f} s for DMD2 1:5",
+        f"{seconds[0][1] / seconds[0][0]:.1f} times as long",
+        f"{seconds[1][0]:.3f} and {seconds[1][1]:.3f} s, {seconds[1][1] / seconds[1][0]:.1f} times",
+        f"M = 1 takes {one['sec_per_step']:.3f} s (the paper 0.31), CD {cd['sec_per_step']:.3f}",
+        f"{two['memory_gb']:.1f} GB for M = 2, {one['memory_gb']:.1f} for M = 1 and {dmd2['memory_gb']:.1f} for DMD2",
+        f"{len(cost['missing'])} of the {len(cost['missing']) + len(first)} rows were not run",
+        f"reaches {two['share_of_matrix_rate']:.0%} of the card's bf16 matrix rate ({cost['matrix_rate'] / 1e12:.0f}",
+        f"{parts['matrix products']:.0%} are matrix products, "
+        f"{parts['elementwise'] + parts['reductions']:.0%} elementwise",
+        f"{parts['attention']:.0%} attention, and for {parts['idle']:.0%} the card waits",
+        f"by {ways['float32']['relative_error']:.4f} in float32, by {ways['TF32']['relative_error']:.3f} in TF32",
+        f"and by {ways['bf16']['relative_error']:.2f} in bf16",
+        f"TF32 costs {ways['TF32']['seconds'] / ways['float32']['seconds']:.0%} of float32's time",
+        f"need {throughput['minutes_of_fid']:.1f} minutes",
+        f"({decoding:.0f} images a second, 8 at a time) is {50_000 / decoding / 60:.1f}",
+    ):
+        assert words in text, words
+    for row in runs["rows"]:
+        if row["setting"].startswith("fp32") and (row["script"], row["setting"]) != ("dmd2", "fp32 compiled"):
+            assert row["first_step"] < 0.01 and row["all_steps"] < 0.11
+
+
+def test_what_is_said_of_memory_and_of_sampling_noise_is_in_the_numbers():
+    text = words_of_the_texts()
+    rows = json.loads((KEPT / "memory-cpu" / "runs.json").read_text())["rows"]
+    (two, two_compiled), (_, one_compiled), (dmd, dmd_compiled) = ((r["memory_gb_eager"], r["memory_gb_compiled"])
+                                                                   for r in rows)
+    assert f"M = 2 takes {two / dmd:.2f} ({two:.2f} of {dmd:.2f} GB)" in text
+    assert f"{two_compiled / dmd_compiled:.2f} ({two_compiled:.2f} of {dmd_compiled:.2f} GB)" in text
+    assert f"with M = 1 {one_compiled / dmd_compiled:.2f} ({one_compiled:.2f} GB)" in text
+    runs = json.loads((KEPT / "noise-fashion-mnist" / "runs.json").read_text())["runs"]
+    spread = {name: statistics.stdev(run[f"{name}_2step"] for run in runs) for name in ("fd", "is", "recall")}
+    assert f"{spread['fd']:.1f} in distance, {spread['is']:.3f} in IS and {spread['recall']:.3f} in recall" in text
 
 
 def test_presets_of_images_from_a_velocity_network_are_the_best_of_their_search():
