@@ -58,9 +58,9 @@ PRESETS = {
         size="tiny", steps=200, lr=1.5e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=100, eval_every=100),
     ("images", "scratch"): dict(
         size="small", steps=1500, lr=4e-3, mask_prob=0.9, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100),
-    ("images", "imf"): dict(
-        size="small", steps=300, lr=2e-3, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100, eval_every=150),
-    ("images", "fm"): dict(                         # 2,250 forward passes, as FSF-DMD's and DMD2's
+    ("images", "imf"): dict(                        # 2,250 forward passes, as FSF-DMD
+        size="small", steps=450, lr=4e-3, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100, eval_every=150),
+    ("images", "fm"): dict(                         # 2,250 forward passes, as FSF-DMD
         size="small", steps=375, lr=8e-3, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100, eval_every=125),
     ("latents", "scratch"): dict(
         size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",

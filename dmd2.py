@@ -27,7 +27,7 @@ network in training, and L_CT (iMF) takes the place of L_CD.
 A generator is sampled as it was trained: with Eq. 17 to its end (M jumps, renoised), with --cd 1 as a flow map.
 
 Cost in forward passes of one network (backward = 2), M = 2, averaged over k: generator turn 5.5, first fake turn 3, the
-others 4.5 each; the GAN adds 1.1 and 3.3 R.  At R = 5 that is 26.5 without and 44.1 with it; FSF-DMD takes 13.
+others 4.5 each; the GAN adds 1.1 and 3.3 R at B/1.  At R = 5 that is 26.5 without and 44.1 with it; FSF-DMD takes 13.
 """
 from collections.abc import Callable
 
@@ -60,8 +60,8 @@ PRESETS = {
         size="tiny", steps=400, lr=1.2e-2, M=1, cd=1, ttur=1, lam=0.03, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=100, eval_every=100, health_every=100),
     ("images", "imf"): dict(
-        size="small", steps=100, lr=3e-4, fake_lr=1e-3, M=2, lam=1.0, omega=1.5, guide_to=1.0, omega_max=4.0,
-        save_every=100, eval_every=50, health_every=50),
+        size="small", steps=50, lr=1e-3, fake_lr=3e-3, M=2, lam=1.0, omega=1.5, guide_to=1.0, omega_max=4.0,
+        save_every=100, eval_every=25, health_every=25),
     ("images", "fm"): dict(
         size="small", steps=50, lr=1e-3, fake_lr=3e-3, M=2, lam=1.0, omega=1.5, guide_to=1.0, omega_max=4.0,
         save_every=100, eval_every=25, health_every=25),

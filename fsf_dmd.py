@@ -60,8 +60,8 @@ PRESETS = {
         size="tiny", steps=400, lr=1.2e-2, M=1, lam=0.01, shift=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
         save_every=100, eval_every=100, health_every=100),
     ("images", "imf"): dict(
-        size="small", steps=300, lr=2e-3, M=2, lam=0.05, shift=10.0, omega=1.5, guide_to=1.0, omega_max=4.0,
-        save_every=100, eval_every=150, health_every=150),
+        size="small", steps=174, lr=4e-3, M=2, lam=0.0003, shift=10.0, omega=1.5, guide_to=1.0, omega_max=4.0,
+        save_every=100, eval_every=87, health_every=87),
     ("images", "fm"): dict(
         size="small", steps=210, warmup=100, lr=8e-3, M=2, lam=0.001, shift=10.0, omega=1.5, guide_to=1.0,
         omega_max=4.0, save_every=100, eval_every=105, health_every=105),

@@ -3,6 +3,16 @@
 The formulas are those of the file headers.  A test compares them with FLOPs counted while the scripts run.
 """
 
+# One pass of DMD2's discriminator (some of the trunk's blocks, two of its own) in passes of its network, counted: of an
+# in-context network, and of a plain one.  Small networks have few blocks, so there it costs more than the network.
+DISCRIMINATOR = {
+    "tiny": (1.04, 1.26),
+    "small": (1.16, 1.24),
+    "B/1": (0.55, 0.66),
+    "L/1": (0.48, 0.54),
+    "XL/1": (0.48, 0.53),
+}
+
 
 def consistency_passes(args: dict, teacher: bool) -> float:
     """L_CD from a teacher (Eq. 16), or the iMF loss on the data (Eq. 6).  Rows with s = t need no difference."""
@@ -37,7 +47,9 @@ def passes_a_step(script: str, args: dict) -> float:
     simulated = 1 + (args["M"] - 1) / 2                          # Eq. 17 without gradient
     if script == "sid.py":                                       # without its GAN
         return simulated + 3 + simulated + 2 + 2 * (teacher + 1) # backward to the input alone: 1
-    gan = 1.1 + 3.3 * args["ttur"] if args["lambda_g"] else 0.0  # counted: a third of the trunk, the heads
+    gan = 0.0
+    if args["lambda_g"]:                                         # forward, backward to x_hat; 3 each of real and fake
+        gan = DISCRIMINATOR[args["size"]][args["start"] == "fm"] * (2 + 6 * args["ttur"])
     generator = simulated + 2 + teacher + 1
     fake = 3 + (args["ttur"] - 1) * (simulated + 3)              # the first turn takes the generator's x_hat
     both = consistency_passes(args, not scratch) if args["cd"] else 0

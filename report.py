@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from scipy.stats import ttest_rel
 
-from checkpoints import load_network
+from checkpoints import load_checkpoint, load_network
 from data import data_kind, load_data, preview
 from evaluate import decoder, generate, sampling
 from files import json_text, read_json, read_lines, write_atomic
@@ -65,13 +65,14 @@ def collect(job, kind):
     path = job.folder / "metrics.jsonl"
     if path.exists():
         lines = read_lines(path)
-    passes, path = None, job.folder / "args.json"
+    passes, warmup, path = None, 0, job.folder / "args.json"
     if path.exists():
         flags = read_json(path, "the flags of a run")
-        passes = passes_a_step(job.command[0], flags)
+        passes, warmup = passes_a_step(job.command[0], flags), flags.get("warmup", 0)
         for evaluation in evaluations:
-            evaluation["passes"] = passes_until(job.command[0], flags, evaluation["step"])
-    seconds = [line["sec_per_step"] for line in lines if "sec_per_step" in line]
+            done = passes_until(job.command[0], flags, evaluation["step"])
+            evaluation["passes"] = round(passes_before(job) + done, 1)
+    seconds = [line["sec_per_step"] for line in lines if "sec_per_step" in line and line["step"] > warmup]
     memory = [line.get("memory_gb", 0) for line in lines]
     return dict(
         evaluations=evaluations,
@@ -80,6 +81,14 @@ def collect(job, kind):
         memory_gb=round(max(memory), 3) if memory else None,
         passes=passes,
     )
+
+
+def passes_before(job):
+    """Of a row that starts from a distilled network (its teacher is the start): that distillation's passes, else 0."""
+    if "--teacher" not in job.command or not job.start:
+        return 0
+    flags = read_json(job.start.folder / "args.json", "the flags of a run")
+    return passes_until(job.start.command[0], flags, load_checkpoint(job.start.folder / "model.pt")["step"])
 
 
 def read_fids(folder):
@@ -115,7 +124,8 @@ def summarise(number, row, runs):
     for name in finals[0] if finals else ():
         if "_" in name:
             last[name] = [final[name] for final in finals]
-    N = 2 if "fd_2step" in last else 25                              # a velocity is sampled with 25 Euler steps
+    shown = [int(name.removesuffix("step").split("_")[1]) for name in last if name.startswith("fd_")]
+    N = shown[0] if len(shown) == 1 else 2                           # a velocity is sampled with its own number
     best = []
     for run in seeds.values():
         trained = [e for e in run["evaluations"] if e["step"] > 0]
@@ -248,7 +258,7 @@ def beside_the_paper(kind, table, rows):
     body = []
     for r, row in rows.items():
         last, N, trained = row["last"], row["N"], bool(row["sec_per_step"])
-        label = f"{row['label']} (25 Euler steps)" if N == 25 else row["label"]
+        label = f"{row['label']} ({N} Euler steps)" if N > 4 else row["label"]
         cells = [r, label, paper_text(row["paper"])]
         if one_step:
             cells.append(spread(last.get("fd_1step"), 1))
@@ -310,22 +320,20 @@ def curve(row, key):
 
 
 def paired_error(row, base, key, steps, values):
-    """Standard error [steps] of the paired difference to the row `base`; 0 where a seed or a step is missing there."""
+    """Standard error [steps] of the paired difference to the row `base`; NaN where that has no such seed or step."""
     theirs = []
     for seed in row["seeds"]:
         evaluations = base["seeds"][seed]["evaluations"] if base and seed in base["seeds"] else []
-        at = {e["step"]: e.get(key) for e in evaluations}
-        if any(step not in at for step in steps):
-            return 0 * values[0]
-        theirs.append([at[step] for step in steps])
+        at = {e["step"]: e.get(key, np.nan) for e in evaluations}
+        theirs.append([at.get(step, np.nan) for step in steps])
     return (values - np.array(theirs)).std(0) / max(1, len(values) - 1) ** 0.5
 
 
 def figure(kind, table, rows, path):
     """Metric against step (the paper's Fig. 3), distance against forward passes: at 2 sampling steps, mean over seeds.
 
-    The passes are those of the row's own steps, without its start's.  Band: the standard error of the paired difference
-    to the reference row.
+    The passes are without the start's.  Band: the standard error of the paired difference to the reference row, at
+    steps at which both were evaluated.
     """
     # Half a second: only where it is used.
     import matplotlib.figure
@@ -345,7 +353,7 @@ def figure(kind, table, rows, path):
         axis.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         axis.tick_params(axis="y", which="both", labelsize=8)
-    band = f"band: standard error of the paired difference to row {table.reference}"
+    band = f"band: standard error of the paired difference to row {table.reference}, where both were evaluated"
     drawing.suptitle(f"mean over seeds; {band}", fontsize=8)
     drawing.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     drawing.savefig(path, dpi=100)

@@ -87,7 +87,7 @@ FLAGS = {
     "dmd2":   ("", "", ""),
     # the iMF of Table 5, where it is no start
     "imf":    (" --mask_prob 0.5 --lr 0.012 --eval_every 100", " --mask_prob 0.5", ""),
-    "m1":     (" --lam 0.01", "", ""),
+    "m1":     (" --lam 0.01", " --steps 225", ""),
     # DMD2 + L_CD: latents train to its peak in the paper, from an iMF, and from a velocity network
     "cd1":    (" --lr 3e-3 --fake_lr 3e-3", " --lr 1e-3", " --steps 54000"),
     "cd1_fm": (" --lr 3e-3 --fake_lr 3e-3", " --lr 1e-3", " --steps 33000"),
@@ -110,8 +110,8 @@ FLAGS_STRONG = {
 CONTROL = {
     ("pixels", "weak"): 600,
     ("pixels", "strong"): 1000,
-    ("images", "weak"): 1800,
-    ("images", "strong"): 3300,
+    ("images", "weak"): 2025,
+    ("images", "strong"): 3525,
     ("latents", "weak"): 404_000,
 }
 

@@ -5,10 +5,10 @@
     python search.py fm                      # from the velocity network (Table 4): 5 methods, 6 runs each
     python search.py scratch                 # Table 5: 6 methods, 6 runs each
     python search.py weak --method SiD       # one method
-    python search.py fm --data /usr/share/datasets/fashion-mnist --seeds 1    # 3 methods, 4 runs each
+    python search.py weak --data /usr/share/datasets/fashion-mnist --seeds 1  # 3 methods, 4 runs each; also fm
 
 Six settings a method from the weak start; four elsewhere, around what the weak search chose, or from scratch around the
-presets.  Of images of 24 pixels or more all methods have the same number of forward passes.  Every setting is the
+presets.  Of images of 24 pixels or more CD and FSF-DMD have the same number of forward passes.  Every setting is the
 command line of a script, run on seed 100 for the preset's steps; the best two of a method run on seed 101 too, and
 their mean decides.  A run starts from a start of its own seed.  The criterion is the distance after the last step at 2
 sampling steps, with the sampler that the network was trained for.  The paper's own lambda and shift are among the
@@ -112,6 +112,12 @@ FROM_FM_OF_IMAGES = {
     "FSF-DMD, M = 2":     (FSF + " --M 2 --lr 0.008",                 # the best of CD's first three rates
                            [f"--lam {lam} --shift 10" for lam in (0.001, 0.01, 0.05, 0.2)]),
 }
+FROM_WEAK_OF_IMAGES = {
+    "CD with masking":    (CD, ["--lr 0.001", "--lr 0.002", "--lr 0.004", "--lr 0.008"]),
+    "DMD2":               (DMD2, [TWO_SIDES[i] for i in (1, 2, 4, 5)]),
+    "FSF-DMD, M = 2":     (FSF + " --M 2 --lr 0.004",                 # CD's best rate
+                           [f"--lam {lam} --shift 10" for lam in (0.0003, 0.003, 0.015, 0.05)]),
+}
 # start: (the start's command, or None from scratch; its methods)
 SEARCHES = {
     "weak": (STARTS["imf"], FROM_WEAK),
@@ -120,6 +126,7 @@ SEARCHES = {
     "scratch": (None, FROM_SCRATCH),
 }
 SEARCHES_OF_IMAGES = {
+    "weak": (STARTS["imf"], FROM_WEAK_OF_IMAGES),
     "fm": (STARTS["fm"], FROM_FM_OF_IMAGES),
 }
 
