@@ -4,7 +4,7 @@ Paper: Kim, Lee, Park, "Distribution Matching Distillation without Fake Score Ne
 numbers).  Table 2 rows 7-8, Table 3, Table 4 row 6, Table 5 row 6, Tables 8-10 "FSF-DMD".
 
 DMD moves generated samples along v_fake - v_teacher at perturbed points, and trains a second network to know v_fake.
-A flow map needs none: its own average velocity from tau to 0 is the velocity of its own samples,
+FSF-DMD trains none: it takes the flow map's own average velocity from tau to 0 for it,
 v_fake(x_tau, tau) ~ u(x_tau, tau, 0) [10-13].
 
     rollout    U = sum_i (t_i - t_{i+1}) u(sg x_i, t_i, t_{i+1}),  t_i = 1 - i/M,   x_hat = eps - U          [14, 18-20]

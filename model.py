@@ -102,9 +102,9 @@ def total_derivative(u: Callable, x: Tensor, t: Tensor, s: Tensor, tangent: Tens
     """d/dt u(x_t, t, s) along dx/dt = tangent, ds/dt = 0: tangent . grad_x u + d_t u.  -> shape of x, without gradient.
 
     u: callable (x [B, ...], t [B], s [B]).  h: step of the central difference [u(x+ha, t+h, s) - u(x-ha, t-h, s)] / 2h.
-    Its error is O(h^2) in exact arithmetic; rounding adds O(1/h), at h = 0.005 about half the tangent in bf16, hence
-    autocast is off here, and a twentieth in TF32.  t +- h may leave [0, 1]: the network is smooth in time.  exact:
-    torch.func.jvp instead (flash attention has no forward derivative, so it runs on the math kernel).
+    Its error is O(h^2) in exact arithmetic; rounding adds O(1/h).  At B/1 and h = 0.005 that is as much as the
+    derivative in bf16, hence autocast is off here, and a twelfth of it in TF32 (results/gpu.md).  t +- h may leave
+    [0, 1]: the network is smooth in time.  exact: torch.func.jvp (flash attention has no forward derivative).
     """
     with torch.autocast(x.device.type, enabled=False):
         if exact:

@@ -19,8 +19,8 @@ is said.  Ctrl-C saves; the same command goes on, and ends with the same table. 
 table<N>-<data>-<start> in --out: README.md (the table), runs.json (every evaluation), curves.png (metric against step)
 and samples.png (the same noise in every row).
 
-Protocol (digits).  Settings were chosen on seeds 100 and 101, as many for each method of a start (search.py; from
-scratch by an earlier search: RESULTS.md); reported are 0 to 4.  `last`: after the preset's steps; `best`: the best of
+Protocol (digits).  Settings were chosen on seeds 100 and 101, as many for each method of a start (search.py;
+exceptions: RESULTS.md, Protocol); reported are 0 to 4.  `last`: after the preset's steps; `best`: the best of
 the evaluations on the way, at `step`.  Values are mean +- standard deviation over seeds.  A difference to the table's
 reference row is the mean of the paired differences over seeds; * marks p < 0.05 in a paired t-test after Holm's
 correction over the rows of the table.  Five seeds see large effects only.
