@@ -361,6 +361,18 @@ def kept_rows(path):
     return {label: entry for label, entry in kept.items() if isinstance(entry, dict) and whole <= entry.keys()}
 
 
+def identity(entry, setting):
+    """What a kept row has to agree in."""
+    _, _, command = entry
+    return dict(setting, command=command, sources=sources(shlex.split(command)[0]))
+
+
+def is_kept(entry, kept, setting):
+    """Whether an entry of COST was measured before, in this setting and with these sources."""
+    label = entry[0]
+    return label in kept and kept[label]["identity"] == identity(entry, setting)
+
+
 def run(args):
     on_gpu, begun = torch.cuda.is_available(), time.perf_counter()
     setting = dict(
@@ -381,22 +393,22 @@ def run(args):
         signal.signal(signal.SIGINT, on_ctrl_c)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         for entry in tqdm(chosen, unit="method", dynamic_ncols=True):
-            label, _, command = entry
+            label = entry[0]
             late = args.minutes and time.perf_counter() - begun > 60 * args.minutes
             if late and entry is not chosen[0]:
                 tqdm.write(f"{args.minutes} minutes are over: no method is begun any more, the same command goes on")
                 break
-            identity = dict(setting, command=command, sources=sources(shlex.split(command)[0]))
-            if label in kept and kept[label]["identity"] == identity:
+            if is_kept(entry, kept, setting):
                 continue
             if label in kept:
                 tqdm.write(f"{label}: its setting or sources changed since, measured again")
-            kept[label] = dict(identity=identity, row=measure(args, setting, entry, scratch, aside))
+            row = measure(args, setting, entry, scratch, aside)
+            kept[label] = dict(identity=identity(entry, setting), row=row)
             write_atomic(path, json_text(kept, indent=1))
             shutil.rmtree(scratch)
 
     in_order = [entry for entry in COST if entry in chosen]
-    rows = [kept[label]["row"] for label, *_ in in_order if label in kept]
+    rows = [kept[entry[0]]["row"] for entry in in_order if is_kept(entry, kept, setting)]
     found = dict(setting, torch=torch.__version__, flop_per_second_modelled=RATE, counted=COUNTED, rows=rows)
     folder = args.out / ("cost-cuda" if on_gpu else "cost-cpu")
     folder.mkdir(parents=True, exist_ok=True)

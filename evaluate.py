@@ -11,6 +11,7 @@ on the data set itself, on one CPU thread from a fixed seed (3 s for the digits;
 trained on the even ones), cached under runs/cache.
 """
 import argparse
+import hashlib
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -196,8 +197,7 @@ def measure(args: argparse.Namespace) -> None:
     ref = None if args.what == "ref" else read_reference(args.ref)
     if args.from_images or args.what == "ref":
         path = args.from_images or args.data
-        count, images, digest = image_source(path)
-        n = min(count, args.n or count)
+        n, images, digest = image_source(path, args.n)
         sampler = f"images {path} ({digest})"
         out = Path(args.out or "evaluation")
     else:
@@ -236,13 +236,18 @@ def samples_as_images(args: argparse.Namespace, device: torch.device) -> tuple[C
     net, checkpoint, data = load_for_sampling(args)
     net = net.to(device)
     omega, guide_to, channels, sampler = sampling(args, checkpoint)
+    refuse_shift(args, sampler)
     vae = decoder_for(data, args, device)
     steps = sampler_steps(sampler, args.steps)[0]
     if data.kind == "latents" and vae is None:
         raise BadInput("images of latents need the autoencoder: pass --vae")
-    rounding = "rounded" if vae is None else "truncated"
+    rounding = "rounded" if vae is None else f"truncated, of VAE {weights_hash(vae)}"
+    scale = hashlib.sha256(repr((data.mean, data.std)).encode()).hexdigest()[:6]
+    guidance = f"omega {omega} on [0, {guide_to}]"
+    if channels:
+        guidance += f" in {channels} channels"
     what = (f"{args.what} ({args.weights} weights {weights_hash(net)}), {steps} steps ({named(sampler, args.shift)}), "
-            f"omega {omega} on [0, {guide_to}], classes in turn, noise by index, seed {args.seed}, uint8 {rounding}")
+            f"{guidance}, classes in turn, noise by index, seed {args.seed}, statistics {scale}, uint8 {rounding}")
 
     def images(start, stop):
         x, _ = generate(net, stop - start, data.x.shape[1:], steps, omega, guide_to, channels, args.seed, start=start,
@@ -251,6 +256,11 @@ def samples_as_images(args: argparse.Namespace, device: torch.device) -> tuple[C
         return pixels.expand(-1, 3, -1, -1)                      # grey images three times
 
     return images, what
+
+
+def refuse_shift(args: argparse.Namespace, sampler: str) -> None:
+    if args.shift != 1 and sampler != "euler":
+        raise BadInput("--shift: belongs to --sampler euler; leave that out")
 
 
 def named(sampler: str, shift: float) -> str:
@@ -383,8 +393,7 @@ def measure_without_inception(args: argparse.Namespace) -> None:
     """A checkpoint's metrics in the feature space of its pixel data set (none of latents), and a picture."""
     net, checkpoint, data = load_for_sampling(args)
     args.omega, args.guide_to, args.cfg_channels, args.sampler = sampling(args, checkpoint)
-    if args.shift != 1 and args.sampler != "euler":
-        raise BadInput("--shift: belongs to --sampler euler; leave that out")
+    refuse_shift(args, args.sampler)
     net = net.to(pick_device(args.device))
     features = None if args.grid else metric_space(data, args)
     args.shift_euler = args.shift                          # another name: a run's own --shift is k of tau

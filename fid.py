@@ -16,7 +16,7 @@ from common import BadInput, barrier, rank, world
 from data import IMAGE_SUFFIXES, npz_headers, read_npz_arrays, read_rgb
 from files import lock, read_json, reading, write_atomic
 from inception import load_inception, load_vgg16
-from metrics import frechet_distance, inception_score, moments, precision_recall
+from metrics import frechet_distance, inception_score, moments, precision_recall, spread
 
 WIDTHS = dict(features=2048, logits=1008, vgg=4096)              # of what a feature network gives
 
@@ -47,13 +47,20 @@ def feature_networks(inception_path: str, vgg_path: str | None, pipeline: str,
     return network, spaces
 
 
-def image_source(path: str | Path) -> tuple[int, Callable, str]:
+def image_source(path: str | Path, n: int | None = None) -> tuple[int, Callable, str]:
     """(count, images(start, stop) -> uint8 [m, 3, H, W], hash) of a folder of images, or of an .npz with arr_0.
 
-    A folder's images are taken in the order of their names and have one size; arr_0 is uint8 [N, H, W, 3].  BadInput
-    for anything else, of a folder when the image is read.
+    n: take so many, evenly over all of them, as `spread`.  A folder's images are taken in the order of their names and
+    have one size; arr_0 is uint8 [N, H, W, 3].  BadInput for anything else, of a folder when the image is read.
     """
-    return npz_source(path) if str(path).endswith(".npz") else folder_source(path)
+    count, images, digest = npz_source(path) if str(path).endswith(".npz") else folder_source(path)
+    if n is None or n >= count:
+        return count, images, digest
+
+    def some(start, stop):
+        return torch.cat([images(i * count // n, i * count // n + 1) for i in range(start, min(stop, n))])
+
+    return n, some, digest
 
 
 def npz_source(path: str | Path) -> tuple[int, Callable, str]:
@@ -188,9 +195,9 @@ def write_reference(path: Path, found: dict, source: str) -> None:
     if source.endswith(".npz") and {"mu", "sigma"} <= set(npz_headers(source, source)):
         own = read_reference(source)                             # ADM's: of the whole data set, arr_0 a part of it
         mu, sigma = own["mu"], own["sigma"]
-    arrays = dict(mu=mu, sigma=sigma, features=found["features"][:10_000].numpy())
+    arrays = dict(mu=mu, sigma=sigma, features=spread(found["features"], 10_000).numpy())
     if "vgg" in found:
-        arrays["vgg"] = found["vgg"][:50_000].half().numpy()     # half: as StyleGAN3 compares them
+        arrays["vgg"] = spread(found["vgg"], 50_000).half().numpy()    # half: as StyleGAN3 compares them
 
     def save(temporary):
         with open(temporary, "wb") as file:                      # numpy would add a suffix to a name

@@ -5,7 +5,7 @@
     is          exp E KL(p(class | image) || p(class)) of its softmax: at most the number of classes (the form of
                 Inception Score)
     precision   share of generated images inside some real 3-nearest-neighbour ball; recall: the reverse
-                (Kynkaanniemi et al.).  Of more than 10,000 real images, the first 10,000
+                (Kynkaanniemi et al.).  Of more than 10,000 real images, 10,000 spread evenly over them
     acc         share of generated images that the classifier gives the class they were asked for
 
 `Features.floor` compares real images with real ones: the test part with the training part, or, where there is none,
@@ -81,7 +81,7 @@ def inception_score(probs: torch.Tensor, splits: int = 10, shuffle: bool = True)
     probs = torch.as_tensor(probs).double()
     if shuffle:
         probs = probs[np.random.RandomState(2020).permutation(len(probs))]
-    scores = []
+    scores, splits = [], min(splits, len(probs))
     for i in range(splits):
         p = probs[i * len(probs) // splits:(i + 1) * len(probs) // splits]
         marginal = p.mean(0, keepdim=True)
@@ -136,13 +136,18 @@ class Reference(NamedTuple):
 
     mu: torch.Tensor                # [64] and
     cov: torch.Tensor               # [64, 64] of all of them
-    near: torch.Tensor              # features [n, 64] of the first EVAL_NEIGHBOURS
+    near: torch.Tensor              # features [n, 64] of EVAL_NEIGHBOURS, `spread` over them
     radii: torch.Tensor             # [n] of their balls
+
+
+def spread(rows: torch.Tensor, n: int) -> torch.Tensor:
+    """n of the rows [N, ...], evenly over all of them (all, if N <= n): a folder of images comes sorted by class."""
+    return rows if len(rows) <= n else rows[torch.arange(n) * len(rows) // n]
 
 
 def reference_of(features: torch.Tensor) -> Reference:
     """The Reference of features [N, 64], float64."""
-    near = features[:EVAL_NEIGHBOURS]
+    near = spread(features, EVAL_NEIGHBOURS)
     return Reference(*moments(features), near, ball_radii(near))
 
 
@@ -217,7 +222,7 @@ class Features:
             share = (self.of_test[1].argmax(1) == self.test[1]).double().mean().item()
             right = f", {100 * share:.1f}% right on {len(self.test[1])} test images"
         if len(self.reference.near) < len(self.real):
-            near = f" (precision and recall: the first {len(self.reference.near)})"
+            near = f" (precision and recall: {len(self.reference.near)} of them, evenly)"
         return (f"fd, is, precision, recall (k=3) and acc in 64 features of a classifier of {self.source} "
                 f"(weights {self.hash}{right}); n={n or self.n} generated, classes in turn, "
                 f"noise by sample index (seed {seed}), against {len(self.real)} real{near}; {weights} weights")

@@ -33,6 +33,8 @@ def passes_a_step(script: str, args: dict) -> float:
     scratch, teacher = args["start"] == "scratch", velocity_passes(args)
     if script == "consistency.py":
         return of_consistency(args)
+    if script == "fsf_dmd.py" and args["lam"] == 0:              # L_CD, or L_CT, alone
+        return consistency_passes(args, not scratch)
     if script == "fsf_dmd.py":
         rollout = 3 * args["M"]
         if args["rollout"] == "dmd2":

@@ -394,8 +394,8 @@ def samples(args, rows, jobs, path):
     """
     data = load_data(args.data)
     classes = min(data.num_classes, 10)
-    first = [(data.y == c).nonzero()[:1, 0] for c in range(classes)]                  # row numbers, [1] each
-    bands = [("real", torch.cat([data.x[row] for row in first]))]
+    first = torch.cat([(data.y == c).nonzero()[:1, 0] for c in range(classes)])       # of rows; a class may have none
+    bands = [("real", data.x[first])]
     for r, row in rows.items():
         if not row["n"]:
             continue

@@ -424,6 +424,11 @@ def changes(job):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def at_step(folder):
+    """The training step of a folder fid_<training step>_<N>step."""
+    return folder.name.split("_")[1]
+
+
 class Stopped(Exception):
     """The user asked to stop."""
 
@@ -436,7 +441,7 @@ class Runner:
 
     def stop(self):
         self.stopped = True
-        for child in self.children:
+        for child in list(self.children):                             # the workers take theirs out meanwhile
             child.terminate()
 
     def run(self, job, waits=()):
@@ -461,11 +466,17 @@ class Runner:
             raise Stopped
 
     def do(self, job, lock):
+        sources.cache_clear()                                         # hashes of now, not of when this process began
         now, log, path = identity(job), beside(job, ".log"), beside(job, ".json")
         changed = changes(job)
         if changed:
             log.unlink(missing_ok=True)
-        if changed and job.folder.exists():
+        measured = sorted(job.folder.glob("fid_*"))
+        if changed == ["the measure"] and len({at_step(each) for each in measured}) < 2:
+            tqdm.write(f"{job.folder.name}: how it is measured changed since, its network is measured again")
+            for each in measured:
+                shutil.rmtree(each)
+        elif changed and job.folder.exists():
             names = ", ".join(changed)
             tqdm.write(f"{job.folder.name}: {names} changed since, the kept run is removed and runs again")
             shutil.rmtree(job.folder)
@@ -476,6 +487,11 @@ class Runner:
             self.call(command, log, lock.fileno())
             for features in job.folder.glob("fid_*/features"):        # 600 MB each
                 shutil.rmtree(features)
+        sources.cache_clear()
+        after = identity(job)["sources"]
+        if after != now["sources"]:
+            names = ", ".join(file for file in after if after[file] != now["sources"].get(file))
+            raise BadInput(f"{job.folder.name}: {names} changed while it ran; the same command runs it again")
         write_atomic(path, json_text(dict(now, done=True), indent=1))
 
     def call(self, command, log, lock):
@@ -539,8 +555,10 @@ class Runner:
     def steps_of(self, job):
         """The training steps of a job, as its script resolves them."""
         words = [sys.executable, str(HERE / job.command[0]), *job.command[1:], "--dry_run"]
-        said = subprocess.run(words, capture_output=True, text=True).stdout
-        return int(re.search(r"--steps +(\d+)", said)[1])
+        said = subprocess.run(words, capture_output=True, text=True)
+        if said.returncode:
+            raise BadInput(f"{shlex.join(job.command)}: {said.stderr.strip()}")
+        return int(re.search(r"--steps +(\d+)", said.stdout)[1])
 
 
 def sampling_steps(command):
@@ -646,6 +664,7 @@ def parse_args(argv=None):
     g.add_argument("--fid_every", type=number(int, 0), default=0,
                    help="steps of a distillation between FIDs; 0: at the end only (the paper reports the best found)")
     args = p.parse_args(argv)
+    args.data = args.data.rstrip("/") or "/"                          # one spelling, one folder of kept runs
     given = {flag for flag in vars(args) if getattr(args, flag) != p.get_default(flag)}
     refuse_contradictions(args, given)
     if args.jobs is None:
@@ -677,7 +696,7 @@ def refuse_contradictions(args, given):
             names = " and ".join(sorted(needed)) or "scratch"
             raise BadInput(f"--init {args.init}: holds the start of {found or 'no'} rows, "
                            f"but those of table {args.table} start from {names}")
-    if latents and not args.list and not (args.vae and args.inception and args.ref):
+    if latents and not args.list and Path(args.data).is_dir() and not (args.vae and args.inception and args.ref):
         raise BadInput(f"--data {args.data}: FID of latents needs --vae, --inception and --ref (see evaluate.py)")
 
 

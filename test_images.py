@@ -212,11 +212,11 @@ def test_metrics_of_a_set_with_a_test_part(tmp_path, monkeypatch):
     floor = features.floor()
     expected = metrics.frechet_distance(*metrics.moments(features.real), *metrics.moments(of_test))
     assert floor["fd"] == pytest.approx(expected, rel=1e-9)
-    assert (floor["precision"], floor["recall"]) == metrics.precision_recall(features.real[:50], of_test)
+    assert (floor["precision"], floor["recall"]) == metrics.precision_recall(metrics.spread(features.real, 50), of_test)
     right = (probs.argmax(1).numpy() == parts["t10k"][1]).mean()
     assert floor["acc"] == pytest.approx(right)
     words = features.definition()
-    assert f"{100 * right:.1f}% right on 30 test images" in words and "the first 50" in words
+    assert f"{100 * right:.1f}% right on 30 test images" in words and "50 of them, evenly" in words
 
     kept = next(cache.glob("real-*.pt"))
     again = metrics.Features(found, cache)

@@ -20,7 +20,7 @@ import fid
 import inception
 import watch
 from data import Data, load_data
-from metrics import EVAL_SEED, Features, frechet_distance, inception_score, moments, precision_recall
+from metrics import EVAL_SEED, Features, frechet_distance, inception_score, moments, precision_recall, spread
 from test_helpers import HERE, golden, rand, refusal, run, small_net
 
 # ---- golden numbers of the metrics -----------------------------------------------------------------------------------
@@ -407,3 +407,14 @@ def test_images_of_any_mode_are_read_as_rgb(tmp_path):
     Image.fromarray(grey[:5]).save(tmp_path / "d.png")
     with pytest.raises(common.BadInput, match="d.png: is 9 x 5, others 9 x 9"):
         fid.image_source(tmp_path)[1](0, 4)
+
+
+def test_a_part_of_a_folder_sorted_by_class_has_every_class(tmp_path):
+    """Precision, recall and `ref --n` take rows spread over the data: the first ones are a few classes only."""
+    of_class = torch.arange(10).repeat_interleave(200)
+    assert torch.equal(spread(of_class, 50).bincount(), torch.full((10,), 5)) and spread(of_class, 3000) is of_class
+    for i in range(12):
+        Image.fromarray(np.full((4, 4), 20 * i, np.uint8)).save(tmp_path / f"{i:02}.png")
+    n, images, digest = fid.image_source(tmp_path, 5)
+    assert n == 5 and digest == fid.image_source(tmp_path)[2]
+    assert torch.cat([images(0, 2), images(2, 9)])[:, 0, 0, 0].tolist() == [20 * i for i in (0, 2, 4, 7, 9)]

@@ -33,6 +33,7 @@ import search
 import sid
 import twinflow
 from checkpoints import load_network
+from common import BadInput
 from data import data_kind
 from model import DiscriminatorHead, LightningDiT, fixed_guidance
 from test_all import HERE, environment, refusal, small_images
@@ -184,6 +185,37 @@ def test_latents_are_trained_in_pieces_and_the_best_fid_is_found(inputs, tmp_pat
     assert row["best"] == [4.0] and row["step"] == [3000] and row["last"]["fd_2step"] == [4.5]
 
 
+def test_the_number_of_sampling_steps_of_a_row_is_the_one_that_was_measured():
+    """250 Euler steps on latents (Table 4), 1 and 2 steps otherwise; the label says Euler's."""
+    row = reproduce.TABLES["4"].rows[0]
+    for keys, N in ((["fd_250step"], 250), (["fd_25step"], 25), (["fd_1step", "fd_2step"], 2), (["fd_1step"], 1)):
+        steps = [dict(step=0) | dict.fromkeys(keys, 3.0)]
+        run = dict(evaluations=steps, sec_per_step=None, memory_gb=None, passes=None)
+        found = report.summarise(1, row, {0: run})
+        assert found["N"] == N and found["best"] == [3.0]
+    assert report.summarise(1, row, {})["N"] == 2
+
+
+def test_passes_before_a_row_from_a_distilled_network_and_seconds_after_its_warmup(tmp_path):
+    flags = dict(script="x", start="imf", mask_prob=0.5, omega_max=1.0, M=2, rollout="flow_map", rollout_grad="all",
+                 warmup=10, lam=0.1, loss="cd")
+    for name in ("cd", "fsf"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").write_text(json.dumps(flags))
+        evaluations = [dict(step=20, fd_2step=1.0)]
+        (tmp_path / name / "result.json").write_text(json.dumps(dict(evaluations=evaluations, other_sampler={})))
+    net = LightningDiT("tiny", "in_context", in_channels=1, input_size=8, num_classes=10)
+    torch.save(dict(config=net.config, weights=net.state_dict(), data=None, args={}, step=40), tmp_path / "cd/model.pt")
+    lines = [dict(step=step, sec_per_step=1.0 if step <= 10 else 3.0) for step in (5, 10, 15, 20)]
+    (tmp_path / "fsf" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first = reproduce.Job(tmp_path / "cd", ("consistency.py", "--loss", "cd"), (), None)
+    alone = reproduce.Job(tmp_path / "fsf", ("fsf_dmd.py",), (), None)
+    after = reproduce.Job(tmp_path / "fsf", ("fsf_dmd.py", "--teacher", "start.pt"), (), first)
+    own, both = (report.collect(job, "pixels") for job in (alone, after))
+    assert own["sec_per_step"] == 3.0 and own["evaluations"][0]["passes"] == 10 * 5 + 10 * 13
+    assert both["evaluations"][0]["passes"] == own["evaluations"][0]["passes"] + 40 * 5
+
+
 def test_a_run_that_diverged_stands_in_the_table(tmp_path):
     """result.json has null where a metric was not finite: the table shows it, and it is not the best evaluation."""
     runs = {}
@@ -283,15 +315,49 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
     assert "2 runs, 2 kept" in printed
     assert (out / "README.md").read_text() == page and (out / "runs.json").read_text() == stored
 
-    # A script that changed runs again, and what started from it too.
-    with open(tmp_path / "consistency.py", "a") as file:
-        file.write("# changed\n")
+    # A script that changed runs again, and what started from it too; not one that changes while it runs.
+    def append(name):
+        with open(tmp_path / name, "a") as file:
+            file.write("# changed\n")
+
+    append("consistency.py")
+    metrics.unlink()
     third = start()
+    while not metrics.exists() and third.poll() is None:
+        time.sleep(0.05)
+    append("normuon.py")
     printed, _ = third.communicate(timeout=300)
     changed = "consistency-lossfm-seed0: consistency.py changed since, the kept run is removed and runs again"
-    assert third.returncode == 0 and changed in printed
-    assert "evaluate-fm-seed0: consistency.py changed since" in printed
+    assert third.returncode == 2 and changed in printed
+    assert "consistency-lossfm-seed0: normuon.py changed while it ran" in printed
+    printed, _ = start().communicate(timeout=300)
+    assert "consistency-lossfm-seed0: normuon.py changed since" in printed and "changed while" not in printed
+    assert "evaluate-fm-seed0: consistency.py, normuon.py changed since" in printed
     assert f"| {report.spread([fd], 1)} |" in (out / "README.md").read_text()
+
+
+def test_another_measure_keeps_the_network(inputs, tmp_path):
+    """--n, --ref and the like make its FID again, not the training."""
+    args = argparse.Namespace(data=str(inputs / "latents"), vae="V", inception="W", ref="R", n=2000, fid_every=0,
+                              table="2", jobs=1, start="weak", init=str(tmp_path / "bad.pt"), runs=tmp_path)
+    (tmp_path / "bad.pt").write_bytes(b"no network")                  # so that nothing trains here
+    job = reproduce.jobs_of(args, {7: reproduce.TABLES["2"].rows[6]}, 0)[7]
+    before = dict(reproduce.identity(job), measure=["--n", "50000"], done=True)
+    network, measured = job.folder / "model.pt", job.folder / "fid_004000_2step"
+    measured.mkdir(parents=True)
+    network.write_bytes(b"kept")
+    reproduce.beside(job, ".json").write_text(json.dumps(before))
+    with open(tmp_path / "lock", "w") as lock, pytest.raises(BadInput, match="fsf_dmd.py"):
+        reproduce.Runner(args).do(job, lock)
+    assert network.read_bytes() == b"kept" and not measured.exists()
+
+    # After FIDs on the way only training again brings those back.
+    reproduce.beside(job, ".json").write_text(json.dumps(before))
+    for step in (2000, 4000):
+        (job.folder / f"fid_{step:06d}_2step").mkdir()
+    with open(tmp_path / "lock", "w") as lock, pytest.raises(BadInput, match="fsf_dmd.py"):
+        reproduce.Runner(args).do(job, lock)
+    assert not network.exists()
 
 
 @pytest.mark.slow
@@ -372,9 +438,12 @@ def test_what_the_discriminator_adds_to_a_step_of_dmd2(start, inputs, tmp_path, 
 @pytest.mark.slow
 def test_cost_measures_a_step_of_a_method(tmp_path):
     """The first row of cost.py, of a small network: seconds and memory of a process of its own, and counted passes."""
-    command = "cost.py --size tiny --row 1 --batch_size 2 --runs kept --out ."
+    command = "cost.py --size tiny --row 1 2 --minutes 1e-9 --batch_size 2 --runs kept --out ."
     words = [sys.executable, str(HERE / "cost.py"), *command.split()[1:]]
     env = environment() | dict(CUDA_VISIBLE_DEVICES="")
+    (tmp_path / "kept").mkdir()
+    other = {"imf: FSF-DMD M=1": dict(identity=dict(size="B/1"), row=dict(label="of another setting"))}
+    (tmp_path / "kept" / "cost.json").write_text(json.dumps(other))  # its time is over before the second row: left out
     printed = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
     found = json.loads((tmp_path / "cost-cpu" / "runs.json").read_text())
     [row] = found["rows"]

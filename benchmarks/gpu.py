@@ -87,6 +87,8 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if not args.rehearse and not torch.cuda.is_available():
         raise BadInput("no CUDA device here; --rehearse 1 runs the same code on the CPU, at tiny size")
+    if args.rehearse and args.out == p.get_default("out"):
+        raise BadInput("--rehearse 1: its numbers mean nothing, give them an --out of their own")
     args.device = torch.device("cpu" if args.rehearse else "cuda")
     args.size = "tiny" if args.rehearse else "B/1"
     return args
