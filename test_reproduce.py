@@ -688,10 +688,10 @@ def test_the_table_of_the_main_command_is_that_of_a_run():
 
 
 def test_what_is_said_of_fashion_mnist_is_in_the_numbers():
-    told = Told("table2-fashion-mnist-weak-row1-2-3-4-7-8-9-10")
+    told = Told("table2-fashion-mnist-weak-row1-2-3-4-7-8-9-10-11-12")
     gain, mean = told.gain, told.mean
-    START, TEACHER, CD, DMD2, M2, M1, MASKED, SID = (1, 2, 3, 4, 7, 8, 9, 10)
-    assert sorted(told.last) == [START, TEACHER, CD, DMD2, M2, M1, MASKED, SID]
+    START, TEACHER, CD, DMD2, M2, M1, MASKED, SID, CONTROL, AFTER_CD = (1, 2, 3, 4, 7, 8, 9, 10, 11, 12)
+    assert sorted(told.last) == [START, TEACHER, CD, DMD2, M2, M1, MASKED, SID, CONTROL, AFTER_CD]
     assert [mean(START, f"fd_{N}step", 1) for N in (1, 2, 4)] == ["86.6", "60.4", "54.8"]
     assert mean(TEACHER, "fd_25step", 1) == "38.6"
     trained = (CD, DMD2, M2, M1, MASKED, SID)
@@ -706,6 +706,20 @@ def test_what_is_said_of_fashion_mnist_is_in_the_numbers():
     assert told.differences("fd")[MASKED][1] > 0.05 > told.differences("is")[MASKED][1]
     passes_of = [round(told.last[row][0]["passes"]) for row in (MASKED, M1, SID, M2, CD, DMD2)]
     assert passes_of == [2250, 2250, 2256, 2262, 2700, 3181] and f"{3181 / 2250:.1f}" == "1.4"
+    for row in (*trained, AFTER_CD):                                  # distilling beats training on, in every seed
+        assert (gain(row, CONTROL, "fd_2step") > 0).all()
+    gain(MASKED, CONTROL, "fd_2step", "9.229 ± 4.432", p=0.07)
+    assert [mean(CONTROL, f"fd_{N}step", 1) for N in (1, 2)] == ["60.5", "44.2"]
+    of_two_steps = {row: float(mean(row, "is_2step", 3)) for row in told.last if row != TEACHER}
+    assert max(of_two_steps, key=of_two_steps.get) == CONTROL
+    assert round(told.last[CONTROL][0]["passes"] - told.last[START][0]["passes"]) in (2257, 2258)
+    of_one_step = {row: float(mean(row, "fd_1step", 1)) for row in told.last if row != TEACHER}
+    assert min(of_one_step, key=of_one_step.get) == AFTER_CD and of_one_step[AFTER_CD] == 35.5
+    assert mean(AFTER_CD, "fd_2step", 1) == "36.7" and round(told.last[AFTER_CD][0]["passes"]) == 5881
+    runs = told.stored["rows"][-1]["seeds"].values()
+    on_the_way = np.array([[e["fd_2step"] for e in run["evaluations"]] for run in runs])      # [seeds, evaluations]
+    assert [f"{each:.1f}" for each in on_the_way.mean(0)] == ["38.9", "46.7", "36.7"]
+    assert (on_the_way[:, 1] > on_the_way[:, 0]).all() and (on_the_way[:, 1] > on_the_way[:, 2]).all()
     told_of_search("weak", "fashion-mnist", seeds=1)
     rows = json.loads((KEPT / "search-fashion-mnist-weak" / "runs.json").read_text())["rows"]
     of_lambda = [f"{row['distance'][0]:.1f}" for row in rows if row["method"].startswith("FSF")]
