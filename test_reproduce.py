@@ -1164,6 +1164,20 @@ def test_what_is_said_of_the_surrogate_is_in_the_numbers(monkeypatch):
         to_mean = [row["over_tau"][k]["surrogate_to_mean"] for k in ("k1", "k10")]
         assert f"{to_mean[0]:.2f}" == "0.35" and round(to_mean[1], 2) in (0.15, 0.16)
 
+    rows = json.loads((KEPT / "surrogate-fashion-mnist" / "runs.json").read_text())["rows"]
+    table = "\n".join(surrogate.table(rows))
+    assert table in text and table in (KEPT / "surrogate-fashion-mnist" / "README.md").read_text()
+    plain, guided = rows
+    assert (plain["omega"], guided["omega"]) == (1, 3)
+    of = dict(pull=plain["over_tau"]["k1"]["surrogate_to_mean"], cosine=plain["over_tau"]["k1"]["cosine"],
+              guided=guided["over_tau"]["k10"]["cosine"], guided_pull=guided["over_tau"]["k10"]["surrogate_to_mean"])
+    assert {key: f"{value:.2f}" for key, value in of.items()} == dict(
+        pull="0.38", cosine="-0.26", guided="0.57", guided_pull="-0.06")
+    *others, noisiest = guided["bins"]
+    assert (f"{noisiest['cosine']:.2f}", f"{noisiest['length_ratio']:.2f}") == ("0.73", "1.01")
+    assert (f"{min(each['cosine'] for each in others):.2f}", f"{max(each['cosine'] for each in others):.2f}") == (
+        "-0.17", "0.05")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # benchmarks/strength.py
