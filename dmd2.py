@@ -254,16 +254,6 @@ def train(args):
             trainable(False, *fake_side)                                        # gradient passes through them to x_hat
             samples = []
             for b in micro_batches(batch, args, device):
-                if args.cd:
-                    with autocast(args, device):
-                        if teacher:                                             # Eq. 16
-                            loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
-                                                     channels, **options)
-                        else:                                                   # Eq. 6, 24
-                            loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, **options)
-                    (loss.sum() / B).backward()                                 # frees its graph before the next
-                    accumulate(total, B, cd=loss)
-
                 with autocast(args, device):
                     x_hat = backward_simulation(u(b.y), b.z, k, args.M)         # Eq. 17
                     loss, gap = dmd_loss(x_hat, v_fake(b.y), v_teacher(b.y), b.tau, b.eps_tau)
@@ -272,9 +262,19 @@ def train(args):
                         gan = gan_generator_loss(D(b.y)(x_hat, b.t_gen, b.eps_gen))
                         objective = objective + args.lam * args.lambda_g * gan  # Eq. 54
                         accumulate(total, B, gan_g=gan)
-                (objective.sum() / B).backward()
+                (objective.sum() / B).backward()                                # first: its graph is the largest
                 accumulate(total, B, dm=loss, gap=gap)
                 samples.append(x_hat.detach())
+
+                if args.cd:
+                    with autocast(args, device):
+                        if teacher:                                             # Eq. 16
+                            loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
+                                                     channels, **options)
+                        else:                                                   # Eq. 6, 24
+                            loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, **options)
+                    (loss.sum() / B).backward()
+                    accumulate(total, B, cd=loss)
             sync_gradients(net)
             grad_norm = gradient_norm(net)
             opt.step()

@@ -215,28 +215,27 @@ def train(args):
 
             # -- generator turn
             for b in micro_batches(batch, args, device):
+                if step >= args.warmup and args.lam > 0:
+                    with autocast(args, device):
+                        if args.rollout == "flow_map":
+                            x, U = rollout(u(b.y), b.z[:, 0], args.M, args.rollout_grad)
+                        else:
+                            x_hat = backward_simulation(u(b.y), b.z, k, args.M)  # Eq. 17
+                            x, U = b.z[:, 0], b.z[:, 0] - x_hat
+                        loss, gap = fsf_dmd_loss(x, U, v_fake(b.y), v_teacher(b.y), b.tau, b.eps_tau,
+                                                 args.weight, args.clip, args.cosine_factor)
+                        objective = args.lam * loss                             # Eq. 15, 59
+                    (objective.sum() / B).backward()                            # first: its graph is the largest
+                    accumulate(total, B, fsf=loss, gap=gap)
+
                 with autocast(args, device):
                     if teacher:                                                 # Eq. 16
                         loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
                                                  channels, **options)
                     else:                                                       # Eq. 6, 24
                         loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, **options)
-                (loss.sum() / B).backward()                                     # frees its graph before the next
+                (loss.sum() / B).backward()
                 accumulate(total, B, cd=loss)
-                if step < args.warmup or args.lam == 0:
-                    continue
-
-                with autocast(args, device):
-                    if args.rollout == "flow_map":
-                        x, U = rollout(u(b.y), b.z[:, 0], args.M, args.rollout_grad)
-                    else:
-                        x_hat = backward_simulation(u(b.y), b.z, k, args.M)     # Eq. 17
-                        x, U = b.z[:, 0], b.z[:, 0] - x_hat
-                    loss, gap = fsf_dmd_loss(x, U, v_fake(b.y), v_teacher(b.y), b.tau, b.eps_tau,
-                                             args.weight, args.clip, args.cosine_factor)
-                    objective = args.lam * loss                                 # Eq. 15, 59
-                (objective.sum() / B).backward()
-                accumulate(total, B, fsf=loss, gap=gap)
             sync_gradients(net)
             grad_norm = gradient_norm(net)
             opt.step()

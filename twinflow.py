@@ -187,21 +187,21 @@ def train(args):
             # -- generator turn
             for b in micro_batches(batch, args, device):
                 with autocast(args, device):
+                    adv, rectify, gap = twinflow_losses(u(b.y), v_fake(b.y), v_teacher(b.y), b.z, b.t_fake, b.eps_fake,
+                                                        b.tau, b.eps_tau, args.clip or math.inf)
+                    objective = args.lam_adv * adv + args.lam * rectify
+                (objective.sum() / B).backward()                                # first: its graph is the largest
+                accumulate(total, B, adv=adv, rectify=rectify, gap=gap)
+
+                with autocast(args, device):
                     if args.base == "imf":                                      # Eq. 6
                         loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, **options)
                     else:                                                       # Eq. 66-67
                         loss = guided_rcgm_loss(net, target, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided,
                                                 args.delta, args.order, args.clamp or math.inf, c=args.huber_c,
                                                 cosine=args.cosine)
-                (loss.sum() / B).backward()                                     # frees its graph before the next
+                (loss.sum() / B).backward()
                 accumulate(total, B, **{args.base: loss})
-
-                with autocast(args, device):
-                    adv, rectify, gap = twinflow_losses(u(b.y), v_fake(b.y), v_teacher(b.y), b.z, b.t_fake, b.eps_fake,
-                                                        b.tau, b.eps_tau, args.clip or math.inf)
-                    objective = args.lam_adv * adv + args.lam * rectify
-                (objective.sum() / B).backward()
-                accumulate(total, B, adv=adv, rectify=rectify, gap=gap)
             sync_gradients(net)
             grad_norm = gradient_norm(net)
             opt.step()
