@@ -42,7 +42,7 @@ import sid
 import twinflow
 from checkpoints import load_network
 from common import BadInput, main
-from files import json_text, read_json, write_atomic
+from files import json_text, lock, read_json, write_atomic
 from flags import Parser, folder_path, number
 from model import SIZES, LightningDiT, fixed_guidance
 from reproduce import HERE, TABLE_5, paper, sources
@@ -374,6 +374,11 @@ def is_kept(entry, kept, setting):
 
 
 def run(args):
+    with lock(args.runs / "cost.lock", "measuring costs", "--runs"):
+        measure_all(args)
+
+
+def measure_all(args):
     on_gpu, begun = torch.cuda.is_available(), time.perf_counter()
     setting = dict(
         device=torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores",

@@ -149,10 +149,11 @@ class Locked(BadInput):
 
 
 @contextlib.contextmanager
-def lock(path: str | Path, doing: str):
+def lock(path: str | Path, doing: str, flag: str = "--out"):
     """Hold the lock file `path`; Locked, naming the holder's host and process, if another process does.
 
-    The kernel frees it when its holder dies, however it dies; the file itself stays.
+    doing, flag: for that line, what the holder does and which flag chooses another folder.  The kernel frees
+    the lock when its holder dies, however it dies; the file itself stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +163,7 @@ def lock(path: str | Path, doing: str):
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise Locked(f"{path.parent}: {holder} is {doing} there; wait for it, or choose another --out") from None
+            raise Locked(f"{path.parent}: {holder} is {doing} there; wait for it, or choose another {flag}") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

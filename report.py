@@ -3,7 +3,6 @@
 A run is what `collect` reads from its folder.  A row is an entry of `summary`: the runs of one row of a table, by seed.
 A table, its rows and its jobs are reproduce.py's Table, Row and Job; nothing here knows how they are run.
 """
-import argparse
 import json
 import math
 import re
@@ -15,7 +14,7 @@ from scipy.stats import ttest_rel
 
 from checkpoints import load_checkpoint, load_network
 from data import data_kind, load_data, preview
-from evaluate import decoder, generate, sampling
+from evaluate import decoder, generate, parse_args, sampling
 from files import json_text, read_json, read_lines, write_atomic
 from passes import passes_a_step, passes_until
 
@@ -401,15 +400,14 @@ def samples(args, rows, jobs, path):
             continue
         job = jobs[r][min(row["seeds"])]
         evaluated = job.command[0] == "evaluate.py"
-        net, checkpoint = load_network(job.command[1] if evaluated else job.folder / "model.pt", data)
-        sampler = "euler" if "euler" in job.command else None                         # None: the run's own
-        flags = argparse.Namespace(omega=None, guide_to=None, cfg_channels=None, sampler=sampler, what=row["label"])
+        flags = parse_args(job.command[1:] if evaluated else [str(job.folder / "model.pt")])
+        net, checkpoint = load_network(flags.what, data)
         omega, guide_to, channels, sampler = sampling(flags, checkpoint)
         cost = row["seeds"][min(row["seeds"])]["evaluations"][-1].get("passes", 0)
         trained = f"; trained for {cost:,.0f} passes" if cost else ""
         for N in (1, 2) if row["N"] == 2 else (row["N"],):
             x, _ = generate(net, classes, data.x.shape[1:], N, omega, guide_to, channels, classes=classes,
-                            sampler=sampler)
+                            sampler=sampler, shift=flags.shift)
             bands.append((f"{r} {row['label']}: {N} step{'s' if N > 1 else ''}{trained}", x))
     preview(path, bands, data.meta, decoder(args.vae, data.vae, torch.device("cpu")))
 
@@ -452,15 +450,27 @@ def runs_json(head, rows, commands):
     return json.dumps(head, indent=1).removesuffix("\n}") + ',\n "rows": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
+def folder_of(args, start):
+    """The folder in args.out of a table; start: weak, strong, the name of --init, or ""."""
+    some = "row" + "-".join(map(str, args.row)) if args.row else ""  # a few rows do not replace the whole table
+    parts = [f"table{args.table}", Path(args.data).stem, start, some]
+    return args.out / "-".join(part for part in parts if part)
+
+
+def seeds_in(folder):
+    """The number of seeds of the table that a folder holds; 0: none."""
+    path = folder / "runs.json"
+    stored = read_json(path, "a table's runs") if path.exists() else {}
+    return max((len(row["seeds"]) for row in stored.get("rows", [])), default=0)
+
+
 def write(args, table, head, rows, jobs, commands):
     """Write and print a table: a folder in args.out with README.md, runs.json, curves.png and samples.png.
 
     rows: `summary`; jobs: {row number: {seed: Job}}; commands: {row number: command line}.
     """
     kind = data_kind(args.data)
-    some = "row" + "-".join(map(str, args.row)) if args.row else ""  # a few rows do not replace the whole table
-    parts = [f"table{head['table']}", Path(args.data).stem, head["start"], some]
-    folder = args.out / "-".join(part for part in parts if part)
+    folder = folder_of(args, head["start"])
     folder.mkdir(parents=True, exist_ok=True)
     tables = markdown(kind, table, rows)
     write_atomic(folder / "README.md", page(head, args.command, tables, rows))

@@ -714,6 +714,10 @@ def run(args):
     if args.list:
         return print_commands(rows, jobs)
 
+    folder = report.folder_of(args, regime_of(args, table))
+    if report.seeds_in(folder) > args.seeds:
+        raise BadInput(f"--seeds {args.seeds}: {folder} holds the table of {report.seeds_in(folder)}; "
+                       "pass as many, or another --out")
     load_data(args.data)                                              # refused now if it is not readable
     if data_kind(args.data) == "latents":
         load_vae(args.vae)
@@ -745,13 +749,15 @@ def print_commands(rows, jobs):
             print(f"python {shlex.join(j.command)}")
 
 
+def regime_of(args, table):
+    """The start's name in the folder and the head of a table; "" where nothing starts from an iMF."""
+    if args.init:
+        return init_name(args)
+    return args.start if any(row.start == "imf" for row in table.rows) else ""
+
+
 def head_of(args, table, jobs):
     """What runs.json says of all rows."""
-    start = ""
-    if args.init:
-        start = init_name(args)
-    elif any(row.start == "imf" for row in table.rows):
-        start = args.start
     found = {}
     for each in jobs:
         found |= sources_of(each)
@@ -759,7 +765,7 @@ def head_of(args, table, jobs):
         table=args.table,
         title=table.title,
         data=args.data,
-        start=start,
+        start=regime_of(args, table),
         reference=table.reference,
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         cores=os.cpu_count(),

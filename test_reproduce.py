@@ -25,6 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import consistency
 import cost
 import dmd2
+import evaluate
+import files
 import fsf_dmd
 import passes
 import report
@@ -257,6 +259,38 @@ def test_bad_flags_end_in_one_line(capsys, monkeypatch, inputs):
         ("cost.py --row 22", "expected 1 to 21"),
     ):
         assert words in refusal(command, capsys, monkeypatch), command
+
+
+def test_a_second_start_of_cost_waits_its_turn_and_fewer_seeds_replace_no_table(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with files.lock(tmp_path / "runs" / "cost.lock", "measuring costs"):
+        said = refusal("cost.py --size tiny --row 1 --runs runs", capsys, monkeypatch)
+    assert "is measuring costs there; wait for it, or choose another --runs" in said
+    (tmp_path / "table5-digits").mkdir()
+    (tmp_path / "table5-digits" / "runs.json").write_text((KEPT / "table5-digits" / "runs.json").read_text())
+    said = refusal("reproduce.py 5 --seeds 1 --out .", capsys, monkeypatch)
+    assert "--seeds 1: table5-digits holds the table of 5; pass as many, or another --out" in said
+
+
+def test_the_samples_of_a_row_are_made_with_its_own_flags(inputs, tmp_path, monkeypatch):
+    """As evaluate.py is called for the row: sampler, shift, and the channels of the guidance."""
+    net = LightningDiT("tiny", "plain", in_channels=1, input_size=8, num_classes=10)
+    stored = dict(config=net.config, weights=net.state_dict(), data=None, args=dict(omega=2.0, cfg_channels=1), step=4)
+    torch.save(stored, tmp_path / "fm.pt")
+    command = f"evaluate.py {tmp_path}/fm.pt --sampler euler --steps 3 --shift 3.3333 --cfg_channels 0"
+    seen = []
+
+    def generate(*positional, **flags):
+        seen.append((positional, flags))
+        return evaluate.generate(*positional, **flags)
+
+    monkeypatch.setattr(report, "generate", generate)
+    job = reproduce.Job(tmp_path / "x", tuple(command.split()), (), None)
+    row = dict(n=1, N=3, label="Teacher", seeds={0: dict(evaluations=[dict(step=0, passes=0)])})
+    args = argparse.Namespace(data="digits", vae=None)
+    report.samples(args, {1: row}, {1: {0: job}}, tmp_path / "samples.png")
+    [(positional, flags)] = seen
+    assert positional[3:7] == (3, 2.0, 1.0, None) and flags["sampler"] == "euler" and flags["shift"] == 3.3333
 
 
 # ---------------------------------------------------------------------------------------------------------------------
