@@ -311,7 +311,7 @@ def markdown(found):
         f"one step, {found['size']}, batch {found['batch']}, {found['precision']}",
         "forward passes", "GFLOP an image", "GFLOP optimizer",
         "s/step", f"times {base['label']}", "GB", "times",
-        "paper: s/step", "steps", "H100 hours, modelled",
+        "paper: s/step (B200; from scratch A100)", "steps", "H100 hours, modelled",
     ]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for row in rows:
