@@ -259,8 +259,9 @@ TABLES = {
 # Jobs: a row and a seed
 # ---------------------------------------------------------------------------------------------------------------------
 
-# measure: evaluate.py's flags for latents.  start: the Job that has to end first, or None.
-Job = namedtuple("Job", "folder command measure start")
+# measure: evaluate.py's flags for latents.  start: the Job that has to end first, or None.  counts: of sampling steps,
+# a FID of latents for each; every: training steps between them, 0: at the end only.
+Job = namedtuple("Job", "folder command measure start counts every", defaults=[(), 0])
 
 
 def init_name(args):
@@ -302,12 +303,24 @@ def job(args, command, seed, start=None, via=None):
         argv += ["--seed", str(seed)]
     argv += ["--out", str(folder)]
 
-    measure = []
+    measure, counts, every = [], (), 0
     if kind == "latents":
+        counts, every = fids_of(args, argv)
         measure = ["--vae", args.vae, "--inception", args.inception, "--ref", args.ref, "--n", str(args.n or 50_000)]
         if args.n and args.n <= 2048:
             measure += ["--few", "1"]
-    return Job(folder, tuple(argv), tuple(measure), via or (None if args.init else start))
+    return Job(folder, tuple(argv), tuple(measure), via or (None if args.init else start), counts, every)
+
+
+def fids_of(args, argv):
+    """(counts, every) of the Job of a command on latents."""
+    if argv[0] == "evaluate.py":
+        return (sampling_steps(argv),), 0
+    if argv[1:3] == ["--loss", "fm"]:                                 # a start of Table 4: rows 1 and 2 measure it
+        return (), 0
+    counts = (2, 1) if args.table == "5" else (2,)
+    distils = "--init" in argv and "scratch" not in argv              # the paper's "best found" is of these
+    return counts, args.fid_every if distils else 0
 
 
 def jobs_of(args, rows, seed):
@@ -359,7 +372,8 @@ def sources_of(job):
 
 def identity(job):
     """What a kept run has to agree in."""
-    return dict(command=list(job.command), measure=list(job.measure), sources=sources_of(job))
+    found = dict(command=list(job.command), measure=list(job.measure), sources=sources_of(job))
+    return found | dict(every=job.every) if job.every else found
 
 
 def beside(job, suffix):
@@ -396,7 +410,8 @@ def has_result(job):
         return False
     if job.measure:
         measured = [*job.folder.glob("fid_*/fid.json")]
-        return job.folder.is_dir() and all(readable(path) for path in measured)
+        counted = {path.parent.name.split("_")[2] for path in measured}
+        return {f"{N}step" for N in job.counts} <= counted and all(readable(path) for path in measured)
     return readable(job.folder / ("evaluation.json" if job.command[0] == "evaluate.py" else "result.json"))
 
 
@@ -416,7 +431,8 @@ def changes(job):
     if not isinstance(known_sources, dict):
         known_sources = {}
     changed = [file for file, digest in now["sources"].items() if known_sources.get(file) != digest]
-    return changed + [f"the {part}" for part in ("command", "measure") if known.get(part) != now[part]]
+    parts = dict(command="the command", measure="the measure", every="--fid_every")
+    return changed + [name for part, name in parts.items() if known.get(part) != now.get(part)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -523,29 +539,25 @@ class Runner:
         if not job.measure:
             return [job.command]
         if job.command[0] == "evaluate.py":
-            return self.fids(job, job.command[:-2], 0, [sampling_steps(job.command)])
+            return self.fids(job, job.command[:-2], 0)
 
         total = self.steps_of(job)
         pieces = [total]
-        distils = "--init" in job.command and "scratch" not in job.command
-        if self.args.fid_every and distils:                           # the paper's "best found" is of the distillations
-            pieces = [*range(self.args.fid_every, total, self.args.fid_every), total]
+        if job.every:
+            pieces = [*range(job.every, total, job.every), total]
         evaluate = ["evaluate.py", str(job.folder / "model.pt"), "--data", self.args.data]
         lines = []
         for at in pieces:
-            measure = self.fids(job, evaluate, at, [2, 1] if self.args.table == "5" else [2])
-            # A start of Table 4 is not measured: rows 1 and 2 do that.
-            if "--loss fm" in " ".join(job.command):
-                measure = []
+            measure = self.fids(job, evaluate, at)
             # Where nothing is left to measure, an interrupted run is already past this piece.
             if measure or at == total:
                 lines += [[*job.command, "--steps", str(at)], *measure]
         return lines
 
-    def fids(self, job, evaluate, at, counts):
-        """The commands still to do that measure a job after `at` training steps; counts: numbers of sampling steps."""
+    def fids(self, job, evaluate, at):
+        """The commands still to do that measure a job after `at` training steps."""
         lines = []
-        for N in counts:
+        for N in job.counts:
             out = job.folder / f"fid_{at:06d}_{N}step"
             if not readable(out / "fid.json"):
                 steps = [] if "--steps" in evaluate else ["--steps", str(N)]

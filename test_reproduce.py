@@ -385,6 +385,16 @@ def test_another_measure_keeps_the_network(inputs, tmp_path):
         reproduce.Runner(args).do(job, lock)
     assert network.read_bytes() == b"kept" and not measured.exists()
 
+    # It is done with a FID of every number of sampling steps, and FIDs on the way need another training.
+    measured.mkdir()
+    (measured / "fid.json").write_text("{}")
+    assert reproduce.has_result(job) and not reproduce.has_result(job._replace(counts=(2, 1)))
+    assert job.counts == (2,) and reproduce.has_result(job._replace(counts=(2,)))
+    reproduce.beside(job, ".json").write_text(json.dumps(dict(reproduce.identity(job), done=True)))
+    assert reproduce.is_done(job) and reproduce.changes(job._replace(every=2000)) == ["--fid_every"]
+    shutil.rmtree(measured)
+    assert not reproduce.is_done(job)
+
     # After FIDs on the way only training again brings those back.
     reproduce.beside(job, ".json").write_text(json.dumps(before))
     for step in (2000, 4000):
