@@ -169,6 +169,24 @@ def test_bf16_keeps_every_gradient_and_an_exact_derivative():
         assert (a - b).norm() < 0.05 * a.norm() + 1e-6
 
 
+def test_the_gap_in_bf16_is_off_by_the_rounding_of_its_two_velocities():
+    """Where the networks agree more closely than bf16 resolves, the loss in bf16 is noise: a start that is untrained."""
+    net = small_net("in_context", torch.float32)
+    z, eps = rand(64, 2, 4, 4, dtype=torch.float32), rand(64, 2, 4, 4, seed=1, dtype=torch.float32)
+    tau, y = uniform(64, dtype=torch.float32), torch.arange(64) % 3
+    fake = lambda x, tau: net(x, tau, y, torch.zeros_like(tau))
+    teacher = lambda x, tau: net(x, tau, y)
+    gaps, size = [], 0
+    for bf16 in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            x, U = fsf_dmd.rollout(lambda x, t, s: net(x, t, y, s), z, 2)
+            gaps.append(fsf_dmd.fsf_dmd_loss(x, U, fake, teacher, tau, eps)[1])
+            size = max(size, teacher(x, tau).abs().max().item())
+    off = (gaps[0] - gaps[1]).abs()
+    assert 0 < off.max() < 2 * 2 ** -8 * size                                           # bf16 rounds to 2^-9 and 2^-8
+    assert off.mean() > 0.05 * gaps[0].mean()                                           # so little do these two differ
+
+
 def test_time_and_guidance_laws():
     r = uniform(20000, 2)
     t, s = consistency.draw_times(r, "uniform", 0.5)
