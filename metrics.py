@@ -29,6 +29,7 @@ from checkpoints import read_weights, weights_hash
 from common import BadInput
 from files import write_atomic
 
+OF_RESULTS = Path(__file__).resolve().parent / "results" / "classifiers"     # those behind the tables in results/
 METRICS = ("fd", "is", "precision", "recall", "acc")
 EVAL_NEIGHBOURS = 10_000        # real images of precision and recall, at most
 EVAL_SAMPLES = ((10_000, 5000), (1000, 2000), (0, 500))         # (real images from here on, samples of an evaluation)
@@ -154,6 +155,7 @@ def reference_of(features: torch.Tensor) -> Reference:
 class Features:
     """The feature space of one data set, and the real images in it: a classifier trained once, then kept in `cache`.
 
+    That of the digits and of Fashion-MNIST is the one of the tables in results/, so that distances compare with those.
     data: a data.Data of pixels; BadInput for fewer than 8 images.
     features(x [n, C, H, W] normalised) -> (features [n, 64], probabilities [n, classes]), float64 on the CPU.
     features.n: how many samples an evaluation takes.
@@ -166,7 +168,7 @@ class Features:
         digest = hashlib.sha256(data.x.numpy().tobytes() + data.y.numpy().tobytes()).hexdigest()[:12]
         path = Path(cache) / f"features-{digest}.pt"
         self.net = classifier(data)
-        if not load_classifier(self.net, path):
+        if not load_classifier(self.net, OF_RESULTS / path.name) and not load_classifier(self.net, path):
             train_classifier(self.net, data)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, self.net.state_dict())            # two processes that train it write the same
@@ -248,6 +250,7 @@ def kept(path: Path, n: int, compute: Callable) -> torch.Tensor:
             return found
     features = compute()
     if n >= EVAL_NEIGHBOURS:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, dict(features=features))
     return features
 

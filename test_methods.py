@@ -170,7 +170,7 @@ def test_bf16_keeps_every_gradient_and_an_exact_derivative():
 
 
 def test_the_gap_in_bf16_is_off_by_the_rounding_of_its_two_velocities():
-    """Where the networks agree more closely than bf16 resolves, the loss in bf16 is noise: a start that is untrained."""
+    """Where they agree more closely than bf16 resolves, as in an untrained start, the loss in bf16 is noise."""
     net = small_net("in_context", torch.float32)
     z, eps = rand(64, 2, 4, 4, dtype=torch.float32), rand(64, 2, 4, 4, seed=1, dtype=torch.float32)
     tau, y = uniform(64, dtype=torch.float32), torch.arange(64) % 3

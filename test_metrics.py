@@ -160,6 +160,23 @@ def test_the_feature_classifier_generalises_and_is_deterministic(tmp_path):
         first.metrics(even.x * float("nan"), even.y)
 
 
+@pytest.mark.parametrize("name, weights, right", [
+    ("digits", "e837f4d7", 0.99), pytest.param("fashion-mnist", "eec131df", 0.918, marks=pytest.mark.slow)])
+def test_distances_compare_with_those_in_results(name, weights, right, tmp_path):
+    """The classifiers of the tables come with the project; without them each machine would have features of its own."""
+    folder = "digits" if name == "digits" else Path("/usr/share/datasets") / name
+    if name != "digits" and not folder.exists():
+        pytest.skip(f"no {folder}")
+    data = load_data(str(folder))
+    features = Features(data, tmp_path)
+    assert features.hash == weights and not list(tmp_path.glob("features-*"))
+    x, y = data.test or (data.x, data.y)
+    _, probs = features(x)
+    assert (probs.argmax(1) == y).double().mean() > right - 5e-4
+    if name == "digits":
+        assert f"weights {weights}" in (HERE / "README.md").read_text()
+
+
 # ---- samples ---------------------------------------------------------------------------------------------------------
 
 def test_samples_do_not_depend_on_the_batch_size():
