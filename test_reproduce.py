@@ -1139,6 +1139,7 @@ def test_what_is_said_of_memory_and_of_sampling_noise_is_in_the_numbers():
     assert f"M = 2 takes {two / dmd:.2f} ({two:.2f} of {dmd:.2f} GB)" in text
     assert f"{two_compiled / dmd_compiled:.2f} ({two_compiled:.2f} of {dmd_compiled:.2f} GB)" in text
     assert f"with M = 1 {one_compiled / dmd_compiled:.2f} ({one_compiled:.2f} GB)" in text
+    assert f"the other way round M = 2 needs {rows[0]['memory_gb_before']:.2f} GB" in text
     for suffix, words in (("eager", "{:.2f} of {:.2f} GB ({:.2f})"), ("compiled", "{:.2f} of {:.2f} ({:.2f})")):
         two, dmd = rows[0][f"memory_gb_kept_{suffix}"], rows[2][f"memory_gb_kept_{suffix}"]
         assert words.format(two, dmd, two / dmd) in text
