@@ -770,6 +770,33 @@ def test_what_is_said_of_fashion_mnist_is_in_the_numbers():
     assert of_lambda == ["31.5", "31.7", "32.9", "36.4"]
 
 
+def test_what_is_said_of_table_3_on_fashion_mnist_is_in_the_numbers():
+    told = Told("table3-fashion-mnist-weak")
+    gain, mean = told.gain, told.mean
+    CD, EQ_14, DMD2_ROLLOUT, EQ_22, TUNED, MASKED, M1, DMD2, CD_MASKED = range(1, 10)
+    for row in (EQ_14, DMD2_ROLLOUT, EQ_22, TUNED):
+        assert (gain(CD, row, "fd_2step") > 0).all()
+    gain(CD, EQ_14, "fd_2step", "0.919 ± 0.276")
+    gain(CD, EQ_22, "fd_2step", "2.384 ± 0.187")
+    gain(CD, TUNED, "fd_2step", "0.908 ± 0.320")
+    of_holm = {row: p for row, (_, p) in told.differences("fd").items()}
+    assert of_holm[EQ_22] < 0.05 < min(of_holm[EQ_14], of_holm[TUNED])
+    gain(CD, EQ_14, "fd_1step", "19.503 ± 8.358")
+    gain(CD, EQ_14, "precision_1step", "+0.068 ± 0.010")
+    gain(CD, EQ_14, "recall_1step", "-0.131 ± 0.047")
+    gain(EQ_14, EQ_22, "fd_1step", "-15.596 ± 7.151")
+    gain(EQ_14, EQ_22, "fd_2step", "+1.465 ± 0.089")
+    of_one_step = [float(mean(row, "fd_1step", 3)) for row in (EQ_22, DMD2_ROLLOUT, EQ_14)]
+    assert of_one_step == sorted(of_one_step)
+    gain(EQ_22, TUNED, "fd_2step", "-1.476 ± 0.233")
+    gain(TUNED, MASKED, "is_2step", "+0.214 ± 0.038")
+    gain(CD, CD_MASKED, "is_2step", "+0.146 ± 0.013")
+    assert told.p(TUNED, MASKED, "fd_2step") > 0.05
+    assert [mean(DMD2, f"fd_{N}step", 1) for N in (1, 2, 4)] == ["46.8", "54.4", "60.6"]
+    of_passes = [round(told.last[row][0]["passes"]) for row in range(1, 10)]
+    assert of_passes == [2700, 1914, 2001, 2436, 2436, 2262, 2250, 3056, 2250]
+
+
 def test_what_is_said_of_the_papers_lambda_on_fashion_mnist_is_in_the_numbers():
     told = Told("lambda-fashion-mnist")
     last = {row: evaluations[0] for row, evaluations in told.last.items()}
