@@ -42,7 +42,7 @@ from common import (BadInput, Run, Stream, accumulate, autocast, batch_rows, com
                     gradient_norm, main, micro_batches, rank, setup, sync_gradients, target_decay, update_ema)
 from data import load_data
 from evaluate import metric_space
-from flags import flow_map_flags, number, parser, rcgm_flags, refuse, refuse_idle, resolve, teacher_flag
+from flags import checked, flow_map_flags, number, parser, rcgm_flags, refuse, refuse_idle, resolve, teacher_flag
 from model import expand, flow_map, gate_guidance, guided_map, guided_velocity, interpolate, total_derivative
 from normuon import NorMuon, param_groups
 from watch import begin, finish, watch
@@ -164,8 +164,8 @@ def consistency_loss(u: Callable, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, 
 
     rho( u(x_t,t,s), sg( v - (t-s) du/dt ) ).  u: callable (x [B, C, H, W], t [B], s [B]) -> average velocity.
     v: target velocity and tangent: dx/dt, both [B, C, H, W]; for Eq. 16 both are the teacher's v(x_t, t).  s <= t; rows
-    with s = t are flow matching onto v.  Half its gradient is AYF's EMD with weight 1/(t-s) (Eq. 35-38), and for the
-    squared distance MeanFlow's.
+    with s = t are flow matching onto v.  With the squared distance its gradient is MeanFlow's, and half of it is AYF's
+    EMD with weight 1/(t-s) (Eq. 35-38).
     tangent_norm > 0: AYF's and rCM's original, || u - sg(u + g / (||g|| + tangent_norm)) ||^2 with g = target - u.
     """
     du_dt = total_derivative(u, x_t, t, s, tangent, h, exact)                           # no gradient
@@ -334,7 +334,7 @@ def parse_args(argv=None):
     if args.tangent_norm:
         refuse(args, ["huber_c", "cosine"], "--tangent_norm takes the squared distance")
     args.sampler = "euler" if loss == "fm" else "flow_map"
-    return args
+    return checked(args, f"consistency_{loss}")
 
 
 def pretrained(args, loss):

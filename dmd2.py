@@ -42,8 +42,8 @@ from common import (BadInput, Run, Stream, accumulate, autocast, batch_rows, com
 from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, pretrained
 from data import load_data
 from evaluate import metric_space
-from flags import (CONSISTENCY_FLAGS, flow_map_flags, health_flag, number, parser, refuse, refuse_idle, resolve,
-                   teacher_flag)
+from flags import (CONSISTENCY_FLAGS, checked, flow_map_flags, health_flag, number, parser, refuse, refuse_idle,
+                   resolve, teacher_flag)
 from model import DiscriminatorHead, IMFDiT, backward_simulation, expand, guided_map, guided_velocity, interpolate
 from normuon import NorMuon, param_groups
 from watch import begin, finish, health, watch
@@ -166,14 +166,18 @@ def parse_args(argv=None):
         args.lam = 1.0                                                                  # Eq. 50-51 alone
     refuse_idle(args)
     args.sampler = "flow_map" if args.cd else "renoised"
-    return args
+    return checked(args, "dmd2")
 
 
-def new_fake_side(args, net, device):
+def new_fake_side(args, net, teacher, device):
     """-> (fake network, a copy of the start; discriminator head, or None; list of those that exist; their optimizer)"""
     if args.lambda_g and isinstance(net, IMFDiT):
         raise BadInput(f"--init {args.init}: the discriminator reads a LightningDiT; with iMF's own network pass "
                        "--lambda_g 0")
+    shape = {k: net.config[k] for k in ("depth", "hidden_size", "num_heads", "patch_size") if args.lambda_g}
+    of_teacher = getattr(args, "disc_trunk", "fake") == "teacher"                       # sid.py has the fake one
+    if args.lambda_g and of_teacher and not shape.items() <= teacher.config.items():
+        raise BadInput(f"--disc_trunk teacher: the head is made for a trunk of {shape}, the teacher has another")
     fake = frozen_copy(net)
     head = DiscriminatorHead(fake).to(device) if args.lambda_g else None
     fake_side = [fake, head] if head else [fake]
@@ -194,7 +198,7 @@ def train(args):
     opt = NorMuon(param_groups(net), lr=args.lr)
     compile_blocks(args, net, ema, teacher)
     state = dict(net=net, ema=ema, opt=opt, teacher=teacher)
-    fake, head, fake_side, opt_fake = new_fake_side(args, net, device)
+    fake, head, fake_side, opt_fake = new_fake_side(args, net, teacher, device)
     trunk = dict(fake=fake, teacher=teacher, generator=frozen_view(net))[args.disc_trunk]
     state |= dict(fake=fake, head=head, opt_fake=opt_fake)
     features = metric_space(data, args)
@@ -262,7 +266,7 @@ def train(args):
                         gan = gan_generator_loss(D(b.y)(x_hat, b.t_gen, b.eps_gen))
                         objective = objective + args.lam * args.lambda_g * gan  # Eq. 54
                         accumulate(total, B, gan_g=gan)
-                (objective.sum() / B).backward()                                # first: its graph is the largest
+                (objective.sum() / B).backward()
                 accumulate(total, B, dm=loss, gap=gap)
                 samples.append(x_hat.detach())
 
@@ -285,9 +289,8 @@ def train(args):
             # -- fake turns: the generator is fixed; the first has the samples of the generator turn
             trainable(True, *fake_side)
             for turn in range(args.ttur):
-                if turn > 0:
-                    batch, k = draw(g, step * args.ttur + turn)
-                for i, b in enumerate(micro_batches(batch, args, device)):
+                drawn, k = draw(g, step * args.ttur + turn) if turn else (batch, k)
+                for i, b in enumerate(micro_batches(drawn, args, device)):
                     with autocast(args, device):
                         with torch.no_grad():
                             x_hat = backward_simulation(u(b.y), b.z, k, args.M) if turn else samples[i]

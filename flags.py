@@ -100,7 +100,7 @@ def parser(doc, init_help):
         help="NorMuon learning rate, official scale (6e-4 acts like AdamW at 1e-4)")
     add("--seed", type=number(int, 0, SEED), default=0, help="of the weights, the data order and all noise")
     add("--precision", choices=["fp32", "bf16"], default="fp32",
-        help="bf16: autocast; weights, losses and finite differences stay fp32 (TF32 on CUDA)")
+        help="bf16: autocast; weights, losses and the finite differences of du/dt stay fp32 (TF32 on CUDA)")
 
     p.method = p.add_argument_group("method")
 
@@ -216,22 +216,27 @@ def resolve(p, argv, presets, script):
         values["out"] = folder_name(script, values, given, defaults | preset, init_kind)
     args = argparse.Namespace(**values)
     args.sources = {k: "given" if k in given else "preset" if k in preset else "default" for k in values}
-    if args.dry_run:
-        print(f"{script}: preset ({kind}, {init_kind})")
-        for k in sorted(set(values) - {"dry_run"}):
-            shown = "-" if values[k] is None else str(values[k])
-            print(f"  --{k:<14} {shown:<12} {args.sources[k]}")
-        sys.exit(0)
     args.start = init_kind
     if args.compile == "auto":
         args.compile = resolve_compile(args, kind)
-    if kind == "latents" and rank() == 0:
+    if kind == "latents" and rank() == 0 and not args.dry_run:
         shown = []
         for k in presets[kind, init_kind]:
             note = "" if args.sources[k] == "preset" else " (given)"
             shown.append(f"--{k} {values[k]}{note}")
         print(f"{script}, latents, {init_kind}: {' '.join(shown)}")
     return args
+
+
+def checked(args, script):
+    """args, after a script's own refusals; with --dry_run they are printed, and the program ends."""
+    if not args.dry_run:
+        return args
+    print(f"{script}: preset ({preset_kind(args.data)}, {args.start})")
+    for k in sorted(args.sources.keys() - {"dry_run"}):
+        value = getattr(args, k)
+        print(f"  --{k:<14} {'-' if value is None else str(value):<12} {args.sources[k]}")
+    sys.exit(0)
 
 
 def resolve_compile(args, kind):
@@ -302,3 +307,13 @@ def refuse_idle(args):
         refuse(args, ["omega_max", "omega_law"], "omega is drawn with --cd_guidance drawn only")
     if args.jvp == "exact":
         refuse(args, ["fd_h"], "--jvp exact takes no difference")
+    refuse_guidance(args)
+
+
+def refuse_guidance(args):
+    """`refuse` for the flags of guidance where a flow map of decoupled conditioning is its own teacher."""
+    asked = {"omega", "guide_to", "cfg_channels"} & {k for k, source in args.sources.items() if source == "given"}
+    if asked and args.start == "fm" and args.init != "fm" and not args.teacher:
+        if load_checkpoint(args.init)["config"]["conditioning"] == "decoupled":
+            refuse(args, sorted(asked), f"the flow map in {args.init} takes no guidance, and it is its own teacher; "
+                                        "--teacher with a velocity network has one")

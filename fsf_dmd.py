@@ -28,7 +28,8 @@ collapses.
 
 Cost in forward passes of one network (backward = 2): L_CD 5, rollout 3 M, teacher 1, fake side 1: 13 for M = 2, against
 44 for dmd2.py with 5 fake updates and the GAN; fm 15 (CFG takes two), scratch (M = 1) 10.5.  The paper: 0.38 s/step
-(M = 2) and 0.31 (M = 1), against 1.32-1.46, on a B200.
+(M = 2) and 0.31 (M = 1), against 1.32-1.46, on a B200.  L_FSF is first in the step: its graph is the largest, and there
+are no gradients in memory yet.
 """
 import math
 from collections.abc import Callable
@@ -43,7 +44,7 @@ from common import (Run, Stream, accumulate, autocast, batch_rows, compile_block
 from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, pretrained
 from data import load_data
 from evaluate import metric_space
-from flags import flow_map_flags, health_flag, number, parser, refuse, refuse_idle, resolve, teacher_flag
+from flags import checked, flow_map_flags, health_flag, number, parser, refuse, refuse_idle, resolve, teacher_flag
 from model import backward_simulation, guided_map, guided_velocity, interpolate, shift_time
 from normuon import NorMuon, param_groups
 from watch import begin, finish, health, watch
@@ -152,10 +153,17 @@ def parse_args(argv=None):
     p.set_defaults(init="imf")
     args = resolve(p, argv, PRESETS, "fsf_dmd")
     refuse_idle(args)
+    if args.lam == 0:
+        refuse(args, ["M", "shift", "weight", "clip", "cosine_factor", "rollout", "rollout_grad", "warmup"],
+               "--lam 0 has no L_FSF")
     if args.rollout == "dmd2":
         refuse(args, ["rollout_grad"], "Eq. 17 has gradient in its last call only")
+    if args.M == 1:
+        refuse(args, ["rollout", "rollout_grad"], "--M 1 has one call, with gradient")
+    if args.lam > 0 and args.warmup >= args.steps and not args.dry_run:
+        print(f"fsf_dmd.py: all {args.steps} steps are L_CD alone, --warmup is {args.warmup}")
     args.sampler = "flow_map"
-    return args
+    return checked(args, "fsf_dmd")
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -225,7 +233,7 @@ def train(args):
                         loss, gap = fsf_dmd_loss(x, U, v_fake(b.y), v_teacher(b.y), b.tau, b.eps_tau,
                                                  args.weight, args.clip, args.cosine_factor)
                         objective = args.lam * loss                             # Eq. 15, 59
-                    (objective.sum() / B).backward()                            # first: its graph is the largest
+                    (objective.sum() / B).backward()
                     accumulate(total, B, fsf=loss, gap=gap)
 
                 with autocast(args, device):

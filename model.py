@@ -109,7 +109,7 @@ def total_derivative(u: Callable, x: Tensor, t: Tensor, s: Tensor, tangent: Tens
     with torch.autocast(x.device.type, enabled=False):
         if exact:
             with sdpa_kernel(SDPBackend.MATH):
-                directions = (tangent, torch.ones_like(t), torch.zeros_like(s))
+                directions = (tangent.to(x.dtype), torch.ones_like(t), torch.zeros_like(s))
                 return torch.func.jvp(u, (x, t, s), directions)[1]
         return (u(x + h * tangent, t + h, s) - u(x - h * tangent, t - h, s)) / (2 * h)
 

@@ -42,7 +42,7 @@ from consistency import pretrained
 from data import load_data
 from dmd2 import fake_loss, gan_discriminator_loss, gan_generator_loss, new_fake_side
 from evaluate import metric_space
-from flags import health_flag, number, parser, refuse, resolve, teacher_flag
+from flags import checked, health_flag, number, parser, refuse, refuse_guidance, resolve, teacher_flag
 from model import backward_simulation, guided_map, guided_velocity, interpolate, v_to_x0
 from normuon import NorMuon, param_groups
 from watch import begin, finish, health, watch
@@ -139,10 +139,11 @@ def parse_args(argv=None):
         refuse(args, ["lambda_d"], "--lambda_g 0 builds no discriminator")
     if args.start == "imf" and not args.teacher:
         refuse(args, ["cfg_channels"], "belongs to --init fm; the augmented network takes omega as an input")
+    refuse_guidance(args)
     if args.M == 1:
         refuse(args, ["noise"], "--M 1 never renoises")
     args.sampler = "renoised" if args.noise == "fresh" else f"renoised_{args.noise}"
-    return args
+    return checked(args, "sid")
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def train(args):
     opt = NorMuon(param_groups(net), lr=args.lr)
     compile_blocks(args, net, ema, teacher)
     state = dict(net=net, ema=ema, opt=opt, teacher=teacher)
-    fake, head, fake_side, opt_fake = new_fake_side(args, net, device)
+    fake, head, fake_side, opt_fake = new_fake_side(args, net, teacher, device)
     state |= dict(fake=fake, head=head, opt_fake=opt_fake)
     features = metric_space(data, args)
     channels = args.cfg_channels or None                                        # of a plain teacher's CFG

@@ -2,6 +2,7 @@
 
 The first half trains in this process, through the scripts' own parse_args and train; the second in a subprocess.
 """
+import argparse
 import json
 import re
 import shlex
@@ -35,6 +36,7 @@ from test_helpers import (
     read_metrics,
     refusal,
     run,
+    small_net,
     start,
     state,
     tensors,
@@ -78,6 +80,20 @@ def test_the_run_folder_is_named_after_what_differs_from_the_preset():
     assert name(consistency, "--loss cd --mask_prob 0") == "runs/consistency_cd-digits-imf-mask_prob0.0"
     assert name(dmd2, "--no_gan") == "runs/dmd2-digits-imf-lambda_g0.0"
     assert dmd2.parse_args(["--no_gan"]).lambda_g == 0 and dmd2.parse_args([]).lambda_g == 3e-3
+
+
+def test_a_run_that_ends_in_its_warmup_says_so(in_home, capsys):
+    fsf_dmd.parse_args("--data toy.npz --init fm --steps 5 --warmup 5".split())
+    assert capsys.readouterr().out == "fsf_dmd.py: all 5 steps are L_CD alone, --warmup is 5\n"
+    fsf_dmd.parse_args("--data toy.npz --init fm --steps 6 --warmup 5".split())
+    assert not capsys.readouterr().out
+
+
+def test_a_discriminator_reads_a_teacher_of_its_own_shape_only():
+    args = argparse.Namespace(lambda_g=1.0, disc_trunk="teacher", init="imf")
+    for other in (dict(hidden_size=48), dict(depth=2)):
+        with pytest.raises(common.BadInput, match="--disc_trunk teacher: the head is made for a trunk of"):
+            dmd2.new_fake_side(args, small_net("in_context"), small_net("in_context", **other), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("init, lam, shift, M, steps, warmup, cfg_channels", [
@@ -590,6 +606,12 @@ BAD = [  # command, words of the one line
     ("fsf_dmd.py --momentum 0.9", "unrecognized arguments: --momentum 0.9"),
     ("fsf_dmd.py --data toy.npz --init imf/model.pt --device tpu", "--device tpu: not usable here"),
     ("fsf_dmd.py --rollout dmd2 --rollout_grad all", "Eq. 17 has gradient in its last call only"),
+    ("fsf_dmd.py --M 1 --rollout_grad last", "--rollout_grad: --M 1 has one call, with gradient"),
+    ("fsf_dmd.py --lam 0 --M 4 --shift 3", "--M, --shift: --lam 0 has no L_FSF"),
+    ("fsf_dmd.py --data toy.npz --init decoupled.pt --omega 3 --cfg_channels 1",
+     "--cfg_channels, --omega: the flow map in decoupled.pt takes no guidance, and it is its own teacher"),
+    ("sid.py --data toy.npz --init decoupled.pt --guide_to 0.5", "--guide_to: the flow map in decoupled.pt takes no"),
+    ("dmd2.py --init fm --cd_guidance drawn --dry_run", "--cd_guidance: belongs to L_CD, which needs --cd 1"),
     ("dmd2.py --lambda_g 0 --disc_trunk teacher", "builds no discriminator"),
     ("dmd2.py --mask_prob 0.1 --lam 1", "--lam, --mask_prob: belongs to L_CD, which needs --cd 1"),
     ("dmd2.py --cd 1 --omega_max 3", "--omega_max: omega is drawn with --cd_guidance drawn only"),

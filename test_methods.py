@@ -158,15 +158,35 @@ def test_bf16_keeps_every_gradient_and_an_exact_derivative():
     x0, eps = rand(4, 2, 4, 4, dtype=torch.float32), rand(4, 2, 4, 4, seed=1, dtype=torch.float32)
     t, y, g = torch.tensor([0.2, 0.4, 0.6, 0.8]), torch.tensor([0, 1, 2, 3]), torch.tensor([[4.0, 0.2, 0.6]] * 4)
     u = lambda x, t, s: net(x, t, y, s, g)
-    derivatives, grads = [], []
+    derivatives, grads, exact = [], [], []
     for bf16 in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             loss = consistency.imf_loss(net, x0, eps, t, t / 2, y, g).sum()
             derivatives.append(model.total_derivative(u, x0, t, t / 2, eps))
+            exact.append(consistency.imf_loss(net, x0, eps, t, t / 2, y, g, exact=True))
+            exact.append(consistency.distillation_loss(net, net, x0, eps, t, t / 2, y, g, exact=True))
         grads.append(torch.autograd.grad(loss, params))
     assert torch.equal(*derivatives)                                                    # differences are in float32
+    for a, b in ((exact[0], exact[2]), (exact[1], exact[3])):                           # a tangent in bf16 is taken too
+        torch.testing.assert_close(a, b, rtol=0.05, atol=1e-3)
     for a, b in zip(*grads):
         assert (a - b).norm() < 0.05 * a.norm() + 1e-6
+
+
+def test_a_small_gap_of_twinflow_survives_bf16():
+    """U and its target differ by the gap alone: in bf16 a hundredth of U would be rounded away."""
+    z, eps, gap = (rand(8, 2, 4, 4, seed=seed, dtype=torch.float32) for seed in range(3))
+    weight = torch.nn.Parameter(torch.eye(32))
+    tau = uniform(8, dtype=torch.float32)
+    u = lambda z, t, s: (z.flatten(1) @ weight).view_as(z)                              # in bf16 under autocast
+    zero, small = lambda x, t: u(0 * z, t, t).detach(), lambda x, t: u(0.01 * gap, t, t).detach()
+    grads = []
+    for bf16 in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            assert u(z, 1, 0).dtype == (torch.bfloat16 if bf16 else torch.float32)
+            loss = twinflow.twinflow_losses(u, small, zero, z, tau, eps, tau, eps)[1].sum()
+        grads.append(torch.autograd.grad(loss, weight)[0])
+    assert (grads[0] - grads[1]).norm() < 0.01 * grads[0].norm()
 
 
 def test_the_gap_in_bf16_is_off_by_the_rounding_of_its_two_velocities():

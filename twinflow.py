@@ -35,7 +35,7 @@ from common import (BadInput, Run, Stream, accumulate, autocast, batch_rows, com
 from consistency import draw_guidance, draw_times, guided_rcgm_loss, imf_loss, pretrained
 from data import load_data
 from evaluate import metric_space
-from flags import flow_map_flags, health_flag, number, parser, rcgm_flags, refuse, resolve
+from flags import checked, flow_map_flags, health_flag, number, parser, rcgm_flags, refuse, resolve
 from model import IMFDiT, guided_map, guided_velocity, interpolate
 from normuon import NorMuon, param_groups
 from watch import begin, finish, health, watch
@@ -84,7 +84,8 @@ def twinflow_losses(u: Callable, fake: Callable, teacher: Callable, z: Tensor, t
     [B, C, H, W] independent noise; t, tau [B] in (0, 1].  clamp: of the gap, inf = off (TwinFlow's tutorial has none,
     its large-scale code and the paper have 1).
     """
-    U = u(z, 1.0, 0.0)                                                                  # [B, C, H, W]
+    # In z's precision: in bf16 a small gap would be lost in U - target.
+    U = u(z, 1.0, 0.0).to(z.dtype)                                                      # [B, C, H, W]
     x_hat = (z - U).detach()
     error = fake(interpolate(x_hat, eps_t, t), t) - (eps_t - x_hat)
     adv = error.flatten(1).pow(2).mean(1)                                               # Eq. 63
@@ -124,7 +125,7 @@ def parse_args(argv=None):
     if args.jvp == "exact":
         refuse(args, ["fd_h"], "--jvp exact takes no difference")
     args.sampler = "flow_map"
-    return args
+    return checked(args, "twinflow")
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -190,7 +191,7 @@ def train(args):
                     adv, rectify, gap = twinflow_losses(u(b.y), v_fake(b.y), v_teacher(b.y), b.z, b.t_fake, b.eps_fake,
                                                         b.tau, b.eps_tau, args.clip or math.inf)
                     objective = args.lam_adv * adv + args.lam * rectify
-                (objective.sum() / B).backward()                                # first: its graph is the largest
+                (objective.sum() / B).backward()
                 accumulate(total, B, adv=adv, rectify=rectify, gap=gap)
 
                 with autocast(args, device):

@@ -19,14 +19,17 @@ def begin(run, features):
 
 
 def watch(run, features, start=None, panel=None):
-    """The end of a step: evaluation, samples of the EMA (beside `start`'s), panel(run) = `health`, state.pt, if due."""
+    """The end of a step: evaluation, samples of the EMA (beside `start`'s, or of a --teacher of its own), panel(run) =
+    `health`, state.pt, if due.
+    """
     args = run.args
     if run.main and run.due(args.eval_every):
         run.evaluated(evaluate(run.model, features, args))
         if run.model.conditioning == "in_context" and getattr(args, "omega_max", 1) > 1:
             run.write(dict(omega_response=omega_response(run.model, run.data)))
     if run.main and run.due(args.preview_every):
-        nets = [("start", start, default_sampler(start))] if start else []
+        name = "teacher" if getattr(args, "teacher", None) else "start"
+        nets = [(name, start, default_sampler(start))] if start else []
         nets.append((f"after {run.step} training steps", run.model, args.sampler))
         show(run.folder / f"samples_{run.step:06d}.png", nets, run.data, args)
     if run.main and panel and args.health_every and run.due(args.health_every):
