@@ -1,12 +1,12 @@
 """When does the distribution-matching term help?  FSF-DMD minus its own L_CD, over the strength of the start.
 
     python benchmarks/strength.py                                   # digits: 4 starts x (CD + 3 lambdas) x 3 seeds
-    python benchmarks/strength.py --data /usr/share/datasets/fashion-mnist --starts 500 1500 3000
+    python benchmarks/strength.py --data /usr/share/datasets/fashion-mnist --starts 300 1500 --lam 0.03 0.1 --steps 174
 
 A start is an iMF of so many steps; from it consistency distillation with random masking, and FSF-DMD (M = 2, k = 10)
-with each lambda: on digits for as many steps, so that they differ in lambda L_FSF alone, on images of 24 to 64 pixels
-for as many forward passes, as the presets are.  Shown is the paired difference over seeds, at 1 and 2 sampling
-steps, of distance, precision and recall, against the start's own distance at 2 steps.
+with each lambda, for as many steps, so that they differ in lambda L_FSF alone.  (Images of 24 to 64 pixels need
+--steps: there the presets have one number of forward passes.)  Shown is the paired difference over seeds, at 1 and 2
+sampling steps, of distance, precision and recall, against the start's own distance at 2 steps.
 Runs are kept, stopped and continued as reproduce.py's.  Leaves README.md, runs.json and strength.png in --out.
 """
 import argparse
@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import report  # noqa: E402
 from common import BadInput, main  # noqa: E402
-from data import data_kind, load_data  # noqa: E402
+from data import data_kind, load_data, preset_kind  # noqa: E402
 from files import json_text, write_atomic  # noqa: E402
 from flags import Parser, folder_path, number  # noqa: E402
 from reproduce import CD_MASKED, FSF, STARTS, job, run_all  # noqa: E402
@@ -35,6 +35,7 @@ def parse_args(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", default="digits", help="as in reproduce.py, of pixels")
     p.add_argument("--starts", type=number(int, 1), nargs="+", default=[100, 200, 400, 800], help="steps of the starts")
+    p.add_argument("--steps", type=number(int, 1), help="steps of both methods (default: the presets')")
     p.add_argument("--lam", type=number(float, 0), nargs="+", default=[0.01, 0.05, 0.2], help="lambdas of Eq. 15")
     p.add_argument("--seeds", type=number(int, 1), default=3, help="seeds 0, 1, ...")
     p.add_argument("--jobs", type=number(int, 1), default=min(8, os.cpu_count() or 1), help="runs at a time")
@@ -49,15 +50,18 @@ def run(args):
     load_data(args.data)                                                        # refused now if it is not readable
     if data_kind(args.data) == "latents":
         raise BadInput(f"--data {args.data}: holds latents, expected pixels")
+    if preset_kind(args.data) == "images" and not args.steps:
+        raise BadInput(f"--data {args.data}: needs --steps, the presets of the two methods have not as many")
     args.init, args.start, args.table = None, "weak", None                      # what reproduce.job looks at
+    length = f" --steps {args.steps}" if args.steps else ""
     jobs = {}                                                                   # {(steps, lambda or name, seed): Job}
     for steps in args.starts:
         for seed in range(args.seeds):
             start = job(args, f"{STARTS['imf']} --steps {steps}", seed)
             jobs[steps, "start", seed] = start
-            jobs[steps, "CD", seed] = job(args, CD_MASKED, seed, start)
+            jobs[steps, "CD", seed] = job(args, CD_MASKED + length, seed, start)
             for lam in args.lam:
-                jobs[steps, lam, seed] = job(args, f"{FSF} --M 2 --shift 10 --lam {lam}", seed, start)
+                jobs[steps, lam, seed] = job(args, f"{FSF} --M 2 --shift 10 --lam {lam}{length}", seed, start)
     failed = run_all(args, list(jobs.values()))
     if failed:
         raise BadInput(f"{len(failed)} runs failed: {'; '.join(j.folder.name for j in failed)}")
@@ -78,7 +82,7 @@ def run(args):
 
 def write(args, rows):
     args.out.mkdir(parents=True, exist_ok=True)
-    head = dict(data=args.data, seeds=args.seeds, torch=torch.__version__)
+    head = dict(data=args.data, seeds=args.seeds, steps=args.steps, torch=torch.__version__)
     write_atomic(args.out / "runs.json", json_text(dict(head, rows=rows), indent=1) + "\n")
     write_atomic(args.out / "strength.png", lambda path: figure(rows).savefig(path, format="png", dpi=100))
     text = "\n".join(table(rows))
