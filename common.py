@@ -254,12 +254,15 @@ def micro_batches(batch, args, device):
 
     batch: dict of [B, ...] tensors, on the CPU or there already.  From pinned memory a copy to the GPU does not wait
     for the kernels before it: the CPU draws the numbers of the next step while the GPU is at this one.
+    Of times t and s in it the rows with s < t are added as `moving`: counting them on the GPU would wait for it.
     """
     B = args.batch_size
     low, high = rank() * B // world(), (rank() + 1) * B // world()
     size = args.micro_batch or B
     for start in range(low, high, size):
         rows = {k: v[start:min(start + size, high)] for k, v in batch.items()}
+        if "s" in rows:
+            rows["moving"] = (rows["s"] < rows["t"]).nonzero()[:, 0]
         if device.type != "cpu":
             rows = {k: v.pin_memory() if v.is_cpu else v for k, v in rows.items()}
         yield SimpleNamespace(**{k: v.to(device, non_blocking=True) for k, v in rows.items()})

@@ -183,9 +183,11 @@ def regression(pred: Tensor, target: Tensor, c: float = 1e-3, cosine: bool = Tru
 
 @torch.no_grad()
 def derivative_where_needed(net: Callable, x_t: Tensor, t: Tensor, s: Tensor, y: Tensor, guidance: Tensor,
-                            tangent: Tensor, h: float = 0.005, exact: bool = False) -> Tensor:
+                            tangent: Tensor, h: float = 0.005, exact: bool = False,
+                            rows: Tensor | None = None) -> Tensor:
     """d/dt of net(x_t, t, s, y, guidance) [B, C, H, W] in the rows with s < t; 0 in others: their factor t - s is 0."""
-    du_dt, rows = torch.zeros_like(x_t), (s < t).nonzero()[:, 0]
+    rows = (s < t).nonzero()[:, 0] if rows is None else rows
+    du_dt = torch.zeros_like(x_t)
     if len(rows):
         y, guidance = y[rows], guidance[rows]
         du_dt[rows] = total_derivative(lambda x, t, s: net(x, t, s, y, guidance), x_t[rows], t[rows], s[rows],
@@ -215,30 +217,31 @@ def whole_interval(guidance: Tensor, t: Tensor, s: Tensor) -> Tensor:
 
 
 def imf_loss(net: Callable, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, y: Tensor, guidance: Tensor,
-             guided: bool = True, h: float = 0.005, exact: bool = False, **rho) -> Tensor:
+             guided: bool = True, h: float = 0.005, exact: bool = False, rows: Tensor | None = None, **rho) -> Tensor:
     """Improved MeanFlow of each sample -> [B]: Eq. 6 with the predicted tangent, guidance as a condition.
 
     net: see guided_target.  y [B], null where dropped; guidance [B, 3]; guided=False: every omega is 1, which saves a
-    pass; h, exact: see total_derivative; rho: options of `regression`.
+    pass; h, exact: see total_derivative; rows: those with s < t, None: counted here; rho: options of `regression`.
     The V form of iMF, || u + (t-s) sg(du/dt) - sg(v_g) ||^2, has this gradient exactly.
     """
     guidance = whole_interval(guidance, t, s)
+    rows = (s < t).nonzero()[:, 0] if rows is None else rows
     x_t, v = interpolate(x0, eps, t), eps - x0                                          # [B, C, H, W]
     pred = net(x_t, t, y, s, guidance)
     with torch.no_grad():
-        v_cond, rows = pred.clone(), (s < t).nonzero()[:, 0]                            # where s = t it is pred
+        v_cond = pred.clone()                                                           # where s = t it is pred
         if len(rows):
             v_cond[rows] = net(x_t[rows], t[rows], y[rows], None, gate_guidance(guidance[rows], t[rows]))
         if guided:
             v = guided_target(net, x_t, v, v_cond, t, y, guidance)
     du_dt = derivative_where_needed(lambda x, t, s, y, guidance: net(x, t, y, s, guidance), x_t, t, s, y, guidance,
-                                    v_cond, h, exact)
+                                    v_cond, h, exact, rows)
     return regression(pred, v - expand(t - s, v) * du_dt, **rho)
 
 
 def distillation_loss(net: Callable, teacher: Callable, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, y: Tensor,
                       guidance: Tensor, channels: int | None = None, h: float = 0.005, exact: bool = False,
-                      **rho) -> Tensor:
+                      rows: Tensor | None = None, **rho) -> Tensor:
     """Consistency distillation of each sample -> [B]: Eq. 16 from a frozen guided teacher (model.guided_velocity).
 
     net: a LightningDiT flow map; y [B], null where dropped; guidance [B, 3]; the rest as in imf_loss.
@@ -247,7 +250,7 @@ def distillation_loss(net: Callable, teacher: Callable, x0: Tensor, eps: Tensor,
     with torch.no_grad():
         v = guided_velocity(teacher, x_t, t, y, guidance, channels)
     guidance = torch.where((s == t)[:, None], gate_guidance(guidance, t), guidance)     # as iMF trained those rows
-    du_dt = derivative_where_needed(partial(guided_map, net), x_t, t, s, y, guidance, v, h, exact)
+    du_dt = derivative_where_needed(partial(guided_map, net), x_t, t, s, y, guidance, v, h, exact, rows)
     return regression(guided_map(net, x_t, t, s, y, guidance), v - expand(t - s, v) * du_dt, **rho)
 
 
@@ -412,13 +415,14 @@ def train(args):
                     if args.loss == "fm":                                       # Eq. 1
                         loss = flow_matching_loss(u(b.y_drop), b.x0, b.eps, b.t, args.cosine)
                     elif args.loss == "imf":                                    # Eq. 6
-                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, **options)
+                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, rows=b.moving,
+                                        **options)
                     elif args.loss == "ct":                                     # Eq. 6 without guidance
                         x_t, v = interpolate(b.x0, b.eps, b.t), b.eps - b.x0
                         loss = consistency_loss(u(b.y_drop), x_t, b.t, b.s, v, v, **options)
                     elif args.loss == "cd":                                     # Eq. 16
                         loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
-                                                 channels, **options)
+                                                 channels, rows=b.moving, **options)
                     elif args.loss == "rcgm":                                   # Eq. 66-67
                         loss = guided_rcgm_loss(net, target, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided,
                                                 args.delta, args.order, args.clamp or math.inf, **huber)

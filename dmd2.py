@@ -274,9 +274,10 @@ def train(args):
                     with autocast(args, device):
                         if teacher:                                             # Eq. 16
                             loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
-                                                     channels, **options)
+                                                     channels, rows=b.moving, **options)
                         else:                                                   # Eq. 6, 24
-                            loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, **options)
+                            loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, rows=b.moving,
+                                            **options)
                     (loss.sum() / B).backward()
                     accumulate(total, B, cd=loss)
             sync_gradients(net)

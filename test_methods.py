@@ -1,5 +1,6 @@
 """The methods (see test_all.py): losses, rollouts, identities between methods, toys with a known answer."""
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -149,6 +150,25 @@ def test_rows_at_s_equal_t_cost_no_difference_and_change_nothing():
     asked = torch.where((s == t)[:, None], at_t, g)
     full = consistency.consistency_loss(plain(asked), x_t, t, s, v, v, cosine=False)
     torch.testing.assert_close(loss, full, rtol=1e-12, atol=1e-14)
+
+
+def test_the_rows_with_s_below_t_come_with_a_batch():
+    """Counted on the CPU as it is drawn, for each part of it: the losses are bit for bit those that count them."""
+    net, seen = small_net("in_context"), []
+    x0, eps = rand(8, 2, 4, 4), rand(8, 2, 4, 4, seed=1)
+    t = uniform(8) * 0.5 + 0.5
+    s = torch.where(torch.tensor([1, 0, 0, 1, 1, 1, 0, 1]).bool(), t, t / 2)            # moving: 1, 2 and 6
+    batch = dict(x0=x0, eps=eps, t=t, s=s, y=torch.arange(8) % 4, g=guidance_rows(8, 4.0, 0.2, 0.8))
+    args = SimpleNamespace(batch_size=8, micro_batch=3)
+    for b in common.micro_batches(batch, args, torch.device("cpu")):
+        seen.append(b.moving.tolist())
+        inputs = b.x0, b.eps, b.t, b.s, b.y, b.g
+        assert torch.equal(consistency.imf_loss(net, *inputs), consistency.imf_loss(net, *inputs, rows=b.moving))
+        assert torch.equal(consistency.distillation_loss(net, net, *inputs),
+                           consistency.distillation_loss(net, net, *inputs, rows=b.moving))
+        without = consistency.imf_loss(net, *inputs, rows=b.moving[:0])                 # they are what is used
+        assert (without != consistency.imf_loss(net, *inputs)).nonzero()[:, 0].tolist() == seen[-1]
+    assert seen == [[1, 2], [], [0]]
 
 
 def test_bf16_keeps_every_gradient_and_an_exact_derivative():

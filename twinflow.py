@@ -196,7 +196,8 @@ def train(args):
 
                 with autocast(args, device):
                     if args.base == "imf":                                      # Eq. 6
-                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, **options)
+                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, rows=b.moving,
+                                        **options)
                     else:                                                       # Eq. 66-67
                         loss = guided_rcgm_loss(net, target, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided,
                                                 args.delta, args.order, args.clamp or math.inf, c=args.huber_c,

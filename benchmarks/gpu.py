@@ -5,6 +5,7 @@
     python benchmarks/gpu.py --rehearse 1 --out /tmp/g  # the same code on a CPU, at tiny size: numbers of no meaning
 
     runs         every script on digits, fp32 and bf16, compiled and not; losses beside the CPU's, step by step
+    waits        calls within a step that hold up the CPU until the GPU is done, of every script: there should be none
     cost         cost.py: seconds, memory and FLOPs of a step of every method at the paper's setting, and the share of
                  the bf16 matrix rate that is measured beside it (Table 10)
     profile      where a step of FSF-DMD (M = 2) goes: attention, matrix products, elementwise, reductions, copies, idle
@@ -15,6 +16,8 @@ Warm-up first, medians of CUDA events, random weights and inputs.  Writes gpu.md
 """
 import argparse
 import concurrent.futures
+import contextlib
+import importlib
 import os
 import platform
 import re
@@ -23,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +176,57 @@ def runs(args):
     return dict(steps=steps, flash_attention=flash_attention(args), rows=rows)
 
 
+class Done(Exception):
+    """The steps that are looked at are over."""
+
+
+@contextlib.contextmanager
+def after_each_step(action):
+    """Call action(run) at the end of every step of a training loop of this process, until it raises Done."""
+    log = Run.log
+
+    def watched(self, *rest):
+        log(self, *rest)
+        action(self)
+
+    Run.log = watched
+    try:
+        with contextlib.suppress(Done):
+            yield
+    finally:
+        Run.log = log
+
+
+def waits(args):
+    """Of every script the places where a step waits for the device, as torch's sync debug mode tells them."""
+    begin, end, rows = 3, 6, []
+
+    def look(run):
+        if run.step == begin and not args.rehearse:
+            torch.cuda.set_sync_debug_mode("warn")
+        if run.step == end:
+            raise Done
+
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        script("consistency.py --loss imf --device cpu --steps 20 --out start", folder)
+        for name, command in SCRIPTS.items():
+            file, *flags = shlex.split(command.replace("START", f"{folder}/start/model.pt"))
+            module = importlib.import_module(Path(file).stem)
+            flags += ["--device", args.device.type, "--out", f"{folder}/{name}", "--log_every", "100"]
+            with warnings.catch_warnings(record=True) as caught, after_each_step(look):
+                warnings.simplefilter("always")
+                try:
+                    module.train(module.parse_args(flags))
+                finally:
+                    if not args.rehearse:
+                        torch.cuda.set_sync_debug_mode("default")
+            waited = [w for w in caught if "called a synchronizing" in str(w.message)]
+            places = sorted({f"{Path(w.filename).name}:{w.lineno}" for w in waited})
+            rows.append(dict(script=name, waits_at=", ".join(places) or "-"))
+    return dict(steps=end - begin, rows=rows)
+
+
 def flash_attention(args):
     """Whether the flash kernel takes the network's attention: with nothing else allowed a pass raises where not."""
     net, size = LightningDiT(args.size, "in_context").to(args.device), (2, 32, 16, 16)
@@ -223,10 +278,6 @@ def cost_table(args):
     return dict(batch=found["batch"], precision=found["precision"], matrix_rate=rate, rows=rows, missing=missing)
 
 
-class Done(Exception):
-    """The step that is profiled is over."""
-
-
 def profiled(args):
     """The kernels of one step of FSF-DMD after warm-up, by kind."""
     with tempfile.TemporaryDirectory() as folder:
@@ -236,28 +287,22 @@ def profiled(args):
         flags = shlex.split(f"--init {folder}/imf.pt --data {folder}/latents --out {folder}/run --health_every 0 "
                             f"--device {args.device.type} --batch_size {batch} --precision {precision}")
         activities = [ProfilerActivity.CPU] + ([] if args.rehearse else [ProfilerActivity.CUDA])
-        profiler, log, last = profile(activities=activities), Run.log, 3 if args.rehearse else 12
+        profiler, last = profile(activities=activities), 3 if args.rehearse else 12
         begun = [0.0]
 
-        def watched(self, *rest):
-            log(self, *rest)
-            if self.step == last - 1:
+        def look(run):
+            if run.step == last - 1:
                 wait(args)
                 profiler.start()
                 begun[0] = time.perf_counter()
-            if self.step == last:
+            if run.step == last:
                 wait(args)
                 begun[0] = time.perf_counter() - begun[0]
                 profiler.stop()
                 raise Done
 
-        Run.log = watched
-        try:
+        with after_each_step(look):
             fsf_dmd.train(fsf_dmd.parse_args(flags))
-        except Done:
-            pass
-        finally:
-            Run.log = log
     kinds, other = dict.fromkeys([kind for kind, _ in KINDS], 0.0), {}
     for event in profiler.key_averages():
         if event.is_user_annotation or (event.device_type != DeviceType.CUDA and not args.rehearse):
@@ -322,7 +367,6 @@ def difference(args):
 @torch.no_grad()
 def throughput(args):
     """Images a second of each stage of an evaluation, and minutes of 50,000 (without precision and recall)."""
-    tf32(False)                                                 # as evaluate.py
     torch.manual_seed(0)
     n = 4 if args.rehearse else 256
     net = LightningDiT(args.size, "in_context", input_size=16, in_channels=32).to(args.device).eval()
@@ -330,17 +374,21 @@ def throughput(args):
     vae, inception = VAE("vavae", **dims).to(args.device).eval(), Inception().to(args.device).eval()
     z = torch.randn(8 if not args.rehearse else 2, 32, 16, 16, device=args.device)
     images = torch.randint(256, (50 if not args.rehearse else 2, 3, 256, 256), dtype=torch.uint8, device=args.device)
-    stages = {
-        f"2-step sampling, {n} at a time": n / seconds_of(lambda: generate(net, n, (32, 16, 16), 2, 6.0, 0.9), args, 3),
-        f"VAE decoding, {len(z)} at a time": len(z) / seconds_of(lambda: vae.decode(z), args),
-        f"Inception features, {len(images)} at a time": len(images) / seconds_of(lambda: inception(images), args),
-    }
-    minutes = sum(50_000 / rate for rate in stages.values()) / 60
-    rows = [dict(stage=name, images_per_second=rate) for name, rate in stages.items()]
-    return dict(rows=rows, minutes_of_fid=minutes)
+    rows, total = [], {}
+    for arithmetic in ("float32", "TF32"):                      # the first: as evaluate.py
+        tf32(arithmetic == "TF32")
+        stages = {
+            f"2-step sampling, {n} at a time":
+                n / seconds_of(lambda: generate(net, n, (32, 16, 16), 2, 6.0, 0.9), args, 3),
+            f"VAE decoding, {len(z)} at a time": len(z) / seconds_of(lambda: vae.decode(z), args),
+            f"Inception features, {len(images)} at a time": len(images) / seconds_of(lambda: inception(images), args),
+        }
+        rows += [dict(stage=name, arithmetic=arithmetic, images_per_second=rate) for name, rate in stages.items()]
+        total[f"minutes_of_fid_{arithmetic}"] = sum(50_000 / rate for rate in stages.values()) / 60
+    return dict(rows=rows, **total)
 
 
-BLOCKS = dict(runs=runs, cost=cost_table, profile=profiled, difference=difference, throughput=throughput)
+BLOCKS = dict(runs=runs, waits=waits, cost=cost_table, profile=profiled, difference=difference, throughput=throughput)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
