@@ -6,6 +6,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 
 from files import BadInput, first_line, reading, refuse_flips
 from model import CONDITIONINGS, LightningDiT, build, load_official, refuse_differences
@@ -162,12 +163,22 @@ def refuse_other_data(path, checkpoint, data):
         raise BadInput(f"{path}: was trained on latents of another VAE ({vae}) than --data {data.source} ({data.vae})")
 
 
-def load_start(path, data, flow_map=True):
+def say_unlearned(what, args, conditioning, omega):
+    """Print a line if the training flags `args` of a network with omega as an input took it to no omega this large."""
+    learned = [v for v in (args.get("omega_max"), args.get("omega")) if isinstance(v, (int, float))]
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    if conditioning == "in_context" and learned and omega > max(learned) and first:
+        print(f"{what}: omega is learned on [1, {max(learned):g}]; at --omega {omega:g} the network has to guess")
+
+
+def load_start(path, data, flow_map=True, omega=1.0):
     """(student, frozen teacher) that start from a model.pt.
 
     flow_map: a plain velocity network becomes a flow map by decoupled conditioning; without, the student stays plain.
+    omega: what the teacher will be asked for.
     """
-    teacher, _ = load_network(path, data)
+    teacher, checkpoint = load_network(path, data)
+    say_unlearned(path, checkpoint["args"], teacher.conditioning, omega)
     net = copy.deepcopy(teacher)
     if teacher.conditioning == "plain" and flow_map:
         net = LightningDiT(**teacher.config | dict(conditioning="decoupled"))
@@ -193,9 +204,10 @@ def starting_networks(args, data, device, pretrained, conditioning="in_context",
     that one's model.pt.  flow_map: see load_start.
     """
     if args.init == "scratch":
+        say_unlearned("this run", dict(omega_max=getattr(args, "omega_max", 1.0)), conditioning, args.omega)
         return new_network(args, data, conditioning).to(device).train(), None
     given = getattr(args, "teacher", None)                          # TwinFlow has no such flag
     given = load_network(given, data)[0].requires_grad_(False).eval() if given else None    # refused before pretraining
     path = pretrained(args, args.init) if args.init in ("imf", "fm") else args.init
-    net, start = load_start(path, data, flow_map)
+    net, start = load_start(path, data, flow_map, args.omega)
     return net.to(device), (given or start).to(device)

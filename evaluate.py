@@ -20,7 +20,7 @@ import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import numpy as np
 import torch
 
-from checkpoints import load_checkpoint, load_network, refuse_not_finite, weights_hash
+from checkpoints import load_checkpoint, load_network, refuse_not_finite, say_unlearned, weights_hash
 from common import BadInput, main, noise_by_index, pick_device, rank, setup, world
 from data import Data, load_data, preview, to_images
 from fid import collect, describe, feature_networks, image_source, inception_metrics, read_reference, write_reference
@@ -316,6 +316,7 @@ def sampling(args: argparse.Namespace, checkpoint: dict) -> tuple[float, float, 
         raise BadInput(f"--sampler flow_map: {args.what} is a velocity network, which has no target time; "
                        "expected euler or renoised")
     omega, guide_to = chosen("omega", 1.0, float, 1, STEPS), chosen("guide_to", 1.0, float, 0, 1)
+    say_unlearned(args.what, checkpoint["args"], checkpoint["config"]["conditioning"], omega)
     return omega, guide_to, chosen("cfg_channels", 0, int, 0, STEPS) or None, sampler
 
 

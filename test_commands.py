@@ -356,6 +356,25 @@ def test_a_velocity_network_becomes_a_flow_map_and_stays_the_teacher(in_home):
     assert next(net.blocks.parameters()).requires_grad
 
 
+def test_an_omega_that_was_not_learned_is_said(in_home, capsys):
+    """A network with omega as an input knows the range that it was trained on; a velocity network's CFG has none."""
+    learned = checkpoints.load_checkpoint("imf/model.pt")["args"]["omega_max"]
+    assert learned == 1
+    for omega, flags in ((1, ""), (3, "--omega 3")):
+        train(f"fsf_dmd.py --init imf/model.pt --data toy.npz --steps 1 --health_every 0 --out asked{omega} {flags}")
+        train(f"fsf_dmd.py --init fm/model.pt --data toy.npz --steps 1 --health_every 0 --out asked_fm{omega} {flags}")
+        said = [line for line in capsys.readouterr().out.splitlines() if "has to guess" in line]
+        expected = ["imf/model.pt: omega is learned on [1, 1]; at --omega 3 the network has to guess"]
+        assert said == (expected if omega == 3 else [])
+    checkpoint = checkpoints.load_checkpoint("asked3/model.pt")
+    flags = dict(guide_to=None, cfg_channels=None, sampler=None)
+    for omega, said in ((None, ""), (3.0, ""), (4.0, "asked3: omega is learned on [1, 3]; at --omega 4")):
+        evaluate.sampling(argparse.Namespace(what="asked3", omega=omega, **flags), checkpoint)
+        assert capsys.readouterr().out.partition(" the network")[0] == said
+    train("consistency.py --loss imf --data toy.npz --steps 1 --omega 3 --omega_max 2 --out wide")
+    assert "this run: omega is learned on [1, 2]; at --omega 3" in capsys.readouterr().out
+
+
 # ---- real command lines ----------------------------------------------------------------------------------------------
 
 TIMING = ("sec_per_step", "images_per_sec", "memory_gb")
