@@ -1154,6 +1154,12 @@ def test_what_is_said_of_a_gpu_is_in_the_numbers():
         f"({decoding:.0f} images a second, 8 at a time) is {50_000 / decoding / 60:.1f}",
     ):
         assert words in text, words
+    less = json.loads((KEPT / "gpu-h100" / "runs.json").read_text())
+    waiting, free = (row["sec_per_step"] for row in less["rows"])
+    idle = less["profile"]["seconds_of"]["idle"] / less["profile"]["step_seconds"]
+    for words in (f"a step takes {free} s instead of {waiting}", f"so {1 - free / waiting:.0%} is nothing",
+                  f"still idles for {idle:.0%} of a step"):
+        assert words in text, words
     for row in runs["rows"]:
         if row["setting"].startswith("fp32") and (row["script"], row["setting"]) != ("dmd2", "fp32 compiled"):
             assert row["first_step"] < 0.01 and row["all_steps"] < 0.11
