@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -268,6 +269,18 @@ def micro_batches(batch, args, device):
         yield SimpleNamespace(**{k: v.to(device, non_blocking=True) for k, v in rows.items()})
 
 
+def ahead(function, values):
+    """map(function, values), the next one computed in a thread while the caller is at this one."""
+    with ThreadPoolExecutor(1) as thread:
+        following = None
+        for value in values:
+            this, following = following, thread.submit(function, value)
+            if this:
+                yield this.result()
+        if following:
+            yield following.result()
+
+
 def noise_by_index(purpose, seed, indices, shape, jump=0):
     """Noise [len(indices), *shape] of which row i depends on (purpose, seed, index i, jump) alone.
 
@@ -417,7 +430,7 @@ class Run:
     """One run folder while it is written.
 
     with Run(args, state, model, data) as run:
-        for step in run.steps():                      # from where the folder left off; saves on Ctrl-C and SIGTERM
+        for step, batch in run.steps(draw):           # from where the folder left off; saves on Ctrl-C and SIGTERM
             ...
             run.log(total, batch, grad_norm)          # see `accumulate`; refused if not finite
             if run.due(args.save_every): run.save()   # also at the last step
@@ -551,9 +564,19 @@ class Run:
         if signum == signal.SIGHUP:                                 # nobody to show it to: writing there would fail
             self.bar.disable = True
 
-    def steps(self):
-        while self.step < self.args.steps:
-            yield self.step
+    def steps(self, draw):
+        """(step, draw(its Stream, step)) of every step that is left.
+
+        draw: all that a step draws.  Beside a GPU the next step's is drawn in a thread: at the paper's setting that is
+        0.06 s of a CPU core for FSF-DMD and 0.6 for DMD2 1:5, in which the CPU would start no kernel.
+        """
+        def of(step):
+            return step, draw(Stream("step", self.args.seed, step), step)
+
+        left = range(self.step, self.args.steps)
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        for drawn in map(of, left) if on_cpu else ahead(of, left):
+            yield drawn
             if self.stopping():
                 self.save()
                 self.bar.close()

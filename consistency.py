@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints import load_checkpoint, starting_networks
-from common import (BadInput, Run, Stream, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
+from common import (BadInput, Run, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     gradient_norm, main, micro_batches, rank, setup, sync_gradients, target_decay, update_ema)
 from data import load_data
 from evaluate import metric_space
@@ -405,9 +405,9 @@ def train(args):
 
     with Run(args, state, ema, data) as run:
         begin(run, features)
-        for step in run.steps():
-            g, total = Stream("step", args.seed, step), {}
-            batch = draw(g, step)
+        for step, drawn in run.steps(draw):
+            total = {}
+            batch = drawn
 
             # -- generator turn
             for b in micro_batches(batch, args, device):

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints import starting_networks
-from common import (BadInput, Run, Stream, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
+from common import (BadInput, Run, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     frozen_view, gradient_norm, main, micro_batches, setup, sync_gradients, trainable, update_ema)
 from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, pretrained
 from data import load_data
@@ -219,7 +219,7 @@ def train(args):
     def D(y):
         return lambda x, t, eps: head(trunk, interpolate(x, eps, t), t, y)
 
-    def draw(g, index):
+    def draw_turn(g, index):
         """The global batch of one turn and its random numbers."""
         rows = batch_rows(len(data.x), B, args.seed, index)
         batch = dict(x0=data.x[rows], y=data.y[rows], eps=g.normal(B, *shape))
@@ -236,6 +236,9 @@ def train(args):
         k = g.integers(args.M)
         return batch, k
 
+    def draw(g, step):
+        return [draw_turn(g, step * args.ttur + turn) for turn in range(args.ttur)]
+
     def panel(run):
         def generator(z, y):
             return backward_simulation(u(y), z, args.M - 1, args.M)
@@ -250,9 +253,9 @@ def train(args):
 
     with Run(args, state, ema, data) as run:
         begin(run, features)
-        for step in run.steps():
-            g, total = Stream("step", args.seed, step), {}
-            batch, k = draw(g, step * args.ttur)
+        for step, drawn in run.steps(draw):
+            total = {}
+            batch, k = drawn[0]
 
             # -- generator turn
             trainable(False, *fake_side)                                        # gradient passes through them to x_hat
@@ -289,9 +292,8 @@ def train(args):
 
             # -- fake turns: the generator is fixed; the first has the samples of the generator turn
             trainable(True, *fake_side)
-            for turn in range(args.ttur):
-                drawn, k = draw(g, step * args.ttur + turn) if turn else (batch, k)
-                for i, b in enumerate(micro_batches(drawn, args, device)):
+            for turn, (of_turn, k) in enumerate(drawn):
+                for i, b in enumerate(micro_batches(of_turn, args, device)):
                     with autocast(args, device):
                         with torch.no_grad():
                             x_hat = backward_simulation(u(b.y), b.z, k, args.M) if turn else samples[i]

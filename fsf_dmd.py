@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import starting_networks
-from common import (Run, Stream, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
+from common import (Run, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     gradient_norm, main, micro_batches, setup, sync_gradients, update_ema)
 from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, pretrained
 from data import load_data
@@ -217,9 +217,9 @@ def train(args):
 
     with Run(args, state, ema, data) as run:
         begin(run, features)
-        for step in run.steps():
-            g, total = Stream("step", args.seed, step), {}
-            batch, k = draw(g, step)
+        for step, drawn in run.steps(draw):
+            total = {}
+            batch, k = drawn
 
             # -- generator turn
             for b in micro_batches(batch, args, device):

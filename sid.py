@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import starting_networks
-from common import (Run, Stream, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
+from common import (Run, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     gradient_norm, main, micro_batches, setup, sync_gradients, trainable, update_ema)
 from consistency import pretrained
 from data import load_data
@@ -176,7 +176,7 @@ def train(args):
     def D(y):
         return lambda x, t, eps: head(fake, interpolate(x, eps, t), t, y)
 
-    def draw(g, index):
+    def draw_turn(g, index):
         """The global batch of one turn and its random numbers."""
         rows = batch_rows(len(data.x), B, args.seed, index)
         batch = dict(y=data.y[rows])
@@ -186,6 +186,9 @@ def train(args):
         if head:
             batch["x0"] = data.x[rows]
         return batch
+
+    def draw(g, step):
+        return g.integers(args.M), draw_turn(g, 2 * step), draw_turn(g, 2 * step + 1)           # one k of both
 
     def panel(run):
         def generator(z, y):
@@ -201,14 +204,13 @@ def train(args):
 
     with Run(args, state, ema, data) as run:
         begin(run, features)
-        for step in run.steps():
-            g, total = Stream("step", args.seed, step), {}
-            k = g.integers(args.M)                   # of both turns
+        for step, drawn in run.steps(draw):
+            total = {}
+            k, of_fake, batch = drawn
 
             # -- fake turn: the generator is fixed
             trainable(True, *fake_side)
-            batch = draw(g, 2 * step)
-            for b in micro_batches(batch, args, device):
+            for b in micro_batches(of_fake, args, device):
                 with autocast(args, device):
                     with torch.no_grad():
                         x_hat = backward_simulation(u(b.y), b.z, k, args.M, args.noise)
@@ -226,7 +228,6 @@ def train(args):
 
             # -- generator turn
             trainable(False, *fake_side)                                        # gradient passes through them to x_hat
-            batch = draw(g, 2 * step + 1)
             for b in micro_batches(batch, args, device):
                 with autocast(args, device):
                     x_hat = backward_simulation(u(b.y), b.z, k, args.M, args.noise)

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -489,6 +490,27 @@ def test_batches_go_from_pinned_memory_to_a_device_and_what_is_there_stays(monke
         rows.append(len(b.x))
         assert b.x.device == b.guidance.device == torch.device("meta") and len(b.guidance) == len(b.x)
     assert rows == [4, 2] and pinned == ["cpu", "cpu"]
+
+
+def test_the_next_steps_numbers_are_drawn_in_a_thread_and_are_the_same():
+    begun, where, held = [], set(), threading.Event()
+
+    def of(step):
+        begun.append(step)
+        where.add(threading.current_thread())
+        if step == 3:
+            held.set()
+        return common.Stream("step", 0, step).normal(4)
+
+    drawn = common.ahead(of, range(2, 5))
+    first = next(drawn)
+    assert held.wait(60) and begun[:2] == [2, 3]                        # step 3's, while the caller is at step 2
+    assert threading.current_thread() not in where and len(where) == 1
+    for step, found in enumerate([first, *drawn], start=2):
+        assert torch.equal(found, common.Stream("step", 0, step).normal(4))
+    assert begun == [2, 3, 4] and list(common.ahead(of, [])) == []      # and none after the last
+    with pytest.raises(ZeroDivisionError):                              # what goes wrong there ends the run
+        list(common.ahead(lambda step: 1 // step, [1, 0, 1]))
 
 
 # ---- what is kept of a table -----------------------------------------------------------------------------------------

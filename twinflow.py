@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import starting_networks
-from common import (BadInput, Run, Stream, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
+from common import (BadInput, Run, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     gradient_norm, main, micro_batches, setup, sync_gradients, target_decay, update_ema)
 from consistency import draw_guidance, draw_times, guided_rcgm_loss, imf_loss, pretrained
 from data import load_data
@@ -181,9 +181,9 @@ def train(args):
 
     with Run(args, state, ema, data) as run:
         begin(run, features)
-        for step in run.steps():
-            g, total = Stream("step", args.seed, step), {}
-            batch = draw(g, step)
+        for step, drawn in run.steps(draw):
+            total = {}
+            batch = drawn
 
             # -- generator turn
             for b in micro_batches(batch, args, device):
