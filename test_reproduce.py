@@ -831,6 +831,34 @@ def test_what_is_said_of_the_strength_of_the_start_is_in_the_numbers(monkeypatch
     assert "\n".join(strength.table(rows)) in (KEPT / "strength-digits" / "README.md").read_text()
 
 
+def test_what_is_said_of_the_strength_of_the_start_on_fashion_mnist_is_in_the_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    strength = importlib.import_module("strength")
+    text = words_of_the_texts()
+    rows = json.loads((KEPT / "strength-fashion-mnist" / "runs.json").read_text())["rows"]
+    assert "\n".join(strength.table(rows)) in (KEPT / "strength-fashion-mnist" / "README.md").read_text()
+    found = {(row["start_steps"], row["lam"]): row for row in rows}
+    for (steps, name), words, p in (
+        ((1500, "fd_1step"), "+2.1 ± 0.5 at 1 step (p 0.020)", 0.0204), ((1500, "fd_2step"), "+3.3 ± 0.2 at 2", 0.0013),
+        ((1500, "recall_2step"), "recall -0.025 ± 0.001", 0.001), ((300, "fd_1step"), "(-5.9 ± 3.8, p 0.12)", 0.116),
+        ((300, "fd_2step"), "level at 2 (-1.2 ± 3.3)", 0.6),
+    ):
+        differences = found[steps, 0.03]["difference"][name]
+        assert strength.signed(differences, 3 if name == "recall_2step" else 1) in words and words in text
+        assert scipy.stats.ttest_1samp(differences, 0).pvalue < p
+    assert max(found[300, 0.03]["difference"]["fd_1step"]) < 0
+    assert f"{max(found[1500, 0.1]['difference']['fd_2step']):+.1f} at 2 steps" in text
+    starts = [f"{statistics.mean(found[steps, 0.03]['start_distance']):.1f}" for steps in (1500, 300)]
+    assert f"(distance {starts[0]};" in text and f"300 steps ({starts[1]})" in text
+    for name, masked, ours in (("table2-digits-weak", 9, (7, 8)), ("table2-digits-strong", 9, (7, 8)),
+                               ("table2-fashion-mnist-weak-row1-2-3-4-7-8-9-10-11-12", 9, (7, 8)),
+                               ("table4-digits", 8, (6,)), ("table4-fashion-mnist-row1-3-4-5-6-7-8", 8, (6,))):
+        told = Told(name)
+        for row in ours:
+            for N in (1, 2, 4):                                         # "nowhere ahead in every seed"
+                assert told.gain(masked, row, f"fd_{N}step", all_five=False).max() > 0
+
+
 def test_what_is_said_of_table_2_from_the_strong_start_is_in_the_numbers():
     told = Told("table2-digits-strong")
     gain, mean = told.gain, told.mean

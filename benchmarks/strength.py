@@ -11,6 +11,7 @@ Runs are kept, stopped and continued as reproduce.py's.  Leaves README.md, runs.
 """
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -85,11 +86,11 @@ def write(args, rows):
     head = dict(data=args.data, seeds=args.seeds, steps=args.steps, torch=torch.__version__)
     write_atomic(args.out / "runs.json", json_text(dict(head, rows=rows), indent=1) + "\n")
     write_atomic(args.out / "strength.png", lambda path: figure(rows).savefig(path, format="png", dpi=100))
-    text = "\n".join(table(rows))
+    text, command = "\n".join(table(rows)), shlex.join(["python", "benchmarks/strength.py", *sys.argv[1:]])
     write_atomic(args.out / "README.md", f"""# FSF-DMD minus its L_CD, over the strength of the start: {args.data}
 
-Made by `python benchmarks/strength.py`, torch {torch.__version__}; paired differences over {args.seeds} seeds, mean ±
-standard deviation.  [runs.json](runs.json): of every seed.
+Made by `{command}`, torch {torch.__version__};
+paired differences over {args.seeds} seeds, mean ± standard deviation.  [runs.json](runs.json): of every seed.
 
 {text}
 
