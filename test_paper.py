@@ -399,38 +399,48 @@ def test_any_scheduler_moves_both_groups():
         torch.testing.assert_close(half[name], step / 2, rtol=1e-4, atol=1e-7)        # weights around 1 are rounded
 
 
+def product(x, y):
+    """x @ y summed in float64 and rounded once: every CPU sums bfloat16 products in an order of its own."""
+    return (x.double() @ y.double()).to(x.dtype)
+
+
 def separate_products(G, steps=5):
     """The official code's form, which rounds b A + c A A and a X + B X once more in bf16."""
     a, b, c = 3.4445, -4.7750, 2.0315
     X = G.mT if G.shape[1] > G.shape[2] else G
-    X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    X = X / (X.double().norm(dim=(1, 2), keepdim=True).to(X.dtype) + 1e-7)
     for _ in range(steps):
-        A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
+        A = product(X, X.mT)
+        X = a * X + product(b * A + product(c * A, A), X)
     return X.mT if G.shape[1] > G.shape[2] else X
 
 
 def test_bf16_products_meet_the_official_trajectory_when_rounded_as_there(monkeypatch):
-    """So the 3% that separate baddbmm from it (test_all.py) are that rounding and nothing else."""
+    """So the 3% that separate baddbmm from it (test_all.py) are that rounding and nothing else.
+
+    Measured: three of four shapes meet it to 6e-8, the fourth to .001 of the distance moved, which is the order of
+    the sums of the CPU that made it (with that order: 6e-8 in all four). baddbmm and float32 are .015 to .021 away.
+    """
     z, cfg = golden("normuon_variants")
     shapes = [tuple(shape) for shape in cfg["shapes"]]
 
-    def distance_to_golden(dtype):
-        params = [torch.nn.Parameter(golden_tensor("p:{}x{}".format(*shape), shape)) for shape in shapes]
+    def distances_to_golden(dtype):
+        """For each shape: distance to the golden weights after the last step, over the distance these have moved."""
+        start = [golden_tensor("p:{}x{}".format(*shape), shape) for shape in shapes]
+        params = [torch.nn.Parameter(p.clone()) for p in start]
         optimizer = normuon.NorMuon(params, lr=cfg["hyper"]["lr"], ns_dtype=dtype)
-        worst, compared = 0.0, 0
         for i in range(1, cfg["steps"] + 1):
             for p, shape in zip(params, shapes, strict=True):
                 p.grad = golden_gradient(shape, i)
             optimizer.step()
-            for p, shape in zip(params, shapes, strict=True):
-                key = "mixed.{}x{}.step{}".format(*shape, i)
-                if key in z:
-                    worst = max(worst, (p.detach() - torch.tensor(z[key])).abs().max().item())
-                    compared += 1
-        assert compared >= 2
-        return worst
+        distances = []
+        for p, p0, shape in zip(params, start, shapes, strict=True):
+            official = torch.tensor(z["mixed.{}x{}.step{}".format(*shape, cfg["steps"])])
+            distances.append(((p.detach() - official).norm() / (official - p0).norm()).item())
+        return distances
 
-    monkeypatch.setattr(normuon, "newton_schulz", separate_products)
-    assert distance_to_golden(torch.bfloat16) < 2e-6
-    assert distance_to_golden(torch.float32) > 1e-4                   # the comparison can tell bf16 from fp32
+    with monkeypatch.context() as patch:
+        patch.setattr(normuon, "newton_schulz", separate_products)
+        assert max(distances_to_golden(torch.bfloat16)) < 0.003
+        assert min(distances_to_golden(torch.float32)) > 0.012        # the comparison can tell bf16 from fp32
+    assert min(distances_to_golden(torch.bfloat16)) > 0.012           # and one rounding from two
