@@ -1316,6 +1316,25 @@ def test_the_two_methods_of_the_figure_over_starts_differ_in_the_dm_term_alone(m
     assert axis.lines[0].get_ydata().tolist() == [-3.0]
 
 
+def test_starts_measured_later_join_the_figure_over_starts_if_measured_alike(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    strength = importlib.import_module("strength")
+    path = tmp_path / "runs.json"
+
+    def call(start_steps, distance, steps=174):
+        rows = [dict(start_steps=start_steps, lam=0.1, start_distance=[distance])]
+        command = f"--starts {start_steps} --steps {steps}"
+        stored = dict(data="digits", seeds=1, steps=steps, torch="2", commands=[command], rows=rows)
+        stored = strength.with_earlier(path, stored)
+        path.write_text(json.dumps(stored))
+        return [row["start_distance"][0] for row in stored["rows"]], stored["commands"]
+
+    assert call(300, 9.0) == ([9.0], ["--starts 300 --steps 174"])
+    assert call(100, 7.0) == ([7.0, 9.0], ["--starts 300 --steps 174", "--starts 100 --steps 174"])
+    assert call(300, 8.0) == ([7.0, 8.0], ["--starts 300 --steps 174", "--starts 100 --steps 174"])
+    assert call(300, 6.0, steps=100) == ([6.0], ["--starts 300 --steps 100"])       # other steps: nothing is kept
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # benchmarks/step.py
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ A start is an iMF of so many steps; from it consistency distillation with random
 with each lambda, for as many steps, so that they differ in lambda L_FSF alone.  (Images of 24 to 64 pixels need
 --steps: there the presets have one number of forward passes.)  Shown is the paired difference over seeds, at 1 and 2
 sampling steps, of distance, precision and recall, against the start's own distance at 2 steps.
-Runs are kept, stopped and continued as reproduce.py's.  Leaves README.md, runs.json and strength.png in --out.
+Runs are kept, stopped and continued as reproduce.py's.  Leaves README.md, runs.json and strength.png in --out; other
+starts and lambdas of an earlier call into the same --out, with the same data, steps and seeds, stay in them.
 """
 import argparse
+import json
 import os
 import shlex
 import sys
@@ -81,15 +83,32 @@ def run(args):
     write(args, rows)
 
 
+def with_earlier(path, stored):
+    """`stored`, with the rows and commands of the runs.json at `path`, if one is there and was measured alike."""
+    if not path.is_file():
+        return stored
+    earlier = json.loads(path.read_text())
+    if any(earlier[name] != stored[name] for name in ("data", "seeds", "steps", "torch")):
+        return stored
+    measured = {(row["start_steps"], row["lam"]) for row in stored["rows"]}
+    kept = [row for row in earlier["rows"] if (row["start_steps"], row["lam"]) not in measured]
+    rows = sorted(kept + stored["rows"], key=lambda row: (row["start_steps"], row["lam"]))
+    commands = list(dict.fromkeys(earlier["commands"] + stored["commands"]))
+    return dict(stored, rows=rows, commands=commands if kept else stored["commands"])
+
+
 def write(args, rows):
     args.out.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "benchmarks/strength.py", *sys.argv[1:]])
     head = dict(data=args.data, seeds=args.seeds, steps=args.steps, torch=torch.__version__)
-    write_atomic(args.out / "runs.json", json_text(dict(head, rows=rows), indent=1) + "\n")
+    stored = with_earlier(args.out / "runs.json", dict(head, commands=[command], rows=rows))
+    rows, commands = stored["rows"], " and ".join(f"`{command}`" for command in stored["commands"])
+    write_atomic(args.out / "runs.json", json_text(stored, indent=1) + "\n")
     write_atomic(args.out / "strength.png", lambda path: figure(rows).savefig(path, format="png", dpi=100))
-    text, command = "\n".join(table(rows)), shlex.join(["python", "benchmarks/strength.py", *sys.argv[1:]])
+    text = "\n".join(table(rows))
     write_atomic(args.out / "README.md", f"""# FSF-DMD minus its L_CD, over the strength of the start: {args.data}
 
-Made by `{command}`, torch {torch.__version__};
+Made by {commands}, torch {torch.__version__};
 paired differences over {args.seeds} seeds, mean ± standard deviation.  [runs.json](runs.json): of every seed.
 
 {text}
