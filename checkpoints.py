@@ -164,18 +164,20 @@ def refuse_other_data(path, checkpoint, data):
 
 
 def say_unlearned(what, args, conditioning, omega):
-    """Print a line if the training flags `args` of a network with omega as an input took it to no omega this large."""
-    learned = [v for v in (args.get("omega_max"), args.get("omega")) if isinstance(v, (int, float))]
+    """Print a line if a network that takes omega as an input was trained, with the flags `args`, on smaller ones only."""
+    sampled_only = args.get("loss") in ("imf", "rcgm")              # --omega of these is the sampler's
+    learned = [args.get("omega_max"), None if sampled_only else args.get("omega")]
+    learned = [v for v in learned if isinstance(v, (int, float))]
     first = not dist.is_initialized() or dist.get_rank() == 0
     if conditioning == "in_context" and learned and omega > max(learned) and first:
-        print(f"{what}: omega is learned on [1, {max(learned):g}]; at --omega {omega:g} the network has to guess")
+        print(f"{what}: was trained with omega up to {max(learned):g}; at omega {omega:g} the network has to guess")
 
 
 def load_start(path, data, flow_map=True, omega=1.0):
     """(student, frozen teacher) that start from a model.pt.
 
     flow_map: a plain velocity network becomes a flow map by decoupled conditioning; without, the student stays plain.
-    omega: what the teacher will be asked for.
+    omega: the largest that the teacher will be asked for.
     """
     teacher, checkpoint = load_network(path, data)
     say_unlearned(path, checkpoint["args"], teacher.conditioning, omega)
@@ -206,8 +208,13 @@ def starting_networks(args, data, device, pretrained, conditioning="in_context",
     if args.init == "scratch":
         say_unlearned("this run", dict(omega_max=getattr(args, "omega_max", 1.0)), conditioning, args.omega)
         return new_network(args, data, conditioning).to(device).train(), None
-    given = getattr(args, "teacher", None)                          # TwinFlow has no such flag
-    given = load_network(given, data)[0].requires_grad_(False).eval() if given else None    # refused before pretraining
+    drawn = getattr(args, "cd_guidance", "fixed") == "drawn"
+    asked = max(args.omega, args.omega_max) if drawn else args.omega
+    given = None
+    if getattr(args, "teacher", None):                              # before pretraining; TwinFlow has no such flag
+        given, checkpoint = load_network(args.teacher, data)
+        given.requires_grad_(False).eval()
+        say_unlearned(args.teacher, checkpoint["args"], given.conditioning, asked)
     path = pretrained(args, args.init) if args.init in ("imf", "fm") else args.init
-    net, start = load_start(path, data, flow_map, args.omega)
+    net, start = load_start(path, data, flow_map, omega=1.0 if given else asked)
     return net.to(device), (given or start).to(device)

@@ -290,7 +290,7 @@ def noise_by_index(purpose, seed, indices, shape, jump=0):
 
 
 def trainable(flag, *nets):
-    """Whether networks keep gradients; where they do not, gradients still pass through to their inputs."""
+    """Switch the gradients of the networks' weights on or off; off, gradients still pass through to their inputs."""
     for net in nets:
         for name, p in net.named_parameters():
             p.requires_grad_(flag and name != "pos_embed")          # a fixed table
@@ -488,7 +488,7 @@ class Run:
         barrier()
 
     def of_first(self, number):
-        """An integer of the first process, in all."""
+        """The first process's integer, given to every process."""
         if world() == 1:
             return number
         number = torch.tensor(number)
@@ -556,7 +556,7 @@ class Run:
         self.held.close()
 
     def restart_clock(self):
-        """sec/step counts from here: evaluations and saves are left out."""
+        """sec/step counts from here: evaluations, pictures and saves are left out."""
         self.clock, self.clock_step = time.perf_counter(), self.step
 
     def ask_to_stop(self, signum, frame):
@@ -632,7 +632,8 @@ class Run:
                                "the last state.pt is untouched: lower --lr, or look at the data")
         self.refuse_divergence()
         seconds = (time.perf_counter() - self.clock) / max(1, self.step - self.clock_step)
-        line = dict(zip(names, values.mean(0).tolist()))
+        steps_with = torch.tensor([sum(name in losses for _, losses, _, _ in self.pending) for name in names])
+        line = dict(zip(names, (values.sum(0) / steps_with).tolist()))
         line |= dict(grad_norm=norms.mean().item(), sec_per_step=seconds)
         shown = {k: f"{v:.3g}" for k, v in line.items() if k != "grad_norm"}
         line |= dict(images_per_sec=self.args.batch_size / seconds, memory_gb=peak_memory() / 1e9)

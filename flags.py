@@ -172,8 +172,8 @@ def flow_map_flags(p):
         help="law of that draw: iMF's, or the truncated exponential the paper names")
     add = p.network.add_argument
     add("--n_tokens", type=number(int, 1, 1024),
-        help="n, tokens per condition of the augmented backbone (default: 16; tiny 1)")
-    add("--token_block", type=number(int, 0, 1024), help="k, they join after this many blocks (default: 4; tiny 2)")
+        help="n, tokens per condition of the augmented backbone (default: 16; tiny, small 1)")
+    add("--token_block", type=number(int, 0, 1024), help="k, they join after this many blocks (default: 4; tiny, small 2)")
 
 
 def rcgm_flags(p):
@@ -219,6 +219,8 @@ def resolve(p, argv, presets, script):
     args.start = init_kind
     if args.compile == "auto":
         args.compile = resolve_compile(args, kind)
+    if kind != "latents":
+        refuse(args, ["vae"], f"decodes latents, and --data {args.data} has pixels")
     if kind == "latents" and rank() == 0 and not args.dry_run:
         shown = []
         for k in presets[kind, init_kind]:
@@ -298,8 +300,6 @@ def refuse_idle(args):
     if args.start == "fm":
         refuse(args, ["n_tokens", "token_block", "cd_guidance", "omega_max", "omega_law"],
                "the network of --init fm has no guidance input")
-    elif not args.teacher:
-        refuse(args, ["cfg_channels"], "belongs to --init fm; the augmented network takes omega as an input")
     if args.start == "scratch":
         refuse(args, ["teacher"], "--init scratch has none")
         refuse(args, ["cd_guidance"], "L_CT of --init scratch draws omega as iMF does")
@@ -311,9 +311,16 @@ def refuse_idle(args):
 
 
 def refuse_guidance(args):
-    """`refuse` for the flags of guidance where a flow map of decoupled conditioning is its own teacher."""
+    """`refuse` for the flags of guidance that neither the teacher nor the student would read."""
+    file = args.teacher or (args.init if args.init not in ("imf", "fm", "scratch") else None)
     asked = {"omega", "guide_to", "cfg_channels"} & {k for k, source in args.sources.items() if source == "given"}
-    if asked and args.start == "fm" and args.init != "fm" and not args.teacher:
-        if load_checkpoint(args.init)["config"]["conditioning"] == "decoupled":
-            refuse(args, sorted(asked), f"the flow map in {args.init} takes no guidance, and it is its own teacher; "
-                                        "--teacher with a velocity network has one")
+    if not asked:
+        return
+    teacher = "plain" if args.start == "fm" else "in_context"
+    if file:
+        teacher = load_checkpoint(file)["config"]["conditioning"]
+    if teacher == "decoupled" and args.start == "fm":
+        refuse(args, sorted(asked), f"the flow map in {file} takes no guidance, and it is the teacher; "
+                                    "--teacher with a velocity network has one")
+    if teacher != "plain":
+        refuse(args, ["cfg_channels"], "belongs to a velocity network (fm) as the teacher, whose CFG takes two passes")

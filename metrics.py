@@ -167,7 +167,8 @@ class Features:
                            "expected at least 8")
         digest = hashlib.sha256(data.x.numpy().tobytes() + data.y.numpy().tobytes()).hexdigest()[:12]
         path = Path(cache) / f"features-{digest}.pt"
-        self.net = classifier(data)
+        with torch.random.fork_rng(devices=[]):                  # the first process alone is here: no other may notice
+            self.net = classifier(data)
         if not load_classifier(self.net, OF_RESULTS / path.name) and not load_classifier(self.net, path):
             train_classifier(self.net, data)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -137,8 +137,6 @@ def parse_args(argv=None):
     args = resolve(p, argv, PRESETS, "sid")
     if args.lambda_g == 0:
         refuse(args, ["lambda_d"], "--lambda_g 0 builds no discriminator")
-    if args.start == "imf" and not args.teacher:
-        refuse(args, ["cfg_channels"], "belongs to --init fm; the augmented network takes omega as an input")
     refuse_guidance(args)
     if args.M == 1:
         refuse(args, ["noise"], "--M 1 never renoises")

@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +95,11 @@ def test_a_discriminator_reads_a_teacher_of_its_own_shape_only():
     for other in (dict(hidden_size=48), dict(depth=2)):
         with pytest.raises(common.BadInput, match="--disc_trunk teacher: the head is made for a trunk of"):
             dmd2.new_fake_side(args, small_net("in_context"), small_net("in_context", **other), torch.device("cpu"))
+    net = small_net("in_context")
+    shape = {k: net.config[k] for k in ("depth", "hidden_size", "num_heads", "patch_size")}
+    official = model.IMFDiT(input_size=4, in_channels=2, mlp_hidden=64, num_classes=3, **shape)     # cannot stop halfway
+    with pytest.raises(common.BadInput, match="the head is made for a trunk of"):
+        dmd2.new_fake_side(args, net, official, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("init, lam, shift, M, steps, warmup, cfg_channels", [
@@ -364,15 +370,53 @@ def test_an_omega_that_was_not_learned_is_said(in_home, capsys):
         train(f"fsf_dmd.py --init imf/model.pt --data toy.npz --steps 1 --health_every 0 --out asked{omega} {flags}")
         train(f"fsf_dmd.py --init fm/model.pt --data toy.npz --steps 1 --health_every 0 --out asked_fm{omega} {flags}")
         said = [line for line in capsys.readouterr().out.splitlines() if "has to guess" in line]
-        expected = ["imf/model.pt: omega is learned on [1, 1]; at --omega 3 the network has to guess"]
+        expected = ["imf/model.pt: was trained with omega up to 1; at omega 3 the network has to guess"]
         assert said == (expected if omega == 3 else [])
     checkpoint = checkpoints.load_checkpoint("asked3/model.pt")
     flags = dict(guide_to=None, cfg_channels=None, sampler=None)
-    for omega, said in ((None, ""), (3.0, ""), (4.0, "asked3: omega is learned on [1, 3]; at --omega 4")):
+    for omega, said in ((None, ""), (3.0, ""), (4.0, "asked3: was trained with omega up to 3; at omega 4")):
         evaluate.sampling(argparse.Namespace(what="asked3", omega=omega, **flags), checkpoint)
         assert capsys.readouterr().out.partition(" the network")[0] == said
     train("consistency.py --loss imf --data toy.npz --steps 1 --omega 3 --omega_max 2 --out wide")
-    assert "this run: omega is learned on [1, 2]; at --omega 3" in capsys.readouterr().out
+    assert "this run: was trained with omega up to 2; at omega 3" in capsys.readouterr().out
+
+    distil = "fsf_dmd.py --data toy.npz --steps 1 --health_every 0 --out guess --resume no"
+    for flags, said in (
+        ("--init wide/model.pt --omega 2", None),
+        ("--init wide/model.pt --omega 3", "wide/model.pt: was trained with omega up to 2; at omega 3"),    # not 3: sampled
+        ("--init imf/model.pt --omega 3 --teacher asked3/model.pt", None),                          # the teacher is asked
+        ("--init asked3/model.pt --omega 3 --teacher imf/model.pt", "imf/model.pt: was trained with omega up to 1"),
+        ("--init wide/model.pt --omega 2 --cd_guidance drawn --omega_max 5", "omega up to 2; at omega 5"),
+    ):
+        train(f"{distil} {flags}")
+        lines = [line for line in capsys.readouterr().out.splitlines() if "has to guess" in line]
+        assert len(lines) == (said is not None) and (said or "") in "".join(lines), (flags, lines)
+
+
+def test_a_loss_of_some_steps_alone_is_logged_as_their_mean(in_home):
+    """FSF-DMD with 3 of 4 steps of warm-up: L_FSF and its gap are of the last one, in a line of four as in one of its own."""
+    lines = []
+    for every in (1, 4):
+        train("fsf_dmd.py --init imf/model.pt --data toy.npz --steps 4 --warmup 3 --health_every 0 --eval_every 0 "
+              f"--save_every 4 --log_every {every} --out logged{every}")
+        lines.append([line for line in read_metrics(Path("."), f"logged{every}") if "fsf" in line])
+    assert [len(of_run) for of_run in lines] == [1, 1]
+    for name in ("fsf", "gap"):
+        assert lines[0][0][name] == lines[1][0][name] > 0
+
+
+def test_a_run_that_was_stopped_ends_where_it_is_if_no_more_steps_are_asked(in_home, capsys):
+    command = "consistency.py --loss imf --data toy.npz --out early"
+    train(f"{command} --steps 3")
+    result = json.loads(Path("early/result.json").read_text())
+    stopped = torch.load("early/state.pt", weights_only=True)
+    torch.save(dict(stopped, evaluations=[]), "early/state.pt")       # as Ctrl-C leaves it: saved, and not evaluated
+    for steps in (3, 2):
+        Path("early/result.json").unlink()
+        train(f"{command} --steps {steps}")
+        assert "is done (3 steps)" in capsys.readouterr().out
+        assert json.loads(Path("early/result.json").read_text())["last"] == result["last"]
+    assert torch.load("early/state.pt", weights_only=True)["evaluations"] == [result["last"]]
 
 
 # ---- real command lines ----------------------------------------------------------------------------------------------
@@ -628,7 +672,10 @@ BAD = [  # command, words of the one line
     ("fsf_dmd.py --M 1 --rollout_grad last", "--rollout_grad: --M 1 has one call, with gradient"),
     ("fsf_dmd.py --lam 0 --M 4 --shift 3", "--M, --shift: --lam 0 has no L_FSF"),
     ("fsf_dmd.py --data toy.npz --init decoupled.pt --omega 3 --cfg_channels 1",
-     "--cfg_channels, --omega: the flow map in decoupled.pt takes no guidance, and it is its own teacher"),
+     "--cfg_channels, --omega: the flow map in decoupled.pt takes no guidance, and it is the teacher"),
+    ("sid.py --data toy.npz --init fm/model.pt --teacher decoupled.pt --omega 2", "--omega: the flow map in decoupled.pt"),
+    ("fsf_dmd.py --data toy.npz --init imf/model.pt --teacher imf/model.pt --cfg_channels 1", "belongs to a velocity"),
+    ("fsf_dmd.py --data toy.npz --init imf/model.pt --vae vae.pt", "--vae: decodes latents, and --data toy.npz has"),
     ("sid.py --data toy.npz --init decoupled.pt --guide_to 0.5", "--guide_to: the flow map in decoupled.pt takes no"),
     ("dmd2.py --init fm --cd_guidance drawn --dry_run", "--cd_guidance: belongs to L_CD, which needs --cd 1"),
     ("dmd2.py --lambda_g 0 --disc_trunk teacher", "builds no discriminator"),
@@ -643,7 +690,7 @@ BAD = [  # command, words of the one line
     ("fsf_dmd.py --init fm --n_tokens 3", "--n_tokens: the network of --init fm has no guidance input"),
     ("fsf_dmd.py --init fm/model.pt --data toy.npz --cd_guidance drawn",
      "--cd_guidance: the network of --init fm has no guidance input"),
-    ("fsf_dmd.py --cfg_channels 3", "--cfg_channels: belongs to --init fm"),
+    ("fsf_dmd.py --cfg_channels 3", "--cfg_channels: belongs to a velocity network (fm) as the teacher"),
     ("fsf_dmd.py --init scratch --cd_guidance drawn", "L_CT of --init scratch draws omega"),
     ("dmd2.py --init scratch --cd 0", "without a teacher nothing would tell the network of the data"),
     ("dmd2.py --init scratch --disc_trunk teacher", "there is no teacher, expected --disc_trunk fake"),
@@ -651,7 +698,7 @@ BAD = [  # command, words of the one line
     ("sid.py --lambda_d 1", "--lambda_g 0 builds no discriminator"),
     ("sid.py --M 1 --noise ddim", "--noise: --M 1 never renoises"),
     ("sid.py --weight t", "--weight: invalid choice: 't'"),
-    ("sid.py --cfg_channels 3", "--cfg_channels: belongs to --init fm"),
+    ("sid.py --cfg_channels 3", "--cfg_channels: belongs to a velocity network"),
     ("sid.py --mask_prob 0", "unrecognized arguments: --mask_prob 0"),
     ("twinflow.py --base imf --delta 0.1", "--delta: belongs to --base rcgm"),
     ("twinflow.py --base rcgm --jvp exact", "--jvp: belongs to --base imf"),

@@ -144,9 +144,13 @@ def test_health_measures_what_it_says(tmp_path):
 def test_the_feature_classifier_generalises_and_is_deterministic(tmp_path):
     digits = load_data("digits")
     even = Data(digits.x[::2], digits.y[::2], 10, digits.mean, digits.std, "even digits")
+    torch.manual_seed(0)
+    drawn = torch.get_rng_state()
     first, cached = Features(even, tmp_path / "a"), Features(even, tmp_path / "a")
     again = Features(even, tmp_path / "b")
     assert first.hash == cached.hash == again.hash
+    # The first of several processes alone makes one: afterwards all must still draw the same initial weights.
+    assert torch.equal(torch.get_rng_state(), drawn)
 
     _, probs = first(digits.x[1::2])                             # images it has not seen
     assert (probs.argmax(1) == digits.y[1::2]).double().mean() > 0.965

@@ -36,10 +36,17 @@ def watch(run, features, start=None, panel=None):
         panel(run)
     if run.due(args.save_every):
         run.save()
+    if run.due(args.eval_every) or run.due(args.preview_every) or run.due(getattr(args, "health_every", 0)):
+        run.restart_clock()
 
 
 def finish(run, features):
     """The end of a run: result.json, and the table of its first and last evaluation."""
+    unseen = features is not None and (not run.evaluations or run.evaluations[-1]["step"] != run.step)
+    if run.of_first(int(unseen)):                   # it was stopped here, and --steps is now no more than that
+        if run.main:
+            run.evaluated(evaluate(run.model, features, run.args))
+        run.save()
     if not run.main:
         return
     if features is None:
@@ -51,8 +58,9 @@ def finish(run, features):
     result = run.result(f"{features.definition()}; sampler {run.args.sampler}", other_sampler(run, features))
     rows = [("at step 0", first)] if first["step"] == 0 else []
     print(table([*rows, (f"after {last['step']} steps", last)], features))
-    print(f"{result['definition']}\n"
-          f"{run.folder}: model.pt, result.json, metrics.jsonl, samples_{run.step:06d}.png")
+    picture = f"samples_{run.step:06d}.png"
+    files = ["model.pt", "result.json", "metrics.jsonl", *([picture] if (run.folder / picture).exists() else [])]
+    print(f"{result['definition']}\n{run.folder}: {', '.join(files)}")
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
     python benchmarks/frechet_distance.py            # writes results/frechet-benchmark/runs.json
 """
+import argparse
 import json
 import sys
 import time
@@ -14,6 +15,8 @@ import torch
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 from metrics import frechet_distance, moments  # noqa: E402
+
+argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 # Statistics of 6,000 correlated Gaussian features, twice.
 g = torch.Generator().manual_seed(0)
