@@ -164,7 +164,7 @@ def refuse_other_data(path, checkpoint, data):
 
 
 def say_unlearned(what, args, conditioning, omega):
-    """Print a line if a network that takes omega as an input was trained, with the flags `args`, on smaller ones only."""
+    """Print a line if a network that takes omega as an input was trained, with the flags `args`, on smaller ones."""
     sampled_only = args.get("loss") in ("imf", "rcgm")              # --omega of these is the sampler's
     learned = [args.get("omega_max"), None if sampled_only else args.get("omega")]
     learned = [v for v in learned if isinstance(v, (int, float))]

@@ -173,7 +173,8 @@ def flow_map_flags(p):
     add = p.network.add_argument
     add("--n_tokens", type=number(int, 1, 1024),
         help="n, tokens per condition of the augmented backbone (default: 16; tiny, small 1)")
-    add("--token_block", type=number(int, 0, 1024), help="k, they join after this many blocks (default: 4; tiny, small 2)")
+    add("--token_block", type=number(int, 0, 1024),
+        help="k, they join after this many blocks (default: 4; tiny, small 2)")
 
 
 def rcgm_flags(p):

@@ -97,7 +97,7 @@ def test_a_discriminator_reads_a_teacher_of_its_own_shape_only():
             dmd2.new_fake_side(args, small_net("in_context"), small_net("in_context", **other), torch.device("cpu"))
     net = small_net("in_context")
     shape = {k: net.config[k] for k in ("depth", "hidden_size", "num_heads", "patch_size")}
-    official = model.IMFDiT(input_size=4, in_channels=2, mlp_hidden=64, num_classes=3, **shape)     # cannot stop halfway
+    official = model.IMFDiT(input_size=4, in_channels=2, mlp_hidden=64, num_classes=3, **shape)
     with pytest.raises(common.BadInput, match="the head is made for a trunk of"):
         dmd2.new_fake_side(args, net, official, torch.device("cpu"))
 
@@ -383,8 +383,8 @@ def test_an_omega_that_was_not_learned_is_said(in_home, capsys):
     distil = "fsf_dmd.py --data toy.npz --steps 1 --health_every 0 --out guess --resume no"
     for flags, said in (
         ("--init wide/model.pt --omega 2", None),
-        ("--init wide/model.pt --omega 3", "wide/model.pt: was trained with omega up to 2; at omega 3"),    # not 3: sampled
-        ("--init imf/model.pt --omega 3 --teacher asked3/model.pt", None),                          # the teacher is asked
+        ("--init wide/model.pt --omega 3", "wide/model.pt: was trained with omega up to 2; at omega 3"),
+        ("--init imf/model.pt --omega 3 --teacher asked3/model.pt", None),
         ("--init asked3/model.pt --omega 3 --teacher imf/model.pt", "imf/model.pt: was trained with omega up to 1"),
         ("--init wide/model.pt --omega 2 --cd_guidance drawn --omega_max 5", "omega up to 2; at omega 5"),
     ):
@@ -394,7 +394,7 @@ def test_an_omega_that_was_not_learned_is_said(in_home, capsys):
 
 
 def test_a_loss_of_some_steps_alone_is_logged_as_their_mean(in_home):
-    """FSF-DMD with 3 of 4 steps of warm-up: L_FSF and its gap are of the last one, in a line of four as in one of its own."""
+    """FSF-DMD with 3 of 4 steps of warm-up: L_FSF and its gap are of the last one, also in a line of four."""
     lines = []
     for every in (1, 4):
         train("fsf_dmd.py --init imf/model.pt --data toy.npz --steps 4 --warmup 3 --health_every 0 --eval_every 0 "
@@ -673,7 +673,7 @@ BAD = [  # command, words of the one line
     ("fsf_dmd.py --lam 0 --M 4 --shift 3", "--M, --shift: --lam 0 has no L_FSF"),
     ("fsf_dmd.py --data toy.npz --init decoupled.pt --omega 3 --cfg_channels 1",
      "--cfg_channels, --omega: the flow map in decoupled.pt takes no guidance, and it is the teacher"),
-    ("sid.py --data toy.npz --init fm/model.pt --teacher decoupled.pt --omega 2", "--omega: the flow map in decoupled.pt"),
+    ("sid.py --data toy.npz --init fm/model.pt --teacher decoupled.pt --omega 2", "--omega: the flow map in"),
     ("fsf_dmd.py --data toy.npz --init imf/model.pt --teacher imf/model.pt --cfg_channels 1", "belongs to a velocity"),
     ("fsf_dmd.py --data toy.npz --init imf/model.pt --vae vae.pt", "--vae: decodes latents, and --data toy.npz has"),
     ("sid.py --data toy.npz --init decoupled.pt --guide_to 0.5", "--guide_to: the flow map in decoupled.pt takes no"),
