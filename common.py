@@ -515,6 +515,9 @@ class Run:
             refuse_flips(path)
             saved = torch.load(path, map_location="cpu", weights_only=True)
             refuse_odd_history(saved["step"], saved["evaluations"])
+            if saved.get("data", self.data.meta) != self.data.meta:
+                raise BadInput(f"--data {self.data.source}: has changed since {path} was written; "
+                               "--resume no starts over")
             for name, part in self.state.items():
                 settings = [dict(group, params=None) for group in getattr(part, "param_groups", [])]
                 part.load_state_dict(saved[name])
@@ -673,7 +676,8 @@ class Run:
         self.flush()
         if self.main:
             parts = {name: part.state_dict() for name, part in self.state.items()}
-            write_atomic(self.folder / "state.pt", parts | dict(step=self.step, evaluations=self.evaluations))
+            history = dict(step=self.step, evaluations=self.evaluations, data=self.data.meta)
+            write_atomic(self.folder / "state.pt", parts | history)
             self.save_model()
         barrier()
         self.restart_clock()

@@ -9,7 +9,8 @@ matrix products of one step at batch 2, the optimizer's apart; divided by those 
 are the forward passes of the file headers (backward = 2).  Latents and weights are drawn at random.  A row that was
 measured is kept in --runs, and measured again only if its setting or a file that it executes has changed.
 
-Leaves a folder cost-cpu or cost-cuda in --out: README.md (the table) and runs.json.
+Leaves a folder cost-cpu or cost-cuda in --out, of another size than B/1 with its name: README.md, the table of all
+rows measured in this setting so far, and runs.json.
 """
 import argparse
 import contextlib
@@ -349,7 +350,7 @@ at {rate} FLOP/s. [runs.json](runs.json) holds the numbers unrounded.
 
 
 def kept_rows(path):
-    """{label: dict(identity, row)} measured before; what is damaged is said, and measured again."""
+    """{name: dict(identity, row)} measured before; what is damaged is said, and measured again."""
     if not path.exists():
         return {}
     try:
@@ -358,7 +359,12 @@ def kept_rows(path):
         tqdm.write(str(error))
         return {}
     whole = {"identity", "row"}
-    return {label: entry for label, entry in kept.items() if isinstance(entry, dict) and whole <= entry.keys()}
+    return {name: entry for name, entry in kept.items() if isinstance(entry, dict) and whole <= entry.keys()}
+
+
+def name_of(entry, setting):
+    """Of a row among those that are kept."""
+    return f"{setting['size']}, batch {setting['batch']}, {setting['device']}: {entry[0]}"
 
 
 def identity(entry, setting):
@@ -369,8 +375,8 @@ def identity(entry, setting):
 
 def is_kept(entry, kept, setting):
     """Whether an entry of COST was measured before, in this setting and with these sources."""
-    label = entry[0]
-    return label in kept and kept[label]["identity"] == identity(entry, setting)
+    name = name_of(entry, setting)
+    return name in kept and kept[name]["identity"] == identity(entry, setting)
 
 
 def run(args):
@@ -398,28 +404,33 @@ def measure_all(args):
         signal.signal(signal.SIGINT, on_ctrl_c)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         for entry in tqdm(chosen, unit="method", dynamic_ncols=True):
-            label = entry[0]
+            name = name_of(entry, setting)
             late = args.minutes and time.perf_counter() - begun > 60 * args.minutes
             if late and entry is not chosen[0]:
                 tqdm.write(f"{args.minutes} minutes are over: no method is begun any more, the same command goes on")
                 break
             if is_kept(entry, kept, setting):
                 continue
-            if label in kept:
-                tqdm.write(f"{label}: its setting or sources changed since, measured again")
+            if name in kept:
+                tqdm.write(f"{name}: its command or sources changed since, measured again")
             row = measure(args, setting, entry, scratch, aside)
-            kept[label] = dict(identity=identity(entry, setting), row=row)
+            kept[name] = dict(identity=identity(entry, setting), row=row)
             write_atomic(path, json_text(kept, indent=1))
             shutil.rmtree(scratch)
 
-    in_order = [entry for entry in COST if entry in chosen]
-    rows = [kept[entry[0]]["row"] for entry in in_order if is_kept(entry, kept, setting)]
+    rows = [kept[name_of(entry, setting)]["row"] for entry in COST if is_kept(entry, kept, setting)]
     found = dict(setting, torch=torch.__version__, flop_per_second_modelled=RATE, counted=COUNTED, rows=rows)
-    folder = args.out / ("cost-cuda" if on_gpu else "cost-cpu")
+    folder = folder_of(args)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "runs.json", json_text(found, indent=1))
     write_atomic(folder / "README.md", page(found, args.command))
     print(f"{markdown(found)}\n\nwrote README.md and runs.json into {folder}")
+
+
+def folder_of(args):
+    """Where the table is left."""
+    name = "cost-cuda" if torch.cuda.is_available() else "cost-cpu"
+    return args.out / (name if args.size == "B/1" else f"{name}-{args.size.replace('/', '')}")
 
 
 def parse_args(argv=None):

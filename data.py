@@ -218,6 +218,10 @@ def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
     # Training needs 13 bytes a pixel for a moment: these, 32-bit numbers, and 64-bit ones for the statistics.
     arrays = read_npz_arrays(path, shown, headers, ["images", "labels"], share=1 / 16)
     refuse_labels(arrays["labels"], shown)
+    empty = np.flatnonzero(np.bincount(arrays["labels"]) == 0)
+    if len(empty):
+        raise BadInput(f"{shown}: no image has label {', '.join(map(str, empty[:3]))}, expected all of 0 .. "
+                       f"{arrays['labels'].max()}; number the classes without gaps")
     images = arrays["images"].reshape(shape)                     # [N, H, H, C]
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), arrays["labels"]
 
@@ -234,6 +238,17 @@ def refuse_labels(labels: "np.ndarray | torch.Tensor", shown: str | Path) -> Non
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")     # by content: no other parser of Pillow is asked
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pgm", ".ppm", ".pnm", ".tif", ".tiff")
+
+
+def images_below(folder: str | Path) -> list[Path]:
+    """The image files below a folder, sorted.  Links to folders are followed, unless they lead back up."""
+    found = []
+    for at, folders, names in os.walk(folder, followlinks=True):
+        above = {os.path.realpath(parent) for parent in Path(at).parents}
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(at, name)) not in
+                      above | {os.path.realpath(at)}]
+        found += [Path(at) / name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(found)
 
 
 def read_rgb(path: str | Path, largest: int | None = None) -> Image.Image:
@@ -292,8 +307,7 @@ def image_files(folder: str | Path) -> tuple[list, list]:
     classes = sorted(entry.name for entry in folders)
     files, empty = [], []
     for label, name in enumerate(classes):
-        paths = sorted((Path(folder) / name).rglob("*"))
-        images = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+        images = images_below(Path(folder) / name)
         files += [(path, label) for path in images]
         if not images:
             empty.append(name)

@@ -22,10 +22,10 @@ import torch
 
 from checkpoints import load_checkpoint, load_network, refuse_not_finite, say_unlearned, weights_hash
 from common import BadInput, main, noise_by_index, pick_device, rank, setup, world
-from data import Data, load_data, preview, to_images
+from data import Data, denormalize, load_data, normalize, preview, to_images
 from fid import collect, describe, feature_networks, image_source, inception_metrics, read_reference, write_reference
-from files import json_text, reading, write_atomic
-from flags import BATCH, SEED, STEPS, Parser, folder_path, number
+from files import json_text, reading, refuse_flips, write_atomic
+from flags import BATCH, SEED, STEPS, Parser, data_source, folder_path, number
 from inception import Inception  # noqa: F401  (a public name of this file too, as the four metrics below)
 from metrics import EVAL_SEED, METRICS, Features
 from metrics import frechet_distance, inception_score, moments, precision_recall  # noqa: F401
@@ -95,11 +95,12 @@ def sampler_steps(sampler: str, steps: list | None = None, few: tuple = (1, 2, 4
 
 
 def evaluate(net: LightningDiT, features: Features | None, args: argparse.Namespace, steps: list | None = None,
-             n: int | None = None, seed: int = EVAL_SEED, sampler: str | None = None) -> dict[str, float]:
+             n: int | None = None, seed: int = EVAL_SEED, sampler: str | None = None, *,
+             restate: Callable | None = None) -> dict[str, float]:
     """{"fd_1step": ..., "fd_2step": ..., ...}: every metric at every number of sampling steps (see `sampler_steps`).
 
     args: anything with omega, guide_to, cfg_channels and sampler: how to sample.  sampler: another one than args'.
-    n: samples, by default features.n.  features None (latents): {}.
+    n: samples, by default features.n.  restate: see `restated`.  features None (latents): {}.
     """
     if features is None:
         return {}
@@ -107,15 +108,29 @@ def evaluate(net: LightningDiT, features: Features | None, args: argparse.Namesp
     for N in sampler_steps(sampler, steps):
         x, y = generate(net, n, features.shape, N, args.omega, args.guide_to, args.cfg_channels or None, seed,
                         sampler=sampler, shift=getattr(args, "shift_euler", 1.0))
+        if restate:
+            x = restate(x)
         for name, value in features.metrics(x, y).items():
             found[f"{name}_{N}step"] = value
     return found
 
 
-def show(path: Path, nets: list, data: Data, args: argparse.Namespace, steps: list | None = None) -> None:
+def restated(checkpoint: dict, data: Data) -> Callable | None:
+    """What puts samples x of a checkpoint, normalised as the data it was trained on, into the normalisation of `data`.
+
+    None where both are the same, and for official weights, whose data are not known.
+    """
+    own = checkpoint["data"]
+    if own is None or (list(own["mean"]), list(own["std"])) == (list(data.mean), list(data.std)):
+        return None
+    return lambda x: normalize(denormalize(x, own["mean"], own["std"]), data.mean, data.std)
+
+
+def show(path: Path, nets: list, data: Data, args: argparse.Namespace, steps: list | None = None,
+         seed: int = EVAL_SEED, restate: Callable | None = None) -> None:
     """A picture: real images, then samples of each (caption, network, sampler) in `nets`, from the same noise.
 
-    A row holds the first ten classes, a band PER_CLASS rows.  args: as in `evaluate`, and args.vae.
+    A row holds the first ten classes, a band PER_CLASS rows.  args, restate: as in `evaluate`, and args.vae.
     """
     shown = min(data.num_classes, 10)
     rows_of = [(data.y == c).nonzero()[:, 0] for c in range(shown)]
@@ -130,8 +145,9 @@ def show(path: Path, nets: list, data: Data, args: argparse.Namespace, steps: li
     for caption, net, sampler in nets:
         for N in sampler_steps(sampler, steps, few=(1, 2)):
             x, _ = generate(net, PER_CLASS * shown, data.x.shape[1:], N, args.omega, args.guide_to,
-                            args.cfg_channels or None, classes=shown, sampler=sampler)
-            bands.append((f"{caption}: {N}-step samples", x))
+                            args.cfg_channels or None, seed, classes=shown, sampler=sampler,
+                            shift=getattr(args, "shift_euler", 1.0))
+            bands.append((f"{caption}: {N}-step samples", restate(x) if restate else x))
     device = next(nets[0][1].parameters()).device
     preview(path, bands, data.meta, decoder_for(data, args, device))
 
@@ -207,6 +223,9 @@ def measure(args: argparse.Namespace) -> None:
     if n < 4:
         raise BadInput(f"{n} images are too few, expected 4 or more")
     network, spaces = feature_networks(args.inception, args.vgg, args.pipeline, device)
+    if ref and ref["spaces"] and ref["spaces"].split(",")[0] != spaces.split(",")[0]:       # VGG16 may be there or not
+        raise BadInput(f"--ref {args.ref}: is in the features of {ref['spaces']}, but the images would be in those of "
+                       f"{spaces}; make it again with these flags, or take its")
     if n <= 2048 and not args.few:
         raise BadInput(f"{n} images give no covariance of 2048 features, expected more than 2048; "
                        "--few 1 computes it all the same")
@@ -215,8 +234,9 @@ def measure(args: argparse.Namespace) -> None:
     if rank() > 0:
         return
     if args.what == "ref":
-        write_reference(out / "reference.npz", found, args.data)
-        print(f"wrote {out / 'reference.npz'}: mu, sigma of {n} images, features of {min(n, 10_000)}; {spaces}")
+        whole = write_reference(out / "reference.npz", found, args.data, spaces)
+        of = f"those in {args.data}" if whole else f"of {n} images"
+        print(f"wrote {out / 'reference.npz'}: mu, sigma {of}, features of {min(n, 10_000)}; {spaces}")
         return
     metrics = inception_metrics(found, ref, device)
     label = f"FID (n = {n})"
@@ -242,7 +262,9 @@ def samples_as_images(args: argparse.Namespace, device: torch.device) -> tuple[C
     if data.kind == "latents" and vae is None:
         raise BadInput("images of latents need the autoencoder: pass --vae")
     rounding = "rounded" if vae is None else f"truncated, of VAE {weights_hash(vae)}"
-    scale = hashlib.sha256(repr((data.mean, data.std)).encode()).hexdigest()[:6]
+    restate, own = restated(checkpoint, data), checkpoint["data"]
+    statistics = (list(own["mean"]), list(own["std"])) if restate else (data.mean, data.std)
+    scale = hashlib.sha256(repr(statistics).encode()).hexdigest()[:6]
     guidance = f"omega {omega} on [0, {guide_to}]"
     if channels:
         guidance += f" in {channels} channels"
@@ -252,7 +274,7 @@ def samples_as_images(args: argparse.Namespace, device: torch.device) -> tuple[C
     def images(start, stop):
         x, _ = generate(net, stop - start, data.x.shape[1:], steps, omega, guide_to, channels, args.seed, start=start,
                         sampler=sampler, shift=args.shift)
-        pixels = torch.from_numpy(to_images(x, data.meta, vae)).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(to_images(restate(x) if restate else x, data.meta, vae)).permute(0, 3, 1, 2)
         return pixels.expand(-1, 3, -1, -1)                      # grey images three times
 
     return images, what
@@ -290,6 +312,7 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[LightningDiT, dict, Dat
             raise BadInput(f"--weights raw: {path} is not there, "
                            "expected the run folder's state.pt beside the model.pt")
         with reading(path, f"the state.pt of the run that made {args.what}", "--weights ema takes the model.pt"):
+            refuse_flips(path)
             net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["net"])
         refuse_not_finite(path, net.state_dict())
     return net, checkpoint, data
@@ -325,7 +348,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("what", nargs="*",
                    help="CHECKPOINT (a model.pt, or official weights); or `grid CHECKPOINT`, the picture alone; "
                         "or `ref`, statistics of --data")
-    p.add_argument("--data",
+    p.add_argument("--data", type=data_source,
                    help="real images to compare with (default: what the network was trained on); "
                         "`ref`: a folder of images or an .npz (arr_0)")
     p.add_argument("--from_images",
@@ -398,7 +421,8 @@ def measure_without_inception(args: argparse.Namespace) -> None:
     net = net.to(pick_device(args.device))
     features = None if args.grid else metric_space(data, args)
     args.shift_euler = args.shift                          # another name: a run's own --shift is k of tau
-    metrics = evaluate(net, features, args, args.steps, args.n, args.seed)
+    restate = restated(checkpoint, data)
+    metrics = evaluate(net, features, args, args.steps, args.n, args.seed, restate=restate)
     folder = Path(args.what).parent
     name = folder.name[:30]
     out = Path(args.out or folder)
@@ -410,7 +434,8 @@ def measure_without_inception(args: argparse.Namespace) -> None:
                       f"torch {torch.__version__}")
         print(definition)
         write_atomic(out / "evaluation.json", json_text(metrics | dict(definition=definition), indent=1))
-    show(out / "samples.png", [(name, net, args.sampler)], data, args, sampler_steps(args.sampler, args.steps))
+    show(out / "samples.png", [(name, net, args.sampler)], data, args, sampler_steps(args.sampler, args.steps),
+         args.seed, restate)
     wrote = f"wrote {out / 'samples.png'}"
     if features is not None:
         wrote += f" and {out / 'evaluation.json'}"

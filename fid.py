@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from common import BadInput, barrier, rank, world
-from data import IMAGE_SUFFIXES, npz_headers, read_npz_arrays, read_rgb
-from files import lock, read_json, reading, write_atomic
+from data import images_below, npz_headers, read_npz_arrays, read_rgb
+from files import lock, read_json, reading, refuse_flips, write_atomic
 from inception import load_inception, load_vgg16
 from metrics import frechet_distance, inception_score, moments, precision_recall, spread
 
@@ -81,8 +81,7 @@ def npz_source(path: str | Path) -> tuple[int, Callable, str]:
 
 
 def folder_source(path: str | Path) -> tuple[int, Callable, str]:
-    paths = sorted(Path(path).rglob("*")) if Path(path).is_dir() else []
-    files = [file for file in paths if file.suffix.lower() in IMAGE_SUFFIXES]
+    files = images_below(path)
     if not files:
         raise BadInput(f"{path}: holds no images, expected a folder of them or an .npz with arr_0")
 
@@ -98,8 +97,11 @@ def folder_source(path: str | Path) -> tuple[int, Callable, str]:
                                "expected one size")
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
-    listing = "".join(f"{file.relative_to(path)} {file.stat().st_size}" for file in files)
-    return len(files), images, hashlib.sha256(listing.encode()).hexdigest()[:8]
+    listing = []                                                 # names, sizes and times: features are kept by it
+    for file in files:
+        stat = file.stat()
+        listing.append(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}")
+    return len(files), images, hashlib.sha256("".join(listing).encode(errors="surrogateescape")).hexdigest()[:8]
 
 
 @torch.no_grad()
@@ -152,6 +154,7 @@ def read_part(path: Path, rows: int) -> dict | None:
     """The features of one batch of so many rows, or None where they are missing, damaged or others."""
     try:
         with reading(path, "a file of features"):
+            refuse_flips(path)
             part = torch.load(path, weights_only=True)
             for name, width in WIDTHS.items():
                 if (name in part or name != "vgg") and part[name].shape != (rows, width):
@@ -162,9 +165,10 @@ def read_part(path: Path, rows: int) -> dict | None:
 
 
 def read_reference(path: str | Path) -> dict:
-    """dict(mu, sigma, features, vgg, hash) of reference statistics: of `python evaluate.py ref`, ADM's or iMF's .npz.
+    """dict(mu, sigma, features, vgg, spaces, hash) of reference statistics: of `evaluate.py ref`, ADM's or iMF's .npz.
 
-    features and vgg are None where the file has none, as ADM's and iMF's.  BadInput if it holds no such statistics.
+    features, vgg and spaces (what made them) are None where the file has none, as ADM's and iMF's.  BadInput if it
+    holds no such statistics.
     """
     shown = f"--ref {path}"
     headers = npz_headers(path, shown)
@@ -181,21 +185,30 @@ def read_reference(path: str | Path) -> dict:
         if not fits or dtype.kind not in "fiu":
             raise damaged
     found = read_npz_arrays(path, shown, headers, names, share=1 / 4)
+    spaces = None
+    if "spaces" in headers and headers["spaces"][1].kind == "U" and headers["spaces"][1].itemsize <= 4000:
+        spaces = str(read_npz_arrays(path, shown, headers, ["spaces"], share=1 / 4)["spaces"])
     mu = found.get("mu", found.get("ref_mu"))
     sigma = found.get("sigma", found.get("ref_sigma"))
     if mu is None or sigma is None or not all(np.isfinite(array).all() for array in found.values()):
         raise damaged
     digest = hashlib.sha256(mu.tobytes() + sigma.tobytes()).hexdigest()[:8]
-    return dict(mu=mu, sigma=sigma, features=found.get("features"), vgg=found.get("vgg"), hash=digest)
+    return dict(mu=mu, sigma=sigma, features=found.get("features"), vgg=found.get("vgg"), spaces=spaces, hash=digest)
 
 
-def write_reference(path: Path, found: dict, source: str) -> None:
-    """reference.npz of the features `collect` found of --data, for `read_reference`."""
+def write_reference(path: Path, found: dict, source: str, spaces: str) -> bool:
+    """reference.npz of the features `collect` found of --data, for `read_reference`.
+
+    spaces: what made the features.  -> whether mu and sigma are the file's own, as ADM's.
+    """
     mu, sigma = (value.numpy() for value in moments(found["features"]))
-    if source.endswith(".npz") and {"mu", "sigma"} <= set(npz_headers(source, source)):
+    whole = source.endswith(".npz") and {"mu", "sigma"} <= set(npz_headers(source, source))
+    if whole:
+        if "(adm)" not in spaces:
+            raise BadInput(f"--data {source}: holds mu and sigma of its own, made with --pipeline adm; pass that")
         own = read_reference(source)                             # ADM's: of the whole data set, arr_0 a part of it
         mu, sigma = own["mu"], own["sigma"]
-    arrays = dict(mu=mu, sigma=sigma, features=spread(found["features"], 10_000).numpy())
+    arrays = dict(mu=mu, sigma=sigma, features=spread(found["features"], 10_000).numpy(), spaces=spaces)
     if "vgg" in found:
         arrays["vgg"] = spread(found["vgg"], 50_000).half().numpy()    # half: as StyleGAN3 compares them
 
@@ -204,6 +217,7 @@ def write_reference(path: Path, found: dict, source: str) -> None:
             np.savez(file, **arrays)
 
     write_atomic(path, save)
+    return whole
 
 
 def inception_metrics(found: dict, ref: dict, device: torch.device | str = "cpu") -> dict:

@@ -76,8 +76,8 @@ def parser(doc, init_help):
 
     p.inputs = p.add_argument_group("data")
     add = p.inputs.add_argument
-    add("--data", default="digits", help="`digits` (scikit-learn's, default), an .npz with images and labels, "
-        "a folder of latent shards, of IDX or CIFAR files, or of small images")
+    add("--data", type=data_source, default="digits", help="`digits` (scikit-learn's, default), an .npz with images "
+        "and labels, a folder of latent shards, of IDX or CIFAR files, or of small images")
     add("--vae", help="VAE checkpoint that decodes the pictures of latents "
         "(without it: their first 3 channels in false colour)")
 
@@ -119,6 +119,11 @@ def parser(doc, init_help):
     add("--save_every", type=number(int, 0), default=0, help="steps between state.pt (0: at the end only)")
     add("--dry_run", action="store_true", help="print the resolved configuration and exit")
     return p
+
+
+def data_source(text):
+    """argparse type of --data: a folder is one, with or without a slash at its end."""
+    return text.rstrip("/") or text
 
 
 def auto_or_int(text):

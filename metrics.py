@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from checkpoints import read_weights, weights_hash
 from common import BadInput
-from files import write_atomic
+from files import refuse_flips, write_atomic
 
 OF_RESULTS = Path(__file__).resolve().parent / "results" / "classifiers"     # those behind the tables in results/
 METRICS = ("fd", "is", "precision", "recall", "acc")
@@ -171,8 +171,7 @@ class Features:
             self.net = classifier(data)
         if not load_classifier(self.net, OF_RESULTS / path.name) and not load_classifier(self.net, path):
             train_classifier(self.net, data)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, self.net.state_dict())            # two processes that train it write the same
+            keep(path, self.net.state_dict())                    # two processes that train it write the same
         self.net.requires_grad_(False).eval()
         self.hash = weights_hash(self.net)[:8]
         self.source = data.source
@@ -245,15 +244,22 @@ def compare(real: Reference, fake: torch.Tensor, probs: torch.Tensor, y: torch.T
 
 def kept(path: Path, n: int, compute: Callable) -> torch.Tensor:
     """Features [n, 64] from a file, or computed, and kept there if they are many.  A damaged file counts as none."""
-    with contextlib.suppress(BadInput, OSError):
+    with contextlib.suppress(Exception):                            # missing or damaged
+        refuse_flips(path)
         found = read_weights(path).get("features")
         if found is not None and found.shape == (n, 64) and found.dtype == torch.float64 and found.isfinite().all():
             return found
     features = compute()
     if n >= EVAL_NEIGHBOURS:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, dict(features=features))
+        keep(path, dict(features=features))
     return features
+
+
+def keep(path: Path, content: dict) -> None:
+    """Write a file of the cache, if it can be written: without it the same is computed again."""
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
 
 
 def is_large(data) -> bool:

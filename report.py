@@ -355,7 +355,7 @@ def figure(kind, table, rows, path):
     band = f"band: standard error of the paired difference to row {table.reference}, where both were evaluated"
     drawing.suptitle(f"mean over seeds; {band}", fontsize=8)
     drawing.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    drawing.savefig(path, dpi=100)
+    write_atomic(path, lambda temporary: drawing.savefig(temporary, format="png", dpi=100))
 
 
 def draw_curves(axis, metric, table, rows, against_passes=False):

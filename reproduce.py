@@ -27,6 +27,7 @@ correction over the rows of the table.  Five seeds see large effects only.
 """
 import argparse
 import concurrent.futures
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -50,11 +51,11 @@ import report
 from checkpoints import load_checkpoint
 from common import BadInput, main
 from data import data_kind, load_data, preset_kind
+from evaluate import decoder_for
 from fid import read_reference
-from files import json_text, read_json, write_atomic
-from flags import Parser, folder_path, number
+from files import json_text, lock, read_json, write_atomic
+from flags import Parser, data_source, folder_path, number
 from inception import load_inception
-from vae import load_vae
 
 HERE = Path(__file__).resolve().parent
 PAPER = json.loads((HERE / "golden" / "paper_tables.json").read_text())
@@ -373,7 +374,36 @@ def sources_of(job):
 def identity(job):
     """What a kept run has to agree in."""
     found = dict(command=list(job.command), measure=list(job.measure), sources=sources_of(job))
-    return found | dict(every=job.every) if job.every else found
+    if job.every:
+        found["every"] = job.every
+    inputs = inputs_of(job)
+    if inputs:
+        found["inputs"] = inputs
+    return found
+
+
+def inputs_of(job):
+    """{path: hash} of what a command reads from outside: its data, and a network that no job of ours trains."""
+    ours = {str(j.folder / "model.pt") for j in chain(job)}
+    flags = zip(job.command, job.command[1:])
+    paths = [word for flag, word in flags if flag in ("--data", "--init", "--teacher") and word not in ours]
+    if job.command[0] == "evaluate.py" and job.command[1] not in ours:
+        paths.append(job.command[1])
+    return {path: content_hash(path) for path in paths if Path(path).exists()}
+
+
+@lru_cache(maxsize=None)
+def content_hash(path):
+    """Of a file its content; of a folder the names, sizes and times of what it holds."""
+    if Path(path).is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    listing = []
+    for at, _, names in os.walk(path, followlinks=True):
+        for name in names:
+            stat = os.stat(os.path.join(at, name))
+            listing.append(f"{at}/{name} {stat.st_size} {stat.st_mtime_ns}")
+    return hashlib.sha256("\n".join(sorted(listing)).encode(errors="surrogateescape")).hexdigest()[:12]
 
 
 def beside(job, suffix):
@@ -424,6 +454,11 @@ def readable(path):
     return True
 
 
+def data_of(command):
+    """--data of a command; None where it names none."""
+    return command[command.index("--data") + 1] if "--data" in command else None
+
+
 def changes(job):
     """Names of what differs between the kept run of a job and what would run now."""
     known, now = record(job), identity(job)
@@ -431,7 +466,7 @@ def changes(job):
     if not isinstance(known_sources, dict):
         known_sources = {}
     changed = [file for file, digest in now["sources"].items() if known_sources.get(file) != digest]
-    parts = dict(command="the command", measure="the measure", every="--fid_every")
+    parts = dict(command="the command", measure="the measure", every="--fid_every", inputs="what it reads")
     return changed + [name for part, name in parts.items() if known.get(part) != now.get(part)]
 
 
@@ -465,26 +500,32 @@ class Runner:
         for other in waits:
             other.result()
         job.folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside(job, ".lock"), "w") as lock:
-            self.take(lock)
+        with open(beside(job, ".lock"), "w") as held:
+            self.take(held)
+            if job.start and not is_done(job.start):                  # another process may have replaced it
+                raise BadInput(f"{job.folder.name}: its start {job.start.folder} is not there, or is another by now; "
+                               "the same command makes it again")
             if not is_done(job):
-                self.do(job, lock)
+                self.do(job, held)
 
-    def take(self, lock):
+    def take(self, held):
         """Wait for the lock: another process may be at the same run."""
         while not self.stopped:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 time.sleep(0.5)
         if self.stopped:
             raise Stopped
 
-    def do(self, job, lock):
+    def do(self, job, held):
         sources.cache_clear()                                         # hashes of now, not of when this process began
         now, log, path = identity(job), beside(job, ".log"), beside(job, ".json")
-        changed = changes(job)
+        changed, other = changes(job), data_of(record(job).get("command", []))
+        if other and other != data_of(job.command):
+            raise BadInput(f"{job.folder}: is a run of --data {other}, whose folder has the same name; "
+                           "pass another --runs")
         if changed:
             log.unlink(missing_ok=True)
         measured = sorted(job.folder.glob("fid_*"))
@@ -495,12 +536,13 @@ class Runner:
         elif changed and job.folder.exists():
             names = ", ".join(changed)
             tqdm.write(f"{job.folder.name}: {names} changed since, the kept run is removed and runs again")
-            shutil.rmtree(job.folder)
+            with lock(job.folder / ".lock", "training", "--runs"):    # a pasted command may be at it
+                shutil.rmtree(job.folder)
         elif record(job).get("done"):
             tqdm.write(f"{job.folder.name}: its folder or result is gone or damaged, made again")
         write_atomic(path, json_text(dict(now, done=False), indent=1))
         for command in self.commands(job):
-            self.call(command, log, lock.fileno())
+            self.call(command, log, held.fileno())
             for features in job.folder.glob("fid_*/features"):        # 600 MB each
                 shutil.rmtree(features)
         sources.cache_clear()
@@ -510,7 +552,7 @@ class Runner:
             raise BadInput(f"{job.folder.name}: {names} changed while it ran; the same command runs it again")
         write_atomic(path, json_text(dict(now, done=True), indent=1))
 
-    def call(self, command, log, lock):
+    def call(self, command, log, held):
         """One command to its end, output into the log.
 
         The child inherits the lock: it stays held as long as the child lives, even if this process is killed.
@@ -519,7 +561,7 @@ class Runner:
         env = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONUNBUFFERED="1")
         words = [sys.executable, str(HERE / command[0]), *command[1:]]
         with open(log, "ab") as out:
-            child = subprocess.Popen(words, stdout=out, stderr=out, env=env, pass_fds=[lock])
+            child = subprocess.Popen(words, stdout=out, stderr=out, env=env, pass_fds=[held])
         self.children.append(child)
         if self.stopped:
             child.terminate()
@@ -547,9 +589,14 @@ class Runner:
             pieces = [*range(job.every, total, job.every), total]
         evaluate = ["evaluate.py", str(job.folder / "model.pt"), "--data", self.args.data]
         lines = []
+        reached = step_of(job)
+        if reached > total:
+            raise BadInput(f"{job.folder}: is trained for {reached} steps, expected {total}; remove that folder")
         for at in pieces:
+            if at < reached:                                          # its network is gone: nothing can measure it now
+                continue
             measure = self.fids(job, evaluate, at)
-            # Where nothing is left to measure, an interrupted run is already past this piece.
+            # Where nothing is left to measure, the run is at the next piece.
             if measure or at == total:
                 lines += [[*job.command, "--steps", str(at)], *measure]
         return lines
@@ -571,6 +618,13 @@ class Runner:
         if said.returncode:
             raise BadInput(f"{shlex.join(job.command)}: {said.stderr.strip()}")
         return int(re.search(r"--steps +(\d+)", said.stdout)[1])
+
+
+def step_of(job):
+    """The step that a job's model.pt is at; 0 where there is none, or a damaged one."""
+    with contextlib.suppress(BadInput):
+        return load_checkpoint(job.folder / "model.pt")["step"]
+    return 0
 
 
 def sampling_steps(command):
@@ -652,7 +706,7 @@ def parse_args(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("table", choices=list(TABLES), help="table of the paper")
     g = p.add_argument_group("rows")
-    g.add_argument("--data", default="digits",
+    g.add_argument("--data", type=data_source, default="digits",
                    help="digits, an .npz, an image folder, or a folder of latent shards (see FID of latents)")
     g.add_argument("--start", choices=["weak", "strong"], default="weak",
                    help="tables 2, 3, 7, 8, 9, 10 on pixels: the iMF they start from, as it is or trained twice as "
@@ -676,7 +730,6 @@ def parse_args(argv=None):
     g.add_argument("--fid_every", type=number(int, 0), default=0,
                    help="steps of a distillation between FIDs; 0: at the end only (the paper reports the best found)")
     args = p.parse_args(argv)
-    args.data = args.data.rstrip("/") or "/"                          # one spelling, one folder of kept runs
     given = {flag for flag in vars(args) if getattr(args, flag) != p.get_default(flag)}
     refuse_contradictions(args, given)
     if args.jobs is None:
@@ -730,9 +783,9 @@ def run(args):
     if report.seeds_in(folder) > args.seeds:
         raise BadInput(f"--seeds {args.seeds}: {folder} holds the table of {report.seeds_in(folder)}; "
                        "pass as many, or another --out")
-    load_data(args.data)                                              # refused now if it is not readable
+    data = load_data(args.data)                                       # refused now if it is not readable
     if data_kind(args.data) == "latents":
-        load_vae(args.vae)
+        decoder_for(data, args, torch.device("cpu"))
         load_inception(args.inception)
         read_reference(args.ref)
     wanted = [jobs[r][seed] for seed in range(args.seeds) for r in rows]

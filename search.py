@@ -29,8 +29,8 @@ import torch
 import report
 from common import BadInput, main
 from data import load_data, preset_kind
-from files import json_text, write_atomic
-from flags import Parser, folder_path, number
+from files import json_text, read_json, write_atomic
+from flags import Parser, data_source, folder_path, number
 from reproduce import DMD2, DMD2_CD, FSF, STARTS, is_done, job, run_all
 
 SEEDS = (100, 101)
@@ -136,7 +136,7 @@ def parse_args(argv=None):
     p.add_argument("start", choices=list(SEARCHES), help="where the methods start from")
     p.add_argument("--method", choices=sorted({name for _, methods in SEARCHES.values() for name in methods}),
                    help="this method only")
-    p.add_argument("--data", default="digits", help="digits, or other images, as in reproduce.py")
+    p.add_argument("--data", type=data_source, default="digits", help="digits, or other images, as in reproduce.py")
     p.add_argument("--seeds", type=number(int, 1, 2), default=2, help="1: no second seed for the best two of a method")
     p.add_argument("--jobs", type=number(int, 1), default=min(8, os.cpu_count() or 1), help="runs at a time")
     p.add_argument("--runs", type=folder_path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
@@ -158,6 +158,10 @@ def run(args):
         raise BadInput(f"--method {args.method}: is not searched from {args.start}, expected {', '.join(methods)}")
     if args.method:
         methods = {args.method: methods[args.method]}
+    folder, path = folder_of(args), folder_of(args) / "runs.json"
+    there = len(read_json(path, "a search's runs").get("seeds", [])) if path.exists() else 0
+    if there > args.seeds:
+        raise BadInput(f"--seeds {args.seeds}: {folder} holds the search with {there}; pass as many, or another --out")
     # start: every setting stands in the commands, none comes from FLAGS_STRONG
     found = argparse.Namespace(data=args.data, init=None, runs=args.runs, start="weak", jobs=args.jobs, table=None)
     jobs = {}                                                         # {(method, setting): [Job of each seed]}
@@ -196,13 +200,18 @@ def one_run(args, start_command, command, seed):
     return job(args, command, seed, start)
 
 
-def write(args, rows):
-    """Print the search, and leave it in a folder.  rows: [dict(method, setting, command, runs, distance)]"""
-    lines = report.markdown_lines(["method", "setting", "distance, 2 steps", "of each seed"], body(rows, args.seeds))
+def folder_of(args):
+    """Where the search is left."""
     name = f"search-{Path(args.data).stem}-{args.start}"
     if args.method:                                                   # does not replace the whole search
         name += "-" + re.sub(r"\W+", "_", args.method)
-    folder = args.out / name
+    return args.out / name
+
+
+def write(args, rows):
+    """Print the search, and leave it in a folder.  rows: [dict(method, setting, command, runs, distance)]"""
+    lines = report.markdown_lines(["method", "setting", "distance, 2 steps", "of each seed"], body(rows, args.seeds))
+    folder = folder_of(args)
     folder.mkdir(parents=True, exist_ok=True)
     seeds = SEEDS[:args.seeds]
     head = dict(data=args.data, start=args.start, seeds=seeds, torch=torch.__version__, cores=os.cpu_count())

@@ -4,6 +4,7 @@ Metrics and their golden numbers, the health panel, the classifier, samplers, FI
 """
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -19,7 +20,8 @@ import evaluate
 import fid
 import inception
 import watch
-from data import Data, load_data
+from checkpoints import load_network
+from data import Data, denormalize, load_data, normalize
 from metrics import EVAL_SEED, Features, frechet_distance, inception_score, moments, precision_recall, spread
 from test_helpers import HERE, golden, rand, refusal, run, small_net
 
@@ -182,6 +184,33 @@ def test_distances_compare_with_those_in_results(name, weights, right, tmp_path)
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------
+
+def test_samples_are_compared_with_other_data_pixel_by_pixel(in_home, capsys):
+    """--data of another brightness: a network's pixels stay what they are, only what they are compared with changes."""
+    toy, (n, steps) = load_data("toy.npz"), (60, 2)
+    with np.load("toy.npz") as file:
+        np.savez("dark.npz", images=file["images"] // 2, labels=file["labels"])
+    dark = load_data("dark.npz")
+    net, checkpoint = load_network("imf/model.pt")
+    args = checkpoint["args"]
+    x, y = evaluate.generate(net, n, toy.x.shape[1:], steps, args["omega"], args["guide_to"], sampler="flow_map")
+    pixels = denormalize(x, toy.mean, toy.std)
+    expected = Features(dark).metrics(normalize(pixels, dark.mean, dark.std), y)
+    evaluate_here(f"imf/model.pt --data dark.npz --steps {steps} --n {n} --out dark")
+    found = json.loads(Path("dark/evaluation.json").read_text())
+    assert found["fd_2step"] == pytest.approx(expected["fd"], rel=1e-5)
+    picture = np.array(Image.open("dark/samples.png"))
+    evaluate_here(f"imf/model.pt --steps {steps} --n {n} --out own")
+    assert (np.array(Image.open("own/samples.png"))[-60:] == picture[-60:]).mean() > 0.99          # the last samples
+
+
+def test_a_picture_follows_the_seed_and_the_shift(in_home):
+    pictures = []
+    for flags in ("", "--seed 5", "--shift 3"):
+        evaluate_here(f"grid fm/model.pt --steps 4 --out grid {flags}")
+        pictures.append(Path("grid/samples.png").read_bytes())
+    assert len(set(pictures)) == 3
+
 
 def test_samples_do_not_depend_on_the_batch_size():
     net = small_net("in_context", torch.float32)
@@ -409,6 +438,49 @@ def test_fid_of_images_resumes_and_says_what_it_is(tmp_path, monkeypatch, capsys
     for command, words in BAD_FID:
         said = refusal(f"evaluate.py {command}", capsys, monkeypatch)
         assert words in said, (command, said)
+
+
+def test_a_reference_of_another_pipeline_or_network_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_fid_networks()
+    array = np.random.default_rng(0).integers(0, 256, (6, 20, 20, 3)).astype(np.uint8)
+    np.savez("images.npz", arr_0=array)
+    flags = "--inception inception.pth --few 1"
+    evaluate_here(f"ref --data images.npz {flags} --out ref")
+    other = "--ref ref/reference.npz --pipeline pytorch_fid --out out"
+    said = refusal(f"evaluate.py --from_images images.npz {flags} {other}", capsys, monkeypatch)
+    assert "is in the features of Inception" in said and "(adm), but the images would be in those of" in said
+    np.savez("adm.npz", arr_0=array, mu=np.arange(2048.0), sigma=np.eye(2048))
+    said = refusal(f"evaluate.py ref --data adm.npz {flags} --pipeline pytorch_fid --out adm", capsys, monkeypatch)
+    assert "holds mu and sigma of its own, made with --pipeline adm" in said
+
+
+def test_images_behind_links_are_found_once_and_changed_ones_are_noticed(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 9, 9, 3)).astype(np.uint8)
+    folder = tmp_path / "set"
+    for name in ("set/plain", "elsewhere"):
+        (tmp_path / name).mkdir(parents=True)
+    Image.fromarray(pixels[0]).save(folder / "plain" / "a.bmp")
+    Image.fromarray(pixels[1]).save(tmp_path / "elsewhere" / "b.bmp")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "plain" / "up").symlink_to(folder)                 # leads back to itself
+    os.rename(tmp_path / "elsewhere" / "b.bmp", os.fsencode(tmp_path / "elsewhere") + b"/caf\xe9.bmp")
+    n, images, digest = fid.image_source(folder)
+    assert n == 2 and {tuple(image.flatten().tolist()) for image in images(0, 2)} == {
+        tuple(torch.from_numpy(p).permute(2, 0, 1).flatten().tolist()) for p in pixels[:2]}
+    Image.fromarray(pixels[2]).save(folder / "plain" / "a.bmp")   # as large as before
+    assert fid.image_source(folder)[2] != digest
+
+
+def test_features_with_a_flipped_bit_are_made_again(tmp_path):
+    path = tmp_path / "features_000000.pt"
+    torch.save(dict(features=torch.ones(4, 2048), logits=torch.ones(4, 1008)), path)
+    assert fid.read_part(path, 4) is not None
+    content = bytearray(path.read_bytes())
+    at = content.find(torch.ones(4).numpy().tobytes()) + 100
+    content[at] ^= 64
+    path.write_bytes(content)
+    assert fid.read_part(path, 4) is None
 
 
 def test_images_of_any_mode_are_read_as_rgb(tmp_path):

@@ -486,10 +486,10 @@ def test_cost_measures_a_step_of_a_method(tmp_path):
     words = [sys.executable, str(HERE / "cost.py"), *command.split()[1:]]
     env = environment() | dict(CUDA_VISIBLE_DEVICES="")
     (tmp_path / "kept").mkdir()
-    other = {"imf: FSF-DMD M=1": dict(identity=dict(size="B/1"), row=dict(label="of another setting"))}
+    other = {"imf: FSF-DMD M=1": dict(identity=dict(size="B/1"), row=dict(label="of another setting"))}     # left out
     (tmp_path / "kept" / "cost.json").write_text(json.dumps(other))  # its time is over before the second row: left out
     printed = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
-    found = json.loads((tmp_path / "cost-cpu" / "runs.json").read_text())
+    found = json.loads((tmp_path / "cost-cpu-tiny" / "runs.json").read_text())
     [row] = found["rows"]
     assert row["label"] == "imf: Consistency distillation" and row["paper_sec_per_step"] == 0.23
     assert 4.9 < row["passes"] <= 5
@@ -502,9 +502,9 @@ def test_cost_measures_a_step_of_a_method(tmp_path):
     late = [*words, "--row", "1", "2", "--minutes", "0.0001"]                         # for the first alone: it is kept
     said = subprocess.run(late, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
     assert "no method is begun any more" in said.stdout + said.stderr
-    assert json.loads((tmp_path / "cost-cpu" / "runs.json").read_text())["rows"] == [row]
+    assert json.loads((tmp_path / "cost-cpu-tiny" / "runs.json").read_text())["rows"] == [row]
     again = f"python {command} --row 1 2 --minutes 0.0001"
-    assert (tmp_path / "cost-cpu" / "README.md").read_text() == cost.page(found, again)
+    assert (tmp_path / "cost-cpu-tiny" / "README.md").read_text() == cost.page(found, again)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

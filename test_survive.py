@@ -25,7 +25,9 @@ import common
 import consistency
 import files
 import interrupt
+import metrics
 import reproduce
+from data import load_data
 from test_helpers import HERE, assert_same, environment, refusal, run, small_images, start, state, train
 
 IMF = "consistency.py --loss imf --data toy.npz"
@@ -537,6 +539,64 @@ def test_a_kept_run_that_is_gone_or_damaged_runs_again(tmp_path, capsys):
         reproduce.changes(job)                                          # can be asked whatever is in the record
     said = capsys.readouterr().out
     assert "not the record of a run" in said and "runs again" in said
+
+
+def test_kept_runs_of_other_data_and_of_another_start_are_neither_taken_nor_removed(tmp_path):
+    def of(data):
+        args = argparse.Namespace(data=str(tmp_path / data / "set.npz"), init=None, start="weak", jobs=1, table="2",
+                                  runs=tmp_path / "runs")
+        (tmp_path / data).mkdir(exist_ok=True)
+        small_images(args.data, 60 if data == "a" else 90)
+        start = reproduce.job(args, reproduce.STARTS["imf"], 0)
+        return reproduce.Runner(args), start, reproduce.job(args, reproduce.CD_MASKED, 0, start)
+
+    runner, start, distilled = of("a")
+    start.folder.mkdir(parents=True)
+    for file in ("model.pt", "result.json"):
+        (start.folder / file).write_text("{}")
+    record = dict(reproduce.identity(start), done=True)
+    files.write_atomic(reproduce.beside(start, ".json"), files.json_text(record))
+    assert reproduce.is_done(start)
+
+    # Another data set of the same name: its runs would lie in the same folders.
+    other_runner, other, _ = of("b")
+    assert other.folder == start.folder and not reproduce.is_done(other)
+    with pytest.raises(common.BadInput, match="is a run of --data .*/a/set.npz, whose folder has the same name"):
+        other_runner.run(other)
+    assert reproduce.is_done(start)
+
+    # A pasted command trains in the folder: it is not removed under its feet.
+    files.write_atomic(reproduce.beside(start, ".json"), files.json_text(dict(record, sources={})))
+    with files.lock(start.folder / ".lock", "training"), pytest.raises(files.Locked, match="is training there"):
+        runner.run(start)
+    assert (start.folder / "model.pt").exists()
+
+    # A start that is another by now, or not done, teaches nobody.
+    with pytest.raises(common.BadInput, match="its start .* is not there, or is another by now"):
+        runner.run(distilled)
+
+    # The same path with other images in it.
+    files.write_atomic(reproduce.beside(start, ".json"), files.json_text(record))
+    small_images(tmp_path / "a" / "set.npz", 30)
+    reproduce.content_hash.cache_clear()
+    assert not reproduce.is_done(start) and reproduce.changes(start) == ["what it reads"]
+
+
+def test_a_run_whose_data_have_changed_is_not_resumed(tmp_path, monkeypatch, capsys, few_samples):
+    monkeypatch.chdir(tmp_path)
+    small_images("set.npz", 60)
+    train("consistency.py --loss imf --data set.npz --steps 2 --out run")
+    small_images("set.npz", 90)
+    said = refusal("consistency.py --loss imf --data set.npz --steps 4 --out run", capsys, monkeypatch)
+    assert "--data set.npz: has changed since run/state.pt was written; --resume no starts over" in said
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
+    small_images(tmp_path / "set.npz", 60)
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    made = metrics.Features(load_data(str(tmp_path / "set.npz")), tmp_path / "cache")
+    kept = metrics.Features(load_data(str(tmp_path / "set.npz")), tmp_path / "other")
+    assert made.hash == kept.hash
 
 
 def test_the_pretrained_start_waits_and_its_folder_says_nothing_of_it(in_home):

@@ -374,14 +374,13 @@ def encode_rows(vae: VAE, files: list, rows: range, args: argparse.Namespace, de
     images = Images([files[i][0] for i in rows], args.size)
     views = ([], [])                                             # latents of the images and of their mirror images
     labels, bad, position = [], [], rows[0]
-    for batch in DataLoader(images, args.batch_size, num_workers=args.workers, collate_fn=list):
-        kept = [position + i for i, image in enumerate(batch) if image is not None]
-        bad += [str(files[position + i][0]) for i, image in enumerate(batch) if image is None]
+    for x, readable in DataLoader(images, args.batch_size, num_workers=args.workers, collate_fn=one_tensor):
+        kept = [position + i for i, whole in enumerate(readable) if whole]
+        bad += [str(files[position + i][0]) for i, whole in enumerate(readable) if not whole]
         if bad and not args.skip_bad:
             raise BadInput(f"{bad[0]}: not a readable image; repair or remove it, "
                            "or pass --skip_bad 1 to leave such files out")
         if kept:
-            x = torch.stack([image for image in batch if image is not None])           # uint8 [b, 3, size, size]
             x = x.to(device).float() / 127.5 - 1                                       # [-1, 1]
             for k, view in enumerate((x, x.flip(3))):
                 with autocast(args, device):
@@ -390,12 +389,21 @@ def encode_rows(vae: VAE, files: list, rows: range, args: argparse.Namespace, de
                 z = mean.float() + std.float() * noise
                 views[k].append(z.to(dtype))                     # stays there: the device is not waited for
             labels += [files[i][1] for i in kept]
-        position += len(batch)
-        bar.update(len(batch))
+        position += len(readable)
+        bar.update(len(readable))
     if not labels:
         raise BadInput(f"no readable image among {files[rows[0]][0]} ... {files[rows[-1]][0]}")
     latents, flipped = (torch.cat(view).cpu() for view in views)
     return dict(latents=latents, latents_flip=flipped, labels=torch.tensor(labels)), bad
+
+
+def one_tensor(batch: list) -> tuple[torch.Tensor | None, list]:
+    """Images or None -> (the readable ones, uint8 [b, 3, size, size]; whether each is).
+
+    One tensor a batch: a worker hands over each with an open file, of which a process has 1,024.
+    """
+    images = [image for image in batch if image is not None]
+    return torch.stack(images) if images else None, [image is not None for image in batch]
 
 
 class Images(Dataset):

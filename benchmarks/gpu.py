@@ -265,16 +265,16 @@ def cost_table(args):
         flags += ["--size", "tiny", "--batch_size", "2", "--row", "1"]
     else:
         flags += ["--row", *ORDER]
-    cost.run(cost.parse_args(flags))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = read_json(args.out / f"cost-{device}" / "runs.json", "what cost.py measured")
+    measured = cost.parse_args(flags)
+    cost.run(measured)
+    found = read_json(cost.folder_of(measured) / "runs.json", "what cost.py measured")
     rows = []
     for row in found["rows"]:
         flops = 1e9 * (found["batch"] * row["gflop_per_image"] + row["gflop_optimizer"])
         rows.append({k: row[k] for k in ("label", "passes", "sec_per_step", "memory_gb", "paper_sec_per_step")}
                     | dict(share_of_matrix_rate=flops / row["sec_per_step"] / rate))
-    measured = {row["label"] for row in rows}
-    missing = [label for label, *_ in cost.COST if label not in measured]
+    labels = {row["label"] for row in rows}
+    missing = [label for label, *_ in cost.COST if label not in labels]
     return dict(batch=found["batch"], precision=found["precision"], matrix_rate=rate, rows=rows, missing=missing)
 
 

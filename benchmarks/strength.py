@@ -27,7 +27,7 @@ import report  # noqa: E402
 from common import BadInput, main  # noqa: E402
 from data import data_kind, load_data, preset_kind  # noqa: E402
 from files import json_text, write_atomic  # noqa: E402
-from flags import Parser, folder_path, number  # noqa: E402
+from flags import Parser, data_source, folder_path, number  # noqa: E402
 from reproduce import CD_MASKED, FSF, STARTS, job, run_all  # noqa: E402
 
 SHOWN = ("fd_1step", "fd_2step", "precision_2step", "recall_2step")
@@ -36,7 +36,7 @@ TITLES = ("distance, 1 step", "distance, 2 steps", "precision, 2 steps", "recall
 
 def parse_args(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", default="digits", help="as in reproduce.py, of pixels")
+    p.add_argument("--data", type=data_source, default="digits", help="as in reproduce.py, of pixels")
     p.add_argument("--starts", type=number(int, 1), nargs="+", default=[100, 200, 400, 800], help="steps of the starts")
     p.add_argument("--steps", type=number(int, 1), help="steps of both methods (default: the presets')")
     p.add_argument("--lam", type=number(float, 0), nargs="+", default=[0.01, 0.05, 0.2], help="lambdas of Eq. 15")
