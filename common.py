@@ -88,7 +88,11 @@ def is_lost(error):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def rank():
-    return of_torchrun("RANK", 0)
+    number = of_torchrun("RANK", 0)
+    if number >= world():
+        raise BadInput(f"RANK={number} of WORLD_SIZE={world()}: expected what torchrun sets; "
+                       "unset it to run one process")
+    return number
 
 
 def world():

@@ -34,6 +34,7 @@ from vae import VAE, load_vae
 
 EULER_STEPS = 25                # of a velocity, where --steps does not say; the paper's teacher rows use many too
 PER_CLASS = 2                   # samples of a class in a picture
+SAMPLING = ("weights", "steps", "sampler", "shift", "omega", "guide_to", "cfg_channels", "seed", "vae")         # flags
 SAMPLERS = ("flow_map", "renoised", "renoised_ddim", "renoised_fixed", "euler")
 
 
@@ -331,7 +332,12 @@ def sampling(args: argparse.Namespace, checkpoint: dict) -> tuple[float, float, 
                            f"pass --{name}")
         return value
 
-    plain = checkpoint["config"]["conditioning"] == "plain"
+    conditioning = checkpoint["config"]["conditioning"]
+    plain = conditioning == "plain"
+    if conditioning == "decoupled" and (args.omega is not None or args.guide_to is not None):
+        raise BadInput(f"--omega, --guide_to: {args.what} is a flow map without guidance; leave that out")
+    if not plain and args.cfg_channels:
+        raise BadInput(f"--cfg_channels: belongs to a velocity network, which {args.what} is not; leave that out")
     sampler = args.sampler or checkpoint.get("sampler") or ("euler" if plain else "flow_map")
     if sampler not in SAMPLERS:
         raise BadInput(f"{args.what}: names the sampler {sampler!r}, expected {', '.join(SAMPLERS)}; pass --sampler")
@@ -339,7 +345,7 @@ def sampling(args: argparse.Namespace, checkpoint: dict) -> tuple[float, float, 
         raise BadInput(f"--sampler flow_map: {args.what} is a velocity network, which has no target time; "
                        "expected euler or renoised")
     omega, guide_to = chosen("omega", 1.0, float, 1, STEPS), chosen("guide_to", 1.0, float, 0, 1)
-    say_unlearned(args.what, checkpoint["args"], checkpoint["config"]["conditioning"], omega)
+    say_unlearned(args.what, checkpoint["args"], conditioning, omega)
     return omega, guide_to, chosen("cfg_channels", 0, int, 0, STEPS) or None, sampler
 
 
@@ -401,6 +407,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.inception and args.what != "ref" and not args.ref:
         raise BadInput("--inception: needs --ref, the statistics to compare with "
                        "(python evaluate.py ref makes them of images)")
+    idle, why = (), ""
+    if args.what == "ref":
+        idle, why = (*SAMPLING, "ref"), "ref is of real images"
+    elif args.from_images:
+        idle, why = (*SAMPLING, "data"), "--from_images samples no network"
+    elif args.grid:
+        idle, why = ("inception", "n"), "grid makes the picture alone"
+    given = [f"--{flag}" for flag in idle if getattr(args, flag) != p.get_default(flag)]
+    if given:
+        raise BadInput(f"{', '.join(given)}: {why}; leave that out")
     if (args.vgg or args.ref or args.few) and not args.inception:
         raise BadInput("--vgg, --ref, --few: need --inception, the weights of FID's network")
     return args

@@ -721,6 +721,11 @@ BAD = [  # command, words of the one line
     ("evaluate.py imf/model.pt --data digits", "was made for shape [1, 4, 4], but --data digits has [1, 8, 8]"),
     ("evaluate.py imf/model.pt --device tpu", "--device tpu: not usable here"),
     ("evaluate.py imf/model.pt --n 3", "--n: 3 is out of range"),
+    ("evaluate.py decoupled.pt --omega 2", "--omega, --guide_to: decoupled.pt is a flow map without guidance"),
+    ("evaluate.py imf/model.pt --cfg_channels 1", "--cfg_channels: belongs to a velocity network, which imf"),
+    ("evaluate.py grid imf/model.pt --n 50", "--n: grid makes the picture alone; leave that out"),
+    ("evaluate.py ref --data x --inception y --steps 2 --vae z", "--steps, --vae: ref is of real images"),
+    ("evaluate.py --from_images x --inception y --ref z --data w", "--data: --from_images samples no network"),
 ]
 
 

@@ -583,9 +583,10 @@ def test_numbers_of_the_other_commands(tmp_path, monkeypatch, capsys):
         ("cost.py --out file", "--out: file: exists"),
         ("vae.py decode a --ckpt b --out file", "--out: file: exists"),
     ], capsys, monkeypatch)
-    for name, value in (("WORLD_SIZE", "x"), ("WORLD_SIZE", "0"), ("RANK", "-1")):
+    for name, value, said in (("WORLD_SIZE", "x", "WORLD_SIZE=x"), ("WORLD_SIZE", "0", "WORLD_SIZE=0"),
+                              ("RANK", "-1", "RANK=-1"), ("RANK", "1", "RANK=1 of WORLD_SIZE=1")):
         monkeypatch.setenv(name, value)
-        refuse_all(tmp_path, [("sid.py --out o", f"{name}={value}: expected what torchrun sets")], capsys, monkeypatch)
+        refuse_all(tmp_path, [("sid.py --out o", f"{said}: expected what torchrun sets")], capsys, monkeypatch)
         monkeypatch.delenv(name)
     assert flags.number(int, 0, flags.SEED)(str(2 ** 32 - 1)) == 2 ** 32 - 1
 

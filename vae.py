@@ -11,6 +11,7 @@ Reading data, latents among them, is data.py's work.
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from checkpoints import read_weights, refuse_not_finite, weights_hash
 from common import BadInput, autocast, barrier, main, noise_by_index, pick_device, rank, setup, world
-from data import image_files, latents_to_uint8, open_shard, read_image, read_stats, shards
+from data import image_files, latents_to_uint8, open_shard, read_image, read_meta, read_stats, shards
 from data import denormalize, load_data, normalize  # noqa: F401  (public names of this file too)
 from files import first_line, lock, read_json, reading, write_atomic
 from flags import BATCH, SEED, Parser, folder_path, number
@@ -279,10 +280,12 @@ def encode(args: argparse.Namespace) -> None:
     if args.size % vae.downscale:
         raise BadInput(f"--size {args.size}: the {name} needs a multiple of {vae.downscale}")
     out = Path(args.out)
+    sizes = "".join(f"{path.relative_to(args.images)} {path.stat().st_size}" for path, _ in files)
     identity = dict(
-        images=str(Path(args.images).resolve()), n=len(files), vae=name, vae_hash=weights_hash(vae), size=args.size,
-        seed=args.seed, shard=args.shard, processes=world(), dtype=args.dtype, precision=args.precision,
-        skip_bad=args.skip_bad,
+        images=str(Path(args.images).resolve()), n=len(files),
+        files=hashlib.sha256(sizes.encode(errors="surrogateescape")).hexdigest()[:12],
+        vae=name, vae_hash=weights_hash(vae), size=args.size, seed=args.seed, shard=args.shard, processes=world(),
+        dtype=args.dtype, precision=args.precision, skip_bad=args.skip_bad,
     )
     with contextlib.ExitStack() as held:
         if rank() == 0:
@@ -344,10 +347,15 @@ def claim_folder(out: Path, identity: dict) -> None:
             raise BadInput(f"--out {out}: holds latents made otherwise: {', '.join(differ)}; choose another folder")
         if before == identity:
             return
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(not is_leftover(path) for path in out.iterdir()):
         raise BadInput(f"--out {out}: is not empty and holds no latents of this command, expected a new folder")
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(saved, json.dumps(identity, indent=1))
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file is the beginning of an encode.json, of a process that was killed."""
+    return path.name.startswith(".encode.json.") and path.suffix == ".tmp"
 
 
 def encode_shard(path: Path, vae: VAE, files: list, rows: range, args: argparse.Namespace, device: torch.device,
@@ -469,6 +477,10 @@ def check(args: argparse.Namespace) -> None:
     labels = torch.cat([shard.labels for shard in found])
     counts = torch.bincount(labels)
     shape, dtype = list(found[0].latents.shape[1:]), str(found[0].latents.dtype).removeprefix("torch.")
+    classes = read_meta(Path(args.folder) / "meta.json").get("classes")
+    if classes and len(counts) > len(classes):
+        raise BadInput(f"{args.folder}: labels go up to {len(counts) - 1}, but meta.json names {len(classes)} classes; "
+                       "expected shards and meta.json of one encoding")
     print(f"{args.folder}: {len(found)} shards, {len(labels)} images, latents {shape} {dtype}, both flips, all finite")
     print(f"labels 0 .. {len(counts) - 1}: {counts.min()} to {counts.max()} images a class, "
           f"{(counts == 0).sum()} classes without any")
