@@ -220,6 +220,8 @@ class Features:
     def definition(self, n: int | None = None, seed: int = EVAL_SEED, weights: str = "EMA") -> str:
         """What the numbers are, for n samples, beside which it is printed and kept."""
         right, near = "", ""
+        if self.net[-1].out_features == 1:
+            right = ", which a single class has taught nothing"
         if self.test:
             share = (self.of_test[1].argmax(1) == self.test[1]).double().mean().item()
             right = f", {100 * share:.1f}% right on {len(self.test[1])} test images"

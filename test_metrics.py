@@ -204,6 +204,15 @@ def test_samples_are_compared_with_other_data_pixel_by_pixel(in_home, capsys):
     assert (np.array(Image.open("own/samples.png"))[-60:] == picture[-60:]).mean() > 0.99          # the last samples
 
 
+def test_a_single_class_is_said_to_teach_the_classifier_nothing(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (60, 4, 4)).astype(np.uint8)
+    taught_nothing = ", which a single class has taught nothing); n="
+    for labels, words in ((np.zeros(60, int), taught_nothing), (np.arange(60) % 2, "); n=")):
+        np.savez(tmp_path / "set.npz", images=images, labels=labels)
+        definition = Features(load_data(str(tmp_path / "set.npz")), tmp_path).definition()
+        assert re.search(r"\(weights \w{8}" + re.escape(words), definition)
+
+
 def test_a_picture_follows_the_seed_and_the_shift(in_home):
     pictures = []
     for flags in ("", "--seed 5", "--shift 3"):
