@@ -862,6 +862,29 @@ def test_what_is_said_of_the_strength_of_the_start_on_fashion_mnist_is_in_the_nu
                 assert told.gain(masked, row, f"fd_{N}step", all_five=False).max() > 0
 
 
+def test_what_is_said_of_the_weakest_start_at_equal_steps_and_at_equal_passes():
+    text, kept = words_of_the_texts(), {}
+    for name in ("weak", "passes"):
+        stored = json.loads((KEPT / f"strength-fashion-mnist-{name}" / "runs.json").read_text())
+        [kept[name]] = stored["rows"]
+        assert (stored["seeds"], stored["steps"], stored.get("cd_steps")) == (6, 174, 452 if name == "passes" else None)
+    for name, metric, words, p in (
+        ("weak", "fd_1step", "-5.904 ± 2.393 (p 0.0018", 0.00185), ("weak", "fd_2step", "(-0.817 ± 2.616)", 1),
+        ("weak", "recall_2step", "(-0.009 ± 0.005)", 0.01),
+        ("passes", "fd_1step", "+14.843 ± 8.475 at 1 step (p 0.0078", 0.0079),
+        ("passes", "fd_2step", "+5.125 ± 4.567 at 2 (p 0.04)", 0.041),
+        ("passes", "recall_2step", "recall -0.041 ± 0.016", 0.01),
+    ):
+        d = np.array(kept[name]["difference"][metric])
+        assert f"{d.mean():+.3f} ± {d.std(ddof=1):.3f}" in words and words in text, words
+        assert scipy.stats.ttest_1samp(d, 0).pvalue < p
+    ahead = kept["weak"]["difference"]["fd_1step"]
+    assert max(ahead) < 0 < min(kept["passes"]["difference"]["fd_1step"])
+    assert f"{np.mean(ahead[3:]):.3f}, p {scipy.stats.ttest_1samp(ahead[3:], 0).pvalue:.2g}" == "-5.189, p 0.053"
+    assert "the three new ones alone -5.189, p 0.053" in text
+    assert [f"{np.mean(kept[name]['cd']):.1f}" for name in ("passes", "weak")] == ["154.8", "160.8"]
+
+
 def test_what_is_said_of_table_2_from_the_strong_start_is_in_the_numbers():
     told = Told("table2-digits-strong")
     gain, mean = told.gain, told.mean
