@@ -845,6 +845,8 @@ def test_what_is_said_of_the_strength_of_the_start_on_fashion_mnist_is_in_the_nu
         ((1500, "fd_1step"), "+2.1 ± 0.5 at 1 step (p 0.020)", 0.0204), ((1500, "fd_2step"), "+3.3 ± 0.2 at 2", 0.0013),
         ((1500, "recall_2step"), "recall -0.025 ± 0.001", 0.001), ((300, "fd_1step"), "(-5.9 ± 3.8, p 0.12)", 0.116),
         ((300, "fd_2step"), "level at 2 (-1.2 ± 3.3)", 0.6),
+        ((700, "fd_1step"), "nothing at 1 step (+0.4 ± 2.1)", 1),
+        ((700, "fd_2step"), "at 2 (+3.0 ± 0.2, p 0.002)", 0.0016),
     ):
         differences = found[steps, 0.03]["difference"][name]
         assert strength.signed(differences, 3 if name == "recall_2step" else 1) in words and words in text
