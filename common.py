@@ -547,6 +547,7 @@ class Run:
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup
             stops.append(signal.SIGHUP)
         self.handlers = {s: signal.signal(s, self.ask_to_stop) for s in stops}
+        self.began = self.step
         self.bar = tqdm(total=self.args.steps, initial=self.step, desc=self.folder.name, disable=not self.main,
                         mininterval=0.5, dynamic_ncols=True)
         path = self.folder / "metrics.jsonl"

@@ -176,8 +176,8 @@ def new_fake_side(args, net, teacher, device):
                        "--lambda_g 0")
     shape = {k: net.config[k] for k in ("depth", "hidden_size", "num_heads", "patch_size") if args.lambda_g}
     of_teacher = getattr(args, "disc_trunk", "fake") == "teacher"                       # sid.py has the fake one
-    fits = not isinstance(teacher, IMFDiT) and shape.items() <= teacher.config.items()
-    if args.lambda_g and of_teacher and not fits:
+    fits = not of_teacher or not isinstance(teacher, IMFDiT) and shape.items() <= teacher.config.items()
+    if args.lambda_g and not fits:
         raise BadInput(f"--disc_trunk teacher: the head is made for a trunk of {shape}, the teacher has another")
     fake = frozen_copy(net)
     head = DiscriminatorHead(fake).to(device) if args.lambda_g else None

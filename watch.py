@@ -42,8 +42,8 @@ def watch(run, features, start=None, panel=None):
 
 def finish(run, features):
     """The end of a run: result.json, and the table of its first and last evaluation."""
-    unseen = features is not None and (not run.evaluations or run.evaluations[-1]["step"] != run.step)
-    if run.of_first(int(unseen)):                   # it was stopped here, and --steps is now no more than that
+    measured = run.evaluations and run.evaluations[-1]["step"] == run.step
+    if run.began == run.step and run.data.kind == "pixels" and not measured:    # stopped here; --steps is now no more
         if run.main:
             run.evaluated(evaluate(run.model, features, run.args))
         run.save()
