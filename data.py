@@ -31,7 +31,7 @@ from safetensors import safe_open
 
 from checkpoints import read_weights
 from common import BadInput
-from files import first_line, read_json, reading, write_atomic
+from files import files_below, first_line, read_json, reading, write_atomic
 from idx_cifar import image_side, is_idx_or_cifar, read_idx_or_cifar
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())      # what it says of damaged files is said in our line
@@ -241,14 +241,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pgm", ".ppm", ".pn
 
 
 def images_below(folder: str | Path) -> list[Path]:
-    """The image files below a folder, sorted.  Links to folders are followed, unless they lead back up."""
-    found = []
-    for at, folders, names in os.walk(folder, followlinks=True):
-        above = {os.path.realpath(parent) for parent in Path(at).parents}
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(at, name)) not in
-                      above | {os.path.realpath(at)}]
-        found += [Path(at) / name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
-    return sorted(found)
+    """The image files below a folder, as `files_below`."""
+    return [path for path in files_below(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
 
 
 def read_rgb(path: str | Path, largest: int | None = None) -> Image.Image:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from common import BadInput, barrier, rank, world
 from data import images_below, npz_headers, read_npz_arrays, read_rgb
-from files import lock, read_json, reading, refuse_flips, write_atomic
+from files import listing_hash, lock, read_json, reading, refuse_flips, write_atomic
 from inception import load_inception, load_vgg16
 from metrics import frechet_distance, inception_score, moments, precision_recall, spread
 
@@ -97,11 +97,7 @@ def folder_source(path: str | Path) -> tuple[int, Callable, str]:
                                "expected one size")
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
-    listing = []                                                 # names, sizes and times: features are kept by it
-    for file in files:
-        stat = file.stat()
-        listing.append(f"{file.relative_to(path)} {stat.st_size} {stat.st_mtime_ns}")
-    return len(files), images, hashlib.sha256("".join(listing).encode(errors="surrogateescape")).hexdigest()[:8]
+    return len(files), images, listing_hash(files, path)[:8]    # features are kept by it
 
 
 @torch.no_grad()

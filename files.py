@@ -7,6 +7,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -128,6 +129,26 @@ def json_text(obj, **options) -> str:
             return [finite(v) for v in tree]
         return None if isinstance(tree, float) and not math.isfinite(tree) else tree
     return json.dumps(finite(obj), allow_nan=False, **options)
+
+
+def files_below(folder: str | Path) -> list[Path]:
+    """All files below a folder, sorted.  Links to folders are followed, unless they lead back up."""
+    found = []
+    for at, folders, names in os.walk(folder, followlinks=True):
+        above = {os.path.realpath(each) for each in (at, *Path(at).parents)}
+        folders[:] = [name for name in folders if os.path.realpath(Path(at) / name) not in above]
+        found += [Path(at) / name for name in names]
+    return sorted(found)
+
+
+def listing_hash(paths: list[Path], folder: str | Path, times: bool = True) -> str:
+    """Hex digits of the names below `folder`, sizes and, with `times`, times of change of files."""
+    listing = []
+    for path in paths:
+        stat = path.stat() if path.exists() else path.lstat()      # a link that leads nowhere
+        changed = f" {stat.st_mtime_ns}" if times else ""
+        listing.append(f"{path.relative_to(folder)} {stat.st_size}{changed}")
+    return hashlib.sha256("\n".join(listing).encode(errors="surrogateescape")).hexdigest()
 
 
 def read_lines(path: str | Path) -> list[dict]:

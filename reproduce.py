@@ -53,7 +53,7 @@ from common import BadInput, main
 from data import data_kind, load_data, preset_kind
 from evaluate import decoder_for
 from fid import read_reference
-from files import json_text, lock, read_json, write_atomic
+from files import files_below, json_text, listing_hash, lock, read_json, write_atomic
 from flags import Parser, data_source, folder_path, number
 from inception import load_inception
 
@@ -398,12 +398,7 @@ def content_hash(path):
     if Path(path).is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    listing = []
-    for at, _, names in os.walk(path, followlinks=True):
-        for name in names:
-            stat = os.stat(os.path.join(at, name))
-            listing.append(f"{at}/{name} {stat.st_size} {stat.st_mtime_ns}")
-    return hashlib.sha256("\n".join(sorted(listing)).encode(errors="surrogateescape")).hexdigest()[:12]
+    return listing_hash(files_below(path), path)[:12]
 
 
 def beside(job, suffix):

@@ -158,8 +158,9 @@ def run(args):
         raise BadInput(f"--method {args.method}: is not searched from {args.start}, expected {', '.join(methods)}")
     if args.method:
         methods = {args.method: methods[args.method]}
-    folder, path = folder_of(args), folder_of(args) / "runs.json"
-    there = len(read_json(path, "a search's runs").get("seeds", [])) if path.exists() else 0
+    folder = folder_of(args)
+    stored = read_json(folder / "runs.json", "a search's runs") if (folder / "runs.json").exists() else {}
+    there = len(stored.get("seeds", []))
     if there > args.seeds:
         raise BadInput(f"--seeds {args.seeds}: {folder} holds the search with {there}; pass as many, or another --out")
     # start: every setting stands in the commands, none comes from FLAGS_STRONG

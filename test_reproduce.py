@@ -842,7 +842,8 @@ def test_what_is_said_of_the_strength_of_the_start_on_fashion_mnist_is_in_the_nu
     assert "\n".join(strength.table(rows)) in (KEPT / "strength-fashion-mnist" / "README.md").read_text()
     found = {(row["start_steps"], row["lam"]): row for row in rows}
     for (steps, name), words, p in (
-        ((1500, "fd_1step"), "+2.1 ± 0.5 at 1 step (p 0.020)", 0.0204), ((1500, "fd_2step"), "+3.3 ± 0.2 at 2", 0.0013),
+        ((1500, "fd_1step"), "+2.1 ± 0.5 at 1 step (p 0.020)", 0.0204),
+        ((1500, "fd_2step"), "+3.3 ± 0.2 at 2", 0.0013),
         ((1500, "recall_2step"), "recall -0.025 ± 0.001", 0.001), ((300, "fd_1step"), "(-5.9 ± 3.8, p 0.12)", 0.116),
         ((300, "fd_2step"), "level at 2 (-1.2 ± 3.3)", 0.6),
         ((700, "fd_1step"), "nothing at 1 step (+0.4 ± 2.1)", 1),

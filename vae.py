@@ -11,7 +11,6 @@ Reading data, latents among them, is data.py's work.
 """
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -30,7 +29,7 @@ from checkpoints import read_weights, refuse_not_finite, weights_hash
 from common import BadInput, autocast, barrier, main, noise_by_index, pick_device, rank, setup, world
 from data import image_files, latents_to_uint8, open_shard, read_image, read_meta, read_stats, shards
 from data import denormalize, load_data, normalize  # noqa: F401  (public names of this file too)
-from files import first_line, lock, read_json, reading, write_atomic
+from files import first_line, listing_hash, lock, read_json, reading, write_atomic
 from flags import BATCH, SEED, Parser, folder_path, number
 from model import refuse_differences
 
@@ -280,10 +279,9 @@ def encode(args: argparse.Namespace) -> None:
     if args.size % vae.downscale:
         raise BadInput(f"--size {args.size}: the {name} needs a multiple of {vae.downscale}")
     out = Path(args.out)
-    sizes = "".join(f"{path.relative_to(args.images)} {path.stat().st_size}" for path, _ in files)
     identity = dict(
         images=str(Path(args.images).resolve()), n=len(files),
-        files=hashlib.sha256(sizes.encode(errors="surrogateescape")).hexdigest()[:12],
+        files=listing_hash([path for path, _ in files], args.images, times=False)[:12],
         vae=name, vae_hash=weights_hash(vae), size=args.size, seed=args.seed, shard=args.shard, processes=world(),
         dtype=args.dtype, precision=args.precision, skip_bad=args.skip_bad,
     )

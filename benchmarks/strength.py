@@ -12,7 +12,6 @@ Runs are kept, stopped and continued as reproduce.py's.  Leaves README.md, runs.
 starts and lambdas of an earlier call into the same --out, with the same data, steps and seeds, stay in them.
 """
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -27,7 +26,7 @@ sys.path.insert(0, str(HERE))
 import report  # noqa: E402
 from common import BadInput, main  # noqa: E402
 from data import data_kind, load_data, preset_kind  # noqa: E402
-from files import json_text, write_atomic  # noqa: E402
+from files import json_text, read_json, write_atomic  # noqa: E402
 from flags import Parser, data_source, folder_path, number  # noqa: E402
 from reproduce import CD_MASKED, FSF, STARTS, job, run_all  # noqa: E402
 
@@ -90,7 +89,7 @@ def with_earlier(path, stored):
     """`stored`, with the rows and commands of the runs.json at `path`, if one is there and was measured alike."""
     if not path.is_file():
         return stored
-    earlier = json.loads(path.read_text())
+    earlier = read_json(path, "an earlier call's runs")
     if any(earlier.get(name) != stored.get(name) for name in ("data", "seeds", "steps", "cd_steps", "torch")):
         return stored
     measured = {(row["start_steps"], row["lam"]) for row in stored["rows"]}
