@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 
 from checkpoints import read_weights
-from common import BadInput
+from common import BadInput, rank
 from files import files_below, first_line, read_json, reading, write_atomic
 from idx_cifar import image_side, is_idx_or_cifar, read_idx_or_cifar
 
@@ -274,6 +274,7 @@ def read_rgb(path: str | Path, largest: int | None = None) -> Image.Image:
 def read_image_folder(folder: str) -> tuple[np.ndarray, np.ndarray]:
     """(uint8 images [N, 3, H, H], labels [N]) of small images in class folders; all of one square size."""
     files, _ = image_files(folder)
+    say_unread(folder)
     images = []                                                  # of uint8 [H, H, 3]
     for path, _ in files:
         pixels = np.array(read_rgb(path, largest=64))
@@ -288,6 +289,13 @@ def read_image_folder(folder: str) -> tuple[np.ndarray, np.ndarray]:
         images.append(pixels)
     labels = np.array([label for _, label in files])
     return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)), labels
+
+
+def say_unread(folder: str | Path) -> None:
+    """Images beside the class folders have no class and are not read, which is said."""
+    loose = [path for path in Path(folder).iterdir() if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
+    if loose and rank() == 0:
+        print(f"{folder}: {len(loose)} images beside the class folders are not read ({min(loose).name} is one)")
 
 
 def image_files(folder: str | Path) -> tuple[list, list]:

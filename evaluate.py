@@ -97,7 +97,7 @@ def sampler_steps(sampler: str, steps: list | None = None, few: tuple = (1, 2, 4
 
 def evaluate(net: LightningDiT, features: Features | None, args: argparse.Namespace, steps: list | None = None,
              n: int | None = None, seed: int = EVAL_SEED, sampler: str | None = None, *,
-             restate: Callable | None = None) -> dict[str, float]:
+             restate: Callable = lambda x: x) -> dict[str, float]:
     """{"fd_1step": ..., "fd_2step": ..., ...}: every metric at every number of sampling steps (see `sampler_steps`).
 
     args: anything with omega, guide_to, cfg_channels and sampler: how to sample.  sampler: another one than args'.
@@ -109,26 +109,24 @@ def evaluate(net: LightningDiT, features: Features | None, args: argparse.Namesp
     for N in sampler_steps(sampler, steps):
         x, y = generate(net, n, features.shape, N, args.omega, args.guide_to, args.cfg_channels or None, seed,
                         sampler=sampler, shift=getattr(args, "shift_euler", 1.0))
-        if restate:
-            x = restate(x)
-        for name, value in features.metrics(x, y).items():
+        for name, value in features.metrics(restate(x), y).items():
             found[f"{name}_{N}step"] = value
     return found
 
 
-def restated(checkpoint: dict, data: Data) -> Callable | None:
+def restated(checkpoint: dict, data: Data) -> Callable:
     """What puts samples x of a checkpoint, normalised as the data it was trained on, into the normalisation of `data`.
 
-    None where both are the same, and for official weights, whose data are not known.
+    Nothing is done where both are the same, and to those of official weights, whose data are not known.
     """
     own = checkpoint["data"]
     if own is None or (list(own["mean"]), list(own["std"])) == (list(data.mean), list(data.std)):
-        return None
+        return lambda x: x
     return lambda x: normalize(denormalize(x, own["mean"], own["std"]), data.mean, data.std)
 
 
 def show(path: Path, nets: list, data: Data, args: argparse.Namespace, steps: list | None = None,
-         seed: int = EVAL_SEED, restate: Callable | None = None) -> None:
+         seed: int = EVAL_SEED, restate: Callable = lambda x: x) -> None:
     """A picture: real images, then samples of each (caption, network, sampler) in `nets`, from the same noise.
 
     A row holds the first ten classes, a band PER_CLASS rows.  args, restate: as in `evaluate`, and args.vae.
@@ -148,7 +146,7 @@ def show(path: Path, nets: list, data: Data, args: argparse.Namespace, steps: li
             x, _ = generate(net, PER_CLASS * shown, data.x.shape[1:], N, args.omega, args.guide_to,
                             args.cfg_channels or None, seed, classes=shown, sampler=sampler,
                             shift=getattr(args, "shift_euler", 1.0))
-            bands.append((f"{caption}: {N}-step samples", restate(x) if restate else x))
+            bands.append((f"{caption}: {N}-step samples", restate(x)))
     device = next(nets[0][1].parameters()).device
     preview(path, bands, data.meta, decoder_for(data, args, device))
 
@@ -264,7 +262,7 @@ def samples_as_images(args: argparse.Namespace, device: torch.device) -> tuple[C
         raise BadInput("images of latents need the autoencoder: pass --vae")
     rounding = "rounded" if vae is None else f"truncated, of VAE {weights_hash(vae)}"
     restate, own = restated(checkpoint, data), checkpoint["data"]
-    statistics = (list(own["mean"]), list(own["std"])) if restate else (data.mean, data.std)
+    statistics = (list(own["mean"]), list(own["std"])) if own else (list(data.mean), list(data.std))
     scale = hashlib.sha256(repr(statistics).encode()).hexdigest()[:6]
     guidance = f"omega {omega} on [0, {guide_to}]"
     if channels:
@@ -275,7 +273,7 @@ def samples_as_images(args: argparse.Namespace, device: torch.device) -> tuple[C
     def images(start, stop):
         x, _ = generate(net, stop - start, data.x.shape[1:], steps, omega, guide_to, channels, args.seed, start=start,
                         sampler=sampler, shift=args.shift)
-        pixels = torch.from_numpy(to_images(restate(x) if restate else x, data.meta, vae)).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(to_images(restate(x), data.meta, vae)).permute(0, 3, 1, 2)
         return pixels.expand(-1, 3, -1, -1)                      # grey images three times
 
     return images, what

@@ -24,7 +24,10 @@ def consistency_passes(args: dict, teacher: bool) -> float:
 
 
 def velocity_passes(args: dict) -> int:
-    """The frozen teacher's guided velocity: CFG of a plain network takes two passes."""
+    """The frozen teacher's guided velocity: CFG of a plain network takes two passes.
+
+    A --teacher of another kind than --init's network is not looked at.
+    """
     return 2 if args["start"] == "fm" else 1
 
 

@@ -75,14 +75,15 @@ def test_small_images_in_folders_are_pixel_data(tmp_path, few_samples, monkeypat
         for i in range(8):
             pixels = np.random.default_rng(9 * c + i).integers(0, 256, (8, 8, 3)).astype(np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}.png")
+            Image.fromarray(pixels).save(tmp_path / "mine" / f"loose{i}.png")    # of no class
     monkeypatch.chdir(tmp_path)
     train("consistency.py --loss imf --data mine --steps 2 --out run")
+    assert "mine: 8 images beside the class folders are not read (loose0.png is one)" in capsys.readouterr().out
     checkpoint = checkpoints.load_checkpoint("run/model.pt")
     assert checkpoint["config"]["num_classes"] == 3
     assert checkpoint["data"]["shape"] == [3, 8, 8]
     assert checkpoint["data"]["kind"] == "pixels"
     assert "fd_1step" in json.loads(Path("run/result.json").read_text())["last"]
-    capsys.readouterr()
 
 
 def test_center_crop_is_adms():

@@ -1344,6 +1344,23 @@ def test_the_two_methods_of_the_figure_over_starts_differ_in_the_dm_term_alone(m
     assert axis.lines[0].get_ydata().tolist() == [-3.0]
 
 
+def test_consistency_distillation_of_the_figure_over_starts_can_take_as_many_passes(monkeypatch):
+    """--steps is the length of both methods, --cd_steps of consistency distillation; the start has its own."""
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    strength = importlib.import_module("strength")
+
+    def lengths(flags):
+        args = strength.parse_args(shlex.split(f"--starts 30 --lam 0.1 --seeds 1 {flags}"))
+        planned = strength.planned(args)
+        commands = {name: " ".join(planned[30, name, 0].command) for name in ("start", "CD", 0.1)}
+        assert all("--lam 0.1" not in commands[name] for name in ("start", "CD"))
+        return [re.findall(r"--steps (\d+)", command) for command in commands.values()]
+
+    assert lengths("") == [["30"], [], []]
+    assert lengths("--steps 5") == [["30"], ["5"], ["5"]]
+    assert lengths("--steps 5 --cd_steps 13") == [["30"], ["13"], ["5"]]
+
+
 def test_starts_measured_later_join_the_figure_over_starts_if_measured_alike(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
     strength = importlib.import_module("strength")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from checkpoints import read_weights, refuse_not_finite, weights_hash
 from common import BadInput, autocast, barrier, main, noise_by_index, pick_device, rank, setup, world
-from data import image_files, latents_to_uint8, open_shard, read_image, read_meta, read_stats, shards
+from data import image_files, latents_to_uint8, open_shard, read_image, read_meta, read_stats, say_unread, shards
 from data import denormalize, load_data, normalize  # noqa: F401  (public names of this file too)
 from files import first_line, listing_hash, lock, read_json, reading, write_atomic
 from flags import BATCH, SEED, Parser, folder_path, number
@@ -276,6 +276,7 @@ def encode(args: argparse.Namespace) -> None:
     vae, name = load_vae(args.ckpt)
     device = setup(args)
     files, classes = image_files(args.images)
+    say_unread(args.images)
     if args.size % vae.downscale:
         raise BadInput(f"--size {args.size}: the {name} needs a multiple of {vae.downscale}")
     out = Path(args.out)

@@ -56,10 +56,19 @@ def run(args):
         raise BadInput(f"--data {args.data}: holds latents, expected pixels")
     if preset_kind(args.data) == "images" and not args.steps:
         raise BadInput(f"--data {args.data}: needs --steps, the presets of the two methods have not as many")
+    jobs = planned(args)
+    failed = run_all(args, list(jobs.values()))
+    if failed:
+        raise BadInput(f"{len(failed)} runs failed: {'; '.join(j.folder.name for j in failed)}")
+    write(args, differences(args, jobs))
+
+
+def planned(args):
+    """{(steps of the start, lambda, "CD" or "start", seed): reproduce.Job}."""
     args.init, args.start, args.table = None, "weak", None                      # what reproduce.job looks at
     length = f" --steps {args.steps}" if args.steps else ""
     cd_length = f" --steps {args.cd_steps}" if args.cd_steps else length
-    jobs = {}                                                                   # {(steps, lambda or name, seed): Job}
+    jobs = {}
     for steps in args.starts:
         for seed in range(args.seeds):
             start = job(args, f"{STARTS['imf']} --steps {steps}", seed)
@@ -67,22 +76,24 @@ def run(args):
             jobs[steps, "CD", seed] = job(args, CD_MASKED + cd_length, seed, start)
             for lam in args.lam:
                 jobs[steps, lam, seed] = job(args, f"{FSF} --M 2 --shift 10 --lam {lam}{length}", seed, start)
-    failed = run_all(args, list(jobs.values()))
-    if failed:
-        raise BadInput(f"{len(failed)} runs failed: {'; '.join(j.folder.name for j in failed)}")
+    return jobs
+
+
+def differences(args, jobs):
+    """A row for each start and lambda: the start's distance, and what FSF-DMD's metrics differ by from CD's."""
     kind = data_kind(args.data)
     last = {key: report.collect(j, kind)["evaluations"][-1] for key, j in jobs.items()}
     rows = []
     for steps in args.starts:
         of_start = [last[steps, "start", seed]["fd_2step"] for seed in range(args.seeds)]
         for lam in args.lam:
-            differences = {}
+            difference = {}
             for name in SHOWN:
-                differences[name] = [last[steps, lam, seed][name] - last[steps, "CD", seed][name]
-                                     for seed in range(args.seeds)]
-            rows.append(dict(start_steps=steps, start_distance=of_start, lam=lam, difference=differences,
+                difference[name] = [last[steps, lam, seed][name] - last[steps, "CD", seed][name]
+                                    for seed in range(args.seeds)]
+            rows.append(dict(start_steps=steps, start_distance=of_start, lam=lam, difference=difference,
                              cd=[last[steps, "CD", seed]["fd_2step"] for seed in range(args.seeds)]))
-    write(args, rows)
+    return rows
 
 
 def with_earlier(path, stored):
