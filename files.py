@@ -13,6 +13,7 @@ import math
 import os
 import socket
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -86,11 +87,15 @@ def no_space(error, folder):
 
 @contextlib.contextmanager
 def reading(path: str | Path, expected: str, repair: str = "make it again"):
-    """Whatever a missing or damaged file raises inside becomes one line: the file, what was expected, what to do."""
+    """Whatever a missing or damaged file raises inside becomes one line: the file, what was expected, what to do.
+
+    Warnings of the library that reads it would come beside that line, and are left out.
+    """
     if Path(path).is_fifo():                                        # opening one waits for ever
         raise BadInput(f"{path}: is a pipe, expected {expected}")
     try:
-        yield
+        with warnings.catch_warnings(action="ignore"):
+            yield
     except (BadInput, torch.OutOfMemoryError):
         raise
     except (FileNotFoundError, NotADirectoryError):
