@@ -49,7 +49,8 @@ from model import backward_simulation, guided_map, guided_velocity, interpolate,
 from normuon import NorMuon, param_groups
 from watch import begin, finish, health, watch
 
-# pixels: for the digits, chosen by the search in RESULTS.md.  latents: the columns of the paper's Table 6.
+# pixels: for the digits, chosen by the search in RESULTS.md.  images, from scratch: the paper's lambda and shift, not
+# searched.  latents: the columns of the paper's Table 6.
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=200, lr=2e-3, M=2, lam=0.01, shift=10.0, omega=1.0, guide_to=1.0, omega_max=1.0,
@@ -67,7 +68,7 @@ PRESETS = {
         size="small", steps=210, warmup=100, lr=8e-3, M=2, lam=0.001, shift=10.0, omega=1.5, guide_to=1.0,
         omega_max=4.0, save_every=100, eval_every=105, health_every=105),
     ("images", "scratch"): dict(
-        size="small", steps=1500, lr=4e-3, M=1, lam=0.05, shift=10.0, omega=1.5, guide_to=1.0, omega_max=4.0,
+        size="small", steps=1500, lr=4e-3, M=1, lam=0.01, shift=1.0, omega=1.5, guide_to=1.0, omega_max=4.0,
         save_every=100, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=4_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2, lam=0.05, shift=10.0,
