@@ -336,13 +336,13 @@ def markdown(found):
 def page(found, command):
     """README.md of the folder.  command: what made it."""
     rate = f"{found['flop_per_second_modelled']:.0e}".replace("+", "")
-    B, counted = PAPER_BATCH, found.get("counted", 1)                 # 1: before masked rows had no difference
+    B = PAPER_BATCH
     return f"""# What one step costs
 
 Made by `{command}` on {found['device']}, torch {found['torch']}.
 
 Random latents and weights. Seconds and memory: of a process per method, at the batch in the table's head.
-FLOPs: of matrix products, counted at batch {counted}. Hours: modelled, not measured; the preset's steps at batch {B},
+FLOPs: of matrix products, counted at batch {found['counted']}. Hours: modelled, not measured; the preset's steps at batch {B},
 at {rate} FLOP/s. [runs.json](runs.json) holds the numbers unrounded.
 
 {markdown(found)}
@@ -417,6 +417,8 @@ def measure_all(args):
             kept[name] = dict(identity=identity(entry, setting), row=row)
             write_atomic(path, json_text(kept, indent=1))
             shutil.rmtree(scratch)
+        aside.close()
+        aside.join()
 
     rows = [kept[name_of(entry, setting)]["row"] for entry in COST if is_kept(entry, kept, setting)]
     found = dict(setting, torch=torch.__version__, flop_per_second_modelled=RATE, counted=COUNTED, rows=rows)
