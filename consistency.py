@@ -47,7 +47,7 @@ from model import expand, flow_map, gate_guidance, guided_map, guided_velocity, 
 from normuon import NorMuon, param_groups
 from watch import begin, finish, watch
 
-# pixels: for the digits, chosen by the search in RESULTS.md.  latents: as the paper's Table 6.
+# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: as the paper's Table 6.
 PRESETS = {
     ("pixels", "scratch"): dict(                    # mostly s = t: the velocity, which teaches, is ahead of the map
         size="tiny", steps=400, lr=6e-3, mask_prob=0.9, omega=1.0, guide_to=1.0, omega_max=1.0,
@@ -321,7 +321,7 @@ def parse_args(argv=None):
     add("--tangent_norm", type=number(float, 0), default=0.0,
         help="constant of AYF's and rCM's tangent normalisation (theirs: 0.1); 0: off, the paper found it hurts")
     rcgm_flags(p)
-    add("--M", type=number(int, 1), default=2, help="isg: segments of [0, 1]")
+    add("--M", type=number(int, 1, 1000), default=2, help="isg: segments of [0, 1]")
     loss = p.parse_known_args(argv)[0].loss
     distils = loss in ("cd", "isg")
     p.set_defaults(init="imf" if distils else "scratch")
@@ -379,7 +379,7 @@ def train(args):
     huber = dict(c=args.huber_c, cosine=args.cosine)
     options = dict(h=args.fd_h, exact=args.jvp == "exact", tangent_norm=args.tangent_norm, **huber)
     guided = args.omega_max > 1                                                 # of a loss on the data
-    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # where none is drawn
 
     def u(y, guidance=None):
         return lambda x, t, s: guided_map(net, x, t, s, y, guidance)
@@ -394,9 +394,9 @@ def train(args):
         r = g.uniform(B, 1 if args.loss == "fm" else 2)                         # Eq. 1: one draw of the law
         batch["t"], batch["s"] = draw_times(r, args.time_law, args.mask_prob)
         batch["y_drop"] = torch.where(g.uniform(B) < args.label_drop, null, batch["y"])
-        batch["guidance"] = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
-        if teacher and args.cd_guidance == "fixed":
-            batch["guidance"] = fixed.expand(B, 3)
+        batch["guidance"] = fixed.expand(B, 3)
+        if args.cd_guidance == "drawn" or not teacher:
+            batch["guidance"] = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
         if args.loss == "isg":                                                  # segment [s, t], r inside it
             batch["t"] = 1 - g.integers(args.M, B) / args.M
             batch["s"] = batch["t"] - 1 / args.M

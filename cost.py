@@ -336,13 +336,13 @@ def markdown(found):
 def page(found, command):
     """README.md of the folder.  command: what made it."""
     rate = f"{found['flop_per_second_modelled']:.0e}".replace("+", "")
-    B = PAPER_BATCH
+    B, counted = PAPER_BATCH, found["counted"]
     return f"""# What one step costs
 
 Made by `{command}` on {found['device']}, torch {found['torch']}.
 
 Random latents and weights. Seconds and memory: of a process per method, at the batch in the table's head.
-FLOPs: of matrix products, counted at batch {found['counted']}. Hours: modelled, not measured; the preset's steps at batch {B},
+FLOPs: of matrix products, counted at batch {counted}. Hours: modelled, not measured; the preset's steps at batch {B},
 at {rate} FLOP/s. [runs.json](runs.json) holds the numbers unrounded.
 
 {markdown(found)}

@@ -27,7 +27,8 @@ network in training, and L_CT (iMF) takes the place of L_CD.
 A generator is sampled as it was trained: with Eq. 17 to its end (M jumps, renoised), with --cd 1 as a flow map.
 
 Cost in forward passes of one network (backward = 2), M = 2, averaged over k: generator turn 5.5, first fake turn 3, the
-others 4.5 each; the GAN adds 1.1 and 3.3 R at B/1.  At R = 5 that is 26.5 without and 44.1 with it; FSF-DMD takes 13.
+others 4.5 each; the GAN adds 1.1 and 3.3 R at B/1.  At R = 5 that is 26.5 without and 44.1 with it (from fm 27.5
+and 48.6); FSF-DMD takes 13 (15).
 """
 from collections.abc import Callable
 
@@ -48,7 +49,8 @@ from model import DiscriminatorHead, IMFDiT, backward_simulation, expand, guided
 from normuon import NorMuon, param_groups
 from watch import begin, finish, health, watch
 
-# pixels: for the digits, chosen by the search in RESULTS.md.  latents: the columns of the paper's Table 6.
+# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: as the paper's Table 6, with
+# steps at or beyond the peak of its Table 10.
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=100, lr=3e-4, fake_lr=3e-3, M=2, lam=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
@@ -106,7 +108,7 @@ def fake_loss(fake: Callable, x_hat: Tensor, t: Tensor, eps: Tensor) -> Tensor:
 
 
 def gan_generator_loss(logits_fake: Tensor) -> Tensor:
-    """softplus(-D(x_hat)), Eq. 53-54.  logits [B, 1] -> [B]."""
+    """softplus(-D(x_hat)), Eq. 53.  logits [B, 1] -> [B]."""
     return F.softplus(-logits_fake).flatten(1).mean(1)
 
 
@@ -206,7 +208,7 @@ def train(args):
     channels = args.cfg_channels or None                                        # of a plain teacher's CFG
     options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
     guided = args.omega_max > 1                                                 # of a loss on the data
-    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # guidance outside the consistency loss
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # where none is drawn
 
     def u(y):
         return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))

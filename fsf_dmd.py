@@ -14,8 +14,8 @@ v_fake(x_tau, tau) ~ u(x_tau, tau, 0) [10-13].
     total      L = L_CD + lambda L_FSF,   L_CD: consistency distillation from the same frozen teacher        [15, 16]
 
 L_FSF alone does not have the data as its fixed point: it compares a sample, f(x_tau, tau, 0), with a posterior mean,
-so it contracts (on N(0, sigma^2) to 0.46..0.58 sigma; test_methods.py).  L_CD holds it up; without L_CD the generator
-collapses.
+so it contracts (on N(0, 1) to a deviation of 0.46..0.58; test_methods.py).  L_CD holds it up; without L_CD the
+generator collapses.
 
     python fsf_dmd.py --init imf --M 2       # digits, 2 CPU cores: a minute, the iMF it starts from included
 
@@ -49,8 +49,7 @@ from model import backward_simulation, guided_map, guided_velocity, interpolate,
 from normuon import NorMuon, param_groups
 from watch import begin, finish, health, watch
 
-# pixels: for the digits, chosen by the search in RESULTS.md.  images, from scratch: the paper's lambda and shift, not
-# searched.  latents: the columns of the paper's Table 6.
+# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: as the paper's Table 6.
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=200, lr=2e-3, M=2, lam=0.01, shift=10.0, omega=1.0, guide_to=1.0, omega_max=1.0,
@@ -107,7 +106,7 @@ def fsf_dmd_loss(x: Tensor, U: Tensor, fake: Callable, teacher: Callable, tau: T
     """L_FSF of each sample, Eq. 14 (M = 1) and Eq. 21-22 -> (loss [B], gap [B] = mean |v_fake - v_teacher|).
 
     x, U [B, C, H, W]: of a rollout, x_hat = x - U, gradient in U.  fake, teacher: callables (x_tau, tau) -> velocity,
-    never differentiated.  tau [B] in (0, 1], eps [B, C, H, W] fresh noise.  clip > 0 clamps v_fake - v_teacher to
+    never differentiated.  tau [B] in [0, 1], eps [B, C, H, W] fresh noise.  clip > 0 clamps v_fake - v_teacher to
     [-clip, clip].
     """
     with torch.no_grad():
@@ -183,7 +182,7 @@ def train(args):
     channels = args.cfg_channels or None                                        # of a plain teacher's CFG
     options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
     guided = args.omega_max > 1                                                 # of a loss on the data
-    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # guidance outside the consistency loss
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # where none is drawn
 
     def u(y):
         return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))

@@ -5,15 +5,15 @@
     python search.py fm                      # from the velocity network (Table 4): 5 methods, 6 runs each
     python search.py scratch                 # Table 5: 6 methods, 6 runs each
     python search.py weak --method SiD       # one method
-    python search.py weak --data /usr/share/datasets/fashion-mnist --seeds 1  # 3 methods, 4 runs each; fm, scratch
+    python search.py weak --data /usr/share/datasets/fashion-mnist --seeds 1  # 3 methods, 4 runs each; also fm
+    python search.py scratch --data /usr/share/datasets/fashion-mnist --seeds 1  # 3 methods, 2 runs each
 
 Six settings a method from the weak start; four elsewhere, around what the weak search chose, or from scratch around the
 presets.  Of images of 24 pixels or more CD and FSF-DMD have the same number of forward passes; from scratch there are
-two settings for half of the preset's steps.  Every setting is the
-command line of a script, run on seed 100 for the preset's steps; the best two of a method run on seed 101 too, and
-their mean decides.  A run starts from a start of its own seed.  The criterion is the distance after the last step at 2
-sampling steps, with the sampler that the network was trained for.  The paper's own lambda and shift are among the
-settings.
+two settings, for half of the preset's steps.  Every setting is the command line of a script, run on seed 100 for the
+preset's steps; the best two of a method run on seed 101 too, and their mean decides.  A run starts from a start of its
+own seed.  The criterion is the distance after the last step at 2 sampling steps, with the sampler that the network was
+trained for.  The paper's own lambda and shift are among the settings.
 Runs are kept, stopped and continued as reproduce.py's.  Leaves search-<data>-<start> in --out: README.md, runs.json.
 """
 import argparse
@@ -119,7 +119,7 @@ FROM_WEAK_OF_IMAGES = {
     "FSF-DMD, M = 2":     (FSF + " --M 2 --lr 0.004",                 # CD's best rate
                            [f"--lam {lam} --shift 10" for lam in (0.0003, 0.003, 0.015, 0.05)]),
 }
-FROM_SCRATCH_OF_IMAGES = {                                            # half of the presets' steps: two settings a method
+FROM_SCRATCH_OF_IMAGES = {                                            # two settings, half of the presets' steps
     "iMF":                ("consistency.py --loss imf --mask_prob 0.5 --steps 750", ["--lr 0.004", "--lr 0.008"]),
     "RCGM":               ("consistency.py --loss rcgm --steps 750", ["--lr 0.004", "--lr 0.008"]),
     "FSF-DMD":            ("fsf_dmd.py --init scratch --lr 0.004 --steps 750",          # the iMF preset's rate

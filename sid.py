@@ -26,7 +26,7 @@ One step is one fake update, then one generator update, each on its own fresh sa
 code).  From fm the student stays a plain network: its rollout and its sampler only ever jump to 0.
 
 Cost in forward passes of one network (backward = 2; backward to the input alone = 1), M = 2, averaged over k: fake turn
-4.5, generator turn 3.5 and 2 each for teacher and fake: 12.
+4.5, generator turn 3.5 and 2 each for teacher and fake: 12; from fm, whose CFG takes two, 14.
 """
 import math
 from collections.abc import Callable
@@ -47,7 +47,8 @@ from model import backward_simulation, guided_map, guided_velocity, interpolate,
 from normuon import NorMuon, param_groups
 from watch import begin, finish, health, watch
 
-# pixels: for the digits, chosen by the search in RESULTS.md.  latents: as FSF-DMD's Table 6, for comparison.
+# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: as the paper's Table 6, but
+# for the steps, which are dmd2.py's.
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=200, lr=3e-4, fake_lr=3e-3, omega=1.0, guide_to=1.0,
@@ -82,7 +83,7 @@ WEIGHTS = {
 
 # ---- method ----------------------------------------------------------------------------------------------------------
 
-def draw_times(r: Tensor) -> Tensor:
+def draw_tau(r: Tensor) -> Tensor:
     """Uniform draws r [B] -> tau = sigmoid(N(ln 2, 1.6^2)): median 2/3, quantiles 5 and 95% at .126 and .965."""
     return torch.sigmoid(math.log(2) + 1.6 * torch.special.ndtri(r.clamp(1e-6, 1 - 1e-6)))
 
@@ -160,7 +161,7 @@ def train(args):
     state |= dict(fake=fake, head=head, opt_fake=opt_fake)
     features = metric_space(data, args)
     channels = args.cfg_channels or None                                        # of a plain teacher's CFG
-    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # guidance of all but the fake side
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # where none is drawn
 
     def u(y):
         return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))
@@ -180,7 +181,7 @@ def train(args):
         batch = dict(y=data.y[rows])
         batch["z"] = g.normal(B, args.M, *shape)                # rollout noise; Eq. 17 needs M of them
         batch["eps_tau"] = g.normal(B, *shape)
-        batch["tau"] = draw_times(g.uniform(B))
+        batch["tau"] = draw_tau(g.uniform(B))
         if head:
             batch["x0"] = data.x[rows]
         return batch

@@ -492,6 +492,31 @@ def test_public_names_have_a_docstring_and_type_hints(module, name):
         assert signature.return_annotation is not signature.empty, f"{name}: what it returns has no type hint"
 
 
+def names_needed(function):
+    """What a copy of a function has to bring along from this project, and what that needs in turn."""
+    found = set()
+    for name, value in inspect.getclosurevars(inspect.unwrap(function)).globals.items():
+        of_a_library = getattr(value, "__module__", "").startswith(("torch", "collections", "typing"))
+        if not inspect.ismodule(value) and not of_a_library:
+            found.add(name)
+            found |= names_needed(value) if inspect.isfunction(value) else set()
+    return found
+
+
+def test_the_table_of_losses_to_paste_names_all_that_a_copy_needs():
+    modules = [importlib.import_module(name) for name in ("consistency", "fsf_dmd", "dmd2", "sid", "twinflow", "model")]
+    written = (HERE / "METHODS.md").read_text()
+    rows = re.findall(r"^\| (`\w+\(.*)\|(.*)\|(.*)\|(.*)\|$", written[written.index("## Losses to paste"):], re.M)
+    assert len(rows) == 9
+    for what, _, _, beside in rows:
+        functions, listed = re.findall(r"`(\w+)\(", what), set(re.findall(r"`(\w+)`", beside))
+        needed = set()
+        for name in functions:
+            [function] = {getattr(module, name) for module in modules if hasattr(module, name)}
+            needed |= names_needed(function)
+        assert needed - set(functions) <= listed <= needed | set(functions), what
+
+
 # ---- the project itself: the texts -----------------------------------------------------------------------------------
 
 TEXTS = ("README.md", "RESULTS.md", "METHODS.md")

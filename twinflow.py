@@ -40,7 +40,8 @@ from model import IMFDiT, guided_map, guided_velocity, interpolate
 from normuon import NorMuon, param_groups
 from watch import begin, finish, health, watch
 
-# pixels: for the digits, chosen by the search in RESULTS.md.  latents: as FSF-DMD's Table 6.
+# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: as the paper's Table 6, but
+# for the steps from an iMF.
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=200, lr=3e-3, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
@@ -76,13 +77,13 @@ PRESETS_OF_RCGM = {
 # ---- method ----------------------------------------------------------------------------------------------------------
 
 def twinflow_losses(u: Callable, fake: Callable, teacher: Callable, z: Tensor, t: Tensor, eps_t: Tensor, tau: Tensor,
-                    eps_tau: Tensor, clamp: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+                    eps_tau: Tensor, clip: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """TwinFlow's losses of each sample, Eq. 63-65 -> (L_adv [B], L_rectify [B], gap [B] = mean |v_fake - v_teacher|).
 
     u: callable (x, t, s) of the flow map, called once, at (z, 1, 0), with gradient.  fake: callable (x_t, t) ->
     u(x_t, -t, -t | y), with gradient in L_adv; teacher: callable (x_tau, tau), never differentiated.  z, eps_t, eps_tau
-    [B, C, H, W] independent noise; t, tau [B] in (0, 1].  clamp: of the gap, inf = off (TwinFlow's tutorial has none,
-    its large-scale code and the paper have 1).
+    [B, C, H, W] independent noise; t, tau [B] in [0, 1].  clip > 0 clamps the gap to [-clip, clip] (TwinFlow's tutorial
+    does not, its large-scale code and the paper have 1).
     """
     # In z's precision: in bf16 a small gap would be lost in U - target.
     U = u(z, 1.0, 0.0).to(z.dtype)                                                      # [B, C, H, W]
@@ -93,7 +94,9 @@ def twinflow_losses(u: Callable, fake: Callable, teacher: Callable, z: Tensor, t
         x_tau = interpolate(x_hat, eps_tau, tau)
         gap = fake(x_tau, tau) - teacher(x_tau, tau)                                    # Eq. 64
         size = gap.flatten(1).abs().mean(1)                                             # [B], for the log
-        target = U - gap.clamp(-clamp, clamp)
+        if clip:
+            gap = gap.clamp(-clip, clip)
+        target = U - gap
     return adv, (U - target).flatten(1).pow(2).mean(1), size                            # Eq. 65
 
 
@@ -149,7 +152,7 @@ def train(args):
     features = metric_space(data, args)
     options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
     guided = args.omega_max > 1                                                 # of a loss on the data
-    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # guidance outside the consistency loss
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # where none is drawn
 
     def u(y):
         return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))
@@ -189,7 +192,7 @@ def train(args):
             for b in micro_batches(batch, args, device):
                 with autocast(args, device):
                     adv, rectify, gap = twinflow_losses(u(b.y), v_fake(b.y), v_teacher(b.y), b.z, b.t_fake, b.eps_fake,
-                                                        b.tau, b.eps_tau, args.clip or math.inf)
+                                                        b.tau, b.eps_tau, args.clip)
                     objective = args.lam_adv * adv + args.lam * rectify
                 (objective.sum() / B).backward()
                 accumulate(total, B, adv=adv, rectify=rectify, gap=gap)
