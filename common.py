@@ -9,7 +9,8 @@ A method script reads from top to bottom without opening this file.  Three rules
     summed over processes (`sync_gradients`).  No DistributedDataParallel: it hides the sum, and skips it silently under
     torch.func.
   * Running a command again resumes it.  Every file is written to a temporary name, flushed and renamed (files.py):
-    never half a checkpoint.  One process a folder; state.pt is checked for flipped bytes before it is used.
+    never half a checkpoint.  (Lines are added to metrics.jsonl; half a last one is left out.)  One process a folder;
+    state.pt is checked for flipped bytes before it is used.
 """
 import contextlib
 import copy
@@ -38,6 +39,9 @@ from files import (BadInput, Locked, first_line, json_text, lock, read_json, rea
                    write_atomic)
 
 
+OUT_OF_MEMORY = "error: out of memory; a smaller --micro_batch or --batch_size, where there is one, needs less"
+
+
 def main(train, parse_args):
     """Run a script: bad input ends in one line and exit code 2."""
     interrupt.imported()
@@ -59,7 +63,11 @@ def main(train, parse_args):
         elif error.filename is None:
             what = f"{error.strerror or first_line(error)}; repair that"
         leave(f"error: {what} and run the same command again", 2)
+    except (MemoryError, torch.OutOfMemoryError):
+        leave(OUT_OF_MEMORY, 2)
     except RuntimeError as error:
+        if "can't allocate memory" in str(error):                   # torch, on a CPU
+            leave(OUT_OF_MEMORY, 2)
         if not is_lost(error):
             raise
         leave("another process of this run ended; the last state.pt is untouched, run the same command again "
@@ -378,7 +386,7 @@ def own_paths(folder):
 
 def leftovers(folder):
     """Temporary files of a process that was killed while it wrote."""
-    return [path for name in OWN_FILES for path in folder.glob(f".{name}.*.tmp")]
+    return [path for name in (*OWN_FILES, *OWN_PICTURES) for path in folder.glob(f".{name}.*.tmp")]
 
 
 def check_writable(folder, flag=""):
@@ -403,13 +411,17 @@ def check_folder(args):
     if folder.is_symlink() and args.resume == "no":
         raise BadInput(f"--out {folder}: is a link, and --resume no does not remove through one; nothing was touched")
     path = folder / "args.json"
+    there = set(folder.iterdir()) if folder.exists() else set()     # looked at first: another process may begin here
     if not path.exists():
         ours = {folder / ".lock", *leftovers(folder)}               # of a run that was killed at once
-        if folder.exists() and set(folder.iterdir()) - ours:
+        if there - ours:
             raise BadInput(f"--out {folder}: exists and is no run folder, expected a new one; nothing was touched")
     elif args.resume != "no":
         before = read_json(path, "the configuration of a run", repair="--resume no starts over")
-        differ = [f"--{k} {before.get(k)} (there) {v} (here)" for k, v in identity(args).items() if before.get(k) != v]
+        now = identity(args)
+        names = [k for k in now if before.get(k) != now[k]]
+        names = [k for k in names if k in args.sources] or names    # --start and --sampler follow from flags, and are none
+        differ = [f"--{k} {before.get(k)} (there) {now[k]} (here)" for k in names]
         if differ:
             raise BadInput(f"{folder} holds another configuration: {', '.join(differ)}; "
                            "choose another --out, or --resume no to start over")
@@ -434,7 +446,7 @@ class Run:
     """One run folder while it is written.
 
     with Run(args, state, model, data) as run:
-        for step, batch in run.steps(draw):           # from where the folder left off; saves on Ctrl-C and SIGTERM
+        for step, batch in run.steps(draw):           # from where the folder left off; saves on Ctrl-C, SIGTERM, SIGHUP
             ...
             run.log(total, batch, grad_norm)          # see `accumulate`; refused if not finite
             if run.due(args.save_every): run.save()   # also at the last step
@@ -486,9 +498,10 @@ class Run:
         if self.main:
             for path in leftovers(self.folder):
                 path.unlink()
-        if self.main and self.args.resume == "no":
-            for path in own_paths(self.folder):
-                path.unlink(missing_ok=True)
+        if self.main and self.args.resume == "no":                  # in the reverse order of writing: killed here, it
+            for path in reversed(own_paths(self.folder)):           # is still a run folder; resume() replaces args.json
+                if path.name != "args.json":
+                    path.unlink(missing_ok=True)
         barrier()
 
     def of_first(self, number):
@@ -519,7 +532,8 @@ class Run:
             refuse_flips(path)
             saved = torch.load(path, map_location="cpu", weights_only=True)
             refuse_odd_history(saved["step"], saved["evaluations"])
-            if saved.get("data", self.data.meta) != self.data.meta:
+            now = self.of_data()
+            if any(now.get(name) != value for name, value in saved.get("data", {}).items()):
                 raise BadInput(f"--data {self.data.source}: has changed since {path} was written; "
                                "--resume no starts over")
             for name, part in self.state.items():
@@ -528,7 +542,12 @@ class Run:
                 for group, own in zip(getattr(part, "param_groups", []), settings):     # the flags', not the file's
                     group.update(own, params=group["params"])
             self.step, self.evaluations = saved["step"], saved["evaluations"]
-        self.refuse_divergence(f"{path}, which --resume no replaces")
+        self.refuse_divergence(f"{path} holds it: --resume no starts over")
+
+    def of_data(self):
+        """What a run that goes on has to find in the data again: their statistics, number and labels."""
+        labels = zlib.crc32(self.data.y.numpy().tobytes())
+        return dict(self.data.meta, rows=len(self.data.x), labels=labels)
 
     def model_is_good(self):
         """Whether model.pt holds what state.pt holds."""
@@ -562,6 +581,8 @@ class Run:
         for s, handler in self.handlers.items():
             signal.signal(s, handler)
         self.held.close()
+        if kind is None and self.asked:                             # after the last step: what follows is stopped
+            signal.raise_signal(self.asked)
 
     def restart_clock(self):
         """sec/step counts from here: evaluations, pictures and saves are left out."""
@@ -681,7 +702,7 @@ class Run:
         self.flush()
         if self.main:
             parts = {name: part.state_dict() for name, part in self.state.items()}
-            history = dict(step=self.step, evaluations=self.evaluations, data=self.data.meta)
+            history = dict(step=self.step, evaluations=self.evaluations, data=self.of_data())
             write_atomic(self.folder / "state.pt", parts | history)
             self.save_model()
         barrier()

@@ -29,6 +29,7 @@ Cost in forward passes of one network (backward = 2), half of the rows masked: f
 takes two), rcgm 7, isg 5.  Masked rows need no difference (2 passes), and imf's velocity is their prediction.
 """
 import math
+import shlex
 from collections.abc import Callable
 from functools import partial
 
@@ -37,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints import load_checkpoint, starting_networks
+from checkpoints import has_state, load_checkpoint, starting_networks
 from common import (BadInput, Run, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     gradient_norm, main, micro_batches, rank, setup, sync_gradients, target_decay, update_ema)
 from data import load_data
@@ -350,12 +351,11 @@ def pretrained(args, loss):
     own = parse_args(argv)
     own.wait, path = True, f"{own.out}/model.pt"                # wait: for another run that is training it
     if rank() == 0:
-        print(f"starts from {path}, which comes from: python consistency.py {' '.join(argv)}")
+        print(f"starts from {path}, which comes from: python consistency.py {shlex.join(argv)}")
     train(own)
     found = load_checkpoint(path)["step"]
-    if found != own.steps:
-        raise BadInput(f"{path} has been trained for {found} steps since, not {own.steps}: "
-                       f"expected --init {path} if that is meant")
+    if found != own.steps and not has_state(args):              # a run that goes on has its own weights
+        raise BadInput(f"{path} has been trained for {found} steps, not {own.steps}: pass --init {path} if you mean it")
     return path
 
 

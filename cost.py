@@ -18,6 +18,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -46,7 +47,7 @@ from common import BadInput, main
 from files import json_text, lock, read_json, write_atomic
 from flags import Parser, folder_path, number
 from model import SIZES, LightningDiT, fixed_guidance
-from reproduce import HERE, TABLE_5, paper, sources
+from reproduce import HERE, TABLE_5, paper, refuse_torchrun, sources
 
 SCRIPTS = {
     "consistency.py": consistency,
@@ -232,7 +233,7 @@ def time_steps(command, folder, steps, seconds=60):
                 time.sleep(0.2)
                 if child.poll() is not None:
                     log.seek(0)
-                    reason = log.read().decode(errors="replace").strip().splitlines()[-1]
+                    reason = re.split(r"[\r\n]+", log.read().decode(errors="replace").strip())[-1]
                     raise BadInput(f"{shlex.join(words[1:])} ended with exit code {child.returncode}: {reason}")
                 if path.exists():
                     whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
@@ -380,6 +381,7 @@ def is_kept(entry, kept, setting):
 
 
 def run(args):
+    refuse_torchrun()
     with lock(args.runs / "cost.lock", "measuring costs", "--runs"):
         measure_all(args)
 
@@ -394,7 +396,7 @@ def measure_all(args):
     )
     numbers = args.row or range(1, len(COST) + 1)
     chosen = [COST[number - 1] for number in dict.fromkeys(numbers)]
-    scratch, path = args.runs / "cost", args.runs / "cost.json"
+    scratch, path = args.runs / ".cost", args.runs / "cost.json"
     kept = kept_rows(path)
 
     # Counting is done aside, so that this process stays small: on Linux a child's peak memory begins with its parent's.

@@ -20,6 +20,10 @@ from pathlib import Path
 import torch
 
 
+UMASK = os.umask(0)                # can only be read by setting it, which other threads would see: once
+os.umask(UMASK)
+
+
 class BadInput(Exception):
     """What the user can repair: one line that says what is wrong, what was expected and what to do.  Exit code 2."""
 
@@ -53,20 +57,13 @@ def write_atomic(path: str | Path, content) -> None:
                 torch.save(content, file)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~umask())
+        os.chmod(temporary, 0o666 & ~UMASK)
         os.replace(temporary, path)
     except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
         if isinstance(error, Exception) and no_space(error, path.parent):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
         raise
-
-
-def umask():
-    """The file mode mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 # What torch's zip writer and safetensors say of a full disk or a file over its limit.

@@ -39,9 +39,8 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
 
-def number(kind, low, high=math.inf, open_low=False):
-    """An argparse type: a finite number in [low, high], or (low, high] with open_low; STEPS where no high is given."""
-    high = STEPS if high == math.inf else high
+def number(kind, low, high=STEPS, open_low=False):
+    """An argparse type: a finite number in [low, high], or (low, high] with open_low."""
     noun = "an integer" if kind is int else "a number"
     limit = f"above {low}" if open_low else f"of at least {low}"
     limit += f" and at most {high}"
@@ -209,7 +208,7 @@ def resolve(p, argv, presets, script):
     defaults = {k: p.get_default(k) for k in everything}
     given = given_flags(p, argv)
     kind, inits = preset_kind(everything["data"]), sorted({init for _, init in presets})
-    init = given.get("init") or (inits[0] if len(inits) == 1 else defaults["init"])
+    init = given.get("init") or defaults["init"]
     init_kind, stored = init, {}
     if init not in inits:
         init_kind, stored = look_into(init, inits, given, defaults)
@@ -251,8 +250,9 @@ def resolve_compile(args, kind):
     """What --compile auto means for a kind of data: 0, 1, or "auto", which is left to the device (compile_blocks)."""
     if getattr(args, "jvp", "fd") == "exact":
         return 0
-    if kind == "latents":
-        return "auto"
+    if kind == "latents":                                           # on a GPU Triton needs a C compiler
+        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+        return "auto" if compiler else 0
     # Measured on Fashion-MNIST, one CPU thread: a fifth of a step is saved (FSF-DMD 0.3 s, DMD2 over a second), 17 s go
     # into the first one.  The digits' runs are done before that.
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")

@@ -23,7 +23,7 @@ def imported():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Of our scripts only, not of a program that imports one; a shell's background jobs ignore SIGINT, and go on doing so.
+# Of our scripts only, not of a program that imports one, nor of a shell's background job, which ignores SIGINT.
 program = Path(sys.argv[0]).resolve()
 ours = program.parent == Path(__file__).resolve().parent and program.name in SCRIPTS
 if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -419,7 +419,7 @@ def samples(args, rows, jobs, path):
 
 def page(head, command, tables, rows):
     """README.md of a table's folder.  head: of its runs.json; command: what made it; tables: `markdown`."""
-    cost = ""                                                         # the oldest tables have no passes
+    cost = ""                                                         # a network that is only evaluated has none
     if any(row["passes"] for row in rows.values()):
         cost = ", distance also against passes"
     regime = f", {head['start']} start" if head["start"] else ""

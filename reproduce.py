@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 import report
 from checkpoints import load_checkpoint
-from common import BadInput, main
+from common import BadInput, main, world
 from data import data_kind, load_data, preset_kind
 from evaluate import decoder_for
 from fid import read_reference
@@ -373,7 +373,8 @@ def sources_of(job):
 
 def identity(job):
     """What a kept run has to agree in."""
-    found = dict(command=list(job.command), measure=list(job.measure), sources=sources_of(job))
+    files = [content_hash(word) for word in job.measure if Path(word).exists()]          # the VAE, Inception, reference
+    found = dict(command=list(job.command), measure=[*job.measure, *files], sources=sources_of(job))
     if job.every:
         found["every"] = job.every
     inputs = inputs_of(job)
@@ -449,11 +450,6 @@ def readable(path):
     return True
 
 
-def data_of(command):
-    """--data of a command; None where it names none."""
-    return command[command.index("--data") + 1] if "--data" in command else None
-
-
 def changes(job):
     """Names of what differs between the kept run of a job and what would run now."""
     known, now = record(job), identity(job)
@@ -517,10 +513,12 @@ class Runner:
     def do(self, job, held):
         sources.cache_clear()                                         # hashes of now, not of when this process began
         now, log, path = identity(job), beside(job, ".log"), beside(job, ".json")
-        changed, other = changes(job), data_of(record(job).get("command", []))
-        if other and other != data_of(job.command):
-            raise BadInput(f"{job.folder}: is a run of --data {other}, whose folder has the same name; "
-                           "pass another --runs")
+        changed, kept = changes(job), record(job)
+        if job.folder.exists() and not path.exists():                 # a command of --list that was pasted
+            raise BadInput(f"{job.folder}: is there, and this command did not make it; move it, or pass another --runs")
+        if kept and kept.get("inputs", {}).keys() != now.get("inputs", {}).keys():
+            read = " and ".join(kept.get("inputs", {})) or "no file"
+            raise BadInput(f"{job.folder}: is a run of the same name that read {read}; pass another --runs")
         if changed:
             log.unlink(missing_ok=True)
         measured = sorted(job.folder.glob("fid_*"))
@@ -638,6 +636,12 @@ def with_starts(jobs):
     return list(found)
 
 
+def refuse_torchrun():
+    """Each copy would start its own runs, and runs of different seeds could join one group of processes."""
+    if world() > 1:
+        raise BadInput("starts its runs itself, one process each; leave torchrun out")
+
+
 def run_all(args, wanted):
     """Run the jobs, and the starts that they need, --jobs at a time.  -> {Job: why it failed}"""
     unique = with_starts(wanted)
@@ -715,8 +719,7 @@ def parse_args(argv=None):
     g.add_argument("--jobs", type=number(int, 1),
                    help="runs at a time (default: the CPU cores, at most 8; one on a GPU)")
     g.add_argument("--runs", type=folder_path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
-    g.add_argument("--out", type=folder_path, default=Path("runs/reproduce/tables"),
-                   help="where the folder of the table is made")
+    g.add_argument("--out", type=folder_path, help="where the folder of the table is made (default: tables in --runs)")
     g = p.add_argument_group("FID of latents")
     g.add_argument("--vae", help="VAE checkpoint, as in evaluate.py")
     g.add_argument("--inception", help="weight file of FID's Inception network, as in evaluate.py")
@@ -727,6 +730,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     given = {flag for flag in vars(args) if getattr(args, flag) != p.get_default(flag)}
     refuse_contradictions(args, given)
+    args.out = args.out or args.runs / "tables"
     if args.jobs is None:
         args.jobs = 1 if torch.cuda.is_available() else min(8, os.cpu_count() or 1)
     args.command = shlex.join(["python", "reproduce.py", *(sys.argv[1:] if argv is None else argv)])
@@ -761,6 +765,7 @@ def refuse_contradictions(args, given):
 
 
 def run(args):
+    refuse_torchrun()
     table = TABLES[args.table]
     rows = {}
     for r, row in enumerate(table.rows, 1):

@@ -32,7 +32,7 @@ from common import BadInput, main
 from data import load_data, preset_kind
 from files import json_text, read_json, write_atomic
 from flags import Parser, data_source, folder_path, number
-from reproduce import DMD2, DMD2_CD, FSF, STARTS, is_done, job, run_all
+from reproduce import DMD2, DMD2_CD, FSF, STARTS, is_done, job, refuse_torchrun, run_all
 
 SEEDS = (100, 101)
 FINALISTS = 2                                                         # of each method, that run on the second seed too
@@ -148,13 +148,15 @@ def parse_args(argv=None):
     p.add_argument("--seeds", type=number(int, 1, 2), default=2, help="1: no second seed for the best two of a method")
     p.add_argument("--jobs", type=number(int, 1), default=min(8, os.cpu_count() or 1), help="runs at a time")
     p.add_argument("--runs", type=folder_path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
-    p.add_argument("--out", type=folder_path, default=Path("runs/reproduce/tables"), help="where the folder is made")
+    p.add_argument("--out", type=folder_path, help="where the folder is made (default: tables in --runs)")
     args = p.parse_args(argv)
+    args.out = args.out or args.runs / "tables"
     args.command = shlex.join(["python", "search.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
 
 def run(args):
+    refuse_torchrun()
     load_data(args.data)                                              # refused now if it is not readable
     kind = preset_kind(args.data)
     searches = {"pixels": SEARCHES, "images": SEARCHES_OF_IMAGES, "latents": {}}[kind]

@@ -22,6 +22,7 @@ import consistency
 import data
 import dmd2
 import evaluate
+import flags
 import fsf_dmd
 import metrics
 import model
@@ -727,6 +728,16 @@ BAD = [  # command, words of the one line
     ("evaluate.py ref --data x --inception y --steps 2 --vae z", "--steps, --vae: ref is of real images"),
     ("evaluate.py --from_images x --inception y --ref z --data w", "--data: --from_images samples no network"),
 ]
+
+
+def test_a_network_of_latents_is_compiled_on_a_gpu_only_where_a_c_compiler_is(tmp_path, monkeypatch):
+    args = argparse.Namespace(jvp="fd", steps=1000)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert flags.resolve_compile(args, "latents") == 0
+    (tmp_path / "gcc").write_text("#!/bin/sh")
+    (tmp_path / "gcc").chmod(0o755)
+    assert flags.resolve_compile(args, "latents") == "auto"
 
 
 def test_bad_input_is_one_line_and_exit_code_2(in_home, monkeypatch, capsys):

@@ -588,6 +588,10 @@ def test_numbers_of_the_other_commands(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv(name, value)
         refuse_all(tmp_path, [("sid.py --out o", f"{said}: expected what torchrun sets")], capsys, monkeypatch)
         monkeypatch.delenv(name)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refuse_all(tmp_path, [(command, "leave torchrun out")
+                          for command in ("reproduce.py 2", "search.py weak", "cost.py")], capsys, monkeypatch)
+    monkeypatch.delenv("WORLD_SIZE")
     assert flags.number(int, 0, flags.SEED)(str(2 ** 32 - 1)) == 2 ** 32 - 1
 
 

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,7 +29,7 @@ import interrupt
 import metrics
 import reproduce
 from data import load_data
-from test_helpers import HERE, assert_same, environment, refusal, run, small_images, start, state, train
+from test_helpers import HERE, assert_same, environment, refusal, run, small_images, small_net, start, state, train
 
 IMF = "consistency.py --loss imf --data toy.npz"
 FSF = "fsf_dmd.py --init imf/model.pt --data toy.npz --M 2 --health_every 0"
@@ -144,6 +145,8 @@ def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch):
     (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "2", None),
     (OSError(errno.EFBIG, os.strerror(errno.EFBIG), "metrics.jsonl"), "1", 2),
     (OSError("cannot identify image file"), "1", 2),
+    (MemoryError(), "1", 2),
+    (torch.OutOfMemoryError("CUDA out of memory."), "1", 2),
 ])
 def test_what_ends_a_command_is_one_line_or_a_bug(monkeypatch, capsys, error, processes, code):
     def fails(args):
@@ -155,6 +158,49 @@ def test_what_ends_a_command_is_one_line_or_a_bug(monkeypatch, capsys, error, pr
     if code:
         said = capsys.readouterr().err
         assert caught.value.code == code and len(said.splitlines()) == 1 and "None" not in said
+
+
+def test_more_memory_than_there_is_ends_in_one_line(capsys):
+    with pytest.raises(SystemExit):
+        common.main(lambda args: torch.empty(10 ** 15), lambda: None)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and ": error: out of memory; a smaller --micro_batch" in said[0]
+
+
+def test_a_signal_after_the_last_step_is_not_lost(in_home):
+    """It comes while the last evaluation is made; what the run was a start of must not begin."""
+    args = consistency.parse_args(f"{IMF} --steps 1 --out late".split()[1:])
+    net = small_net("plain")
+    with pytest.raises(KeyboardInterrupt):
+        with common.Run(args, dict(net=net), net, load_data(args.data)):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_start_over_that_is_killed_can_be_started_over(in_home, few_samples, monkeypatch):
+    """Whatever of the old run was removed by then, with the pictures that evaluate.py lays beside it."""
+    command, killed = f"{IMF} --steps 1 --out again --resume no", 0
+    unlink = Path.unlink
+    while True:
+        shutil.copytree(in_home / "imf", in_home / "again", dirs_exist_ok=True)
+        (in_home / "again" / "samples.png").write_text("of evaluate.py")
+        left = [killed]
+
+        def dies(path, *rest, left=left, **options):
+            if path.parent.name == "again" and not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= path.parent.name == "again"
+            unlink(path, *rest, **options)
+
+        with monkeypatch.context() as broken:
+            broken.setattr(Path, "unlink", dies)
+            try:
+                train(command)
+                break                                       # more deletions than there are
+            except KeyboardInterrupt:
+                killed += 1
+        train(command)
+        assert state(in_home, "again")["step"] == 1
+    assert killed > 3
 
 
 @pytest.mark.slow
@@ -561,7 +607,7 @@ def test_kept_runs_of_other_data_and_of_another_start_are_neither_taken_nor_remo
     # Another data set of the same name: its runs would lie in the same folders.
     other_runner, other, _ = of("b")
     assert other.folder == start.folder and not reproduce.is_done(other)
-    with pytest.raises(common.BadInput, match="is a run of --data .*/a/set.npz, whose folder has the same name"):
+    with pytest.raises(common.BadInput, match="is a run of the same name that read .*/a/set.npz; pass another --runs"):
         other_runner.run(other)
     assert reproduce.is_done(start)
 
@@ -581,6 +627,51 @@ def test_kept_runs_of_other_data_and_of_another_start_are_neither_taken_nor_remo
     reproduce.content_hash.cache_clear()
     assert not reproduce.is_done(start) and reproduce.changes(start) == ["what it reads"]
 
+    # A command of --list that was pasted leaves no record: what it made is not ours to remove.
+    reproduce.beside(start, ".json").unlink()
+    with pytest.raises(common.BadInput, match="is there, and this command did not make it"):
+        runner.run(start)
+    assert (start.folder / "model.pt").exists()
+
+
+def test_a_network_of_init_has_runs_of_its_own(tmp_path):
+    """Two networks in folders of one name, or one named as a start of ours, would have their runs in one folder."""
+    def of(init):
+        args = argparse.Namespace(data="digits", init=init and str(tmp_path / init), start="weak", jobs=1, table="2",
+                                  runs=tmp_path / "runs")
+        if init:
+            (tmp_path / init).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / init).write_text(init)
+        start = reproduce.job(args, reproduce.STARTS["imf"], 0)
+        return reproduce.Runner(args), reproduce.job(args, reproduce.FSF, 0, start)
+
+    runner, ours = of(None)
+    ours.folder.mkdir(parents=True)
+    files.write_atomic(reproduce.beside(ours, ".json"), files.json_text(dict(reproduce.identity(ours), done=False)))
+    kept = [(runner, ours)]
+    for init in ("a/run/model.pt", "b/run/model.pt", f"{ours.start.folder.name}/model.pt"):
+        runner, given = of(init)
+        if given.folder.exists():
+            with pytest.raises(common.BadInput, match="is a run of the same name that read"):
+                runner.do(given, None)
+        else:
+            given.folder.mkdir(parents=True)
+            record = dict(reproduce.identity(given), done=False)
+            files.write_atomic(reproduce.beside(given, ".json"), files.json_text(record))
+        kept.append((runner, given))
+    assert len({job.folder for _, job in kept}) < len(kept)
+
+
+def test_an_fid_is_measured_again_when_its_reference_is_another(tmp_path):
+    reference = tmp_path / "reference.npz"
+    job = reproduce.Job(tmp_path / "run", ("fsf_dmd.py",), ("--ref", str(reference)), None)
+    reference.write_text("of some images")
+    before = reproduce.identity(job)
+    reference.write_text("of others")
+    reproduce.content_hash.cache_clear()
+    now = reproduce.identity(job)
+    assert {name for name in now if now[name] != before[name]} == {"measure"}
+
 
 def test_a_run_whose_data_have_changed_is_not_resumed(tmp_path, monkeypatch, capsys, few_samples):
     monkeypatch.chdir(tmp_path)
@@ -590,6 +681,15 @@ def test_a_run_whose_data_have_changed_is_not_resumed(tmp_path, monkeypatch, cap
     said = refusal("consistency.py --loss imf --data set.npz --steps 4 --out run", capsys, monkeypatch)
     assert "--data set.npz: has changed since run/state.pt was written; --resume no starts over" in said
 
+    with np.load("set.npz") as found:
+        images, labels = found["images"], found["labels"]
+    train("consistency.py --loss imf --data set.npz --steps 2 --out labelled")
+    for changed in (dict(images=images, labels=labels[::-1]),                   # the same images and statistics
+                    dict(images=np.concatenate([images, images]), labels=np.concatenate([labels, labels]))):
+        np.savez("set.npz", **changed)
+        said = refusal("consistency.py --loss imf --data set.npz --steps 4 --out labelled", capsys, monkeypatch)
+        assert "--data set.npz: has changed since labelled/state.pt was written" in said
+
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
     small_images(tmp_path / "set.npz", 60)
@@ -597,6 +697,30 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
     made = metrics.Features(load_data(str(tmp_path / "set.npz")), tmp_path / "cache")
     kept = metrics.Features(load_data(str(tmp_path / "set.npz")), tmp_path / "other")
     assert made.hash == kept.hash
+
+
+def test_a_distillation_goes_on_after_its_start_was_trained_further(tmp_path, few_samples, monkeypatch):
+    """It has its own weights; one that begins is told that its start is another by now."""
+    monkeypatch.chdir(tmp_path)
+    small_images("set.npz", 60)
+    command = "fsf_dmd.py --init imf --data set.npz --health_every 0"
+    folder = Path(consistency.parse_args("--loss imf --data set.npz".split()).out)
+    train("consistency.py --loss imf --data set.npz --steps 1 --out " + str(folder))
+    (folder / "args.json").unlink()                             # the flags of the preset, but for --out
+    args = consistency.parse_args("--loss imf --data set.npz".split())
+    files.write_atomic(folder / "args.json", files.json_text(common.identity(args)))
+
+    def trained_for(steps):
+        for name in ("state.pt", "model.pt"):
+            torch.save(torch.load(folder / name, weights_only=True) | dict(step=steps), folder / name)
+
+    trained_for(args.steps)
+    train(f"{command} --steps 1 --out begun")
+    trained_for(2 * args.steps)
+    train(f"{command} --steps 2 --out begun")
+    assert state(tmp_path, "begun")["step"] == 2
+    with pytest.raises(common.BadInput, match=f"for {2 * args.steps} steps, not {args.steps}: pass --init {folder}"):
+        train(f"{command} --steps 1 --out other")
 
 
 def test_the_pretrained_start_waits_and_its_folder_says_nothing_of_it(in_home):

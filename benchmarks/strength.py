@@ -28,7 +28,7 @@ from common import BadInput, main  # noqa: E402
 from data import data_kind, load_data, preset_kind  # noqa: E402
 from files import json_text, read_json, write_atomic  # noqa: E402
 from flags import Parser, data_source, folder_path, number  # noqa: E402
-from reproduce import CD_MASKED, FSF, STARTS, job, run_all  # noqa: E402
+from reproduce import CD_MASKED, FSF, STARTS, job, refuse_torchrun, run_all  # noqa: E402
 
 SHOWN = ("fd_1step", "fd_2step", "precision_2step", "recall_2step")
 TITLES = ("distance, 1 step", "distance, 2 steps", "precision, 2 steps", "recall, 2 steps")
@@ -51,6 +51,7 @@ def parse_args(argv=None):
 
 
 def run(args):
+    refuse_torchrun()
     load_data(args.data)                                                        # refused now if it is not readable
     if data_kind(args.data) == "latents":
         raise BadInput(f"--data {args.data}: holds latents, expected pixels")
