@@ -420,7 +420,7 @@ def check_folder(args):
         before = read_json(path, "the configuration of a run", repair="--resume no starts over")
         now = identity(args)
         names = [k for k in now if before.get(k) != now[k]]
-        names = [k for k in names if k in args.sources] or names    # --start and --sampler follow from flags, and are none
+        names = [k for k in names if k in args.sources] or names    # start and sampler follow from flags
         differ = [f"--{k} {before.get(k)} (there) {now[k]} (here)" for k in names]
         if differ:
             raise BadInput(f"{folder} holds another configuration: {', '.join(differ)}; "

@@ -579,7 +579,7 @@ def test_what_is_said_of_cost_is_in_the_numbers():
     for label, row in rows.items():
         assert hours[label] == pytest.approx(row["preset_steps"] * flops[label] * 1e9 / cost.RATE / 3600)
     CD, M1, M2 = "imf: Consistency distillation", "imf: FSF-DMD M=1", "imf: FSF-DMD M=2"
-    DMD2, IDA, BOTH = "imf: DMD2 1:5", "imf: DMD2 + IDA", "imf: DMD2 + L_CD"
+    DMD2, IDA, BOTH, ONE = "imf: DMD2 1:5", "imf: DMD2 + IDA", "imf: DMD2 + L_CD", "imf: DMD2 1:1"
 
     def ttur(R, gan):                                                 # linear in R
         one, five = hours[f"imf: DMD2 1:1{gan}"], hours[f"imf: DMD2 1:5{gan}"]
@@ -607,6 +607,7 @@ def test_what_is_said_of_cost_is_in_the_numbers():
              for B in (4, 128)}
     paper = cost.paper_seconds()
     seconds, memory = (rows[DMD2][name] / rows[M2][name] for name in ("sec_per_step", "memory_gb"))
+    of_m2, of_one = rows[M2]["memory_gb"], rows[ONE]["memory_gb"]
     scratch, imf = "FSF-DMD from scratch", "iMF"
     for words in (
         f"(iMF {hours['iMF']:.0f} hours, FM {hours['FM']:.0f})",
@@ -618,6 +619,7 @@ def test_what_is_said_of_cost_is_in_the_numbers():
         f"FSF-DMD takes {flops[scratch] / flops[imf]:.1f} times iMF, in the paper {paper['FSF-DMD'] / paper[imf]:.1f}",
         f"RCGM {flops['RCGM'] / flops[imf]:.1f} times, in the paper {paper['RCGM'] / paper[imf]:.1f}",
         f"DMD2 needs {memory:.1f} times",
+        f"{of_m2:.2f} of {of_one:.2f} ({of_m2 / of_one:.2f})",
     ):
         assert words in text, words
     for label, percent, peak in ((imf, 18, 312e3), (M2, 12, 2250e3)):   # GFLOP/s in bf16 of an A100 and a B200
