@@ -519,9 +519,6 @@ def test_the_main_command_leaves_a_picture_a_table_and_a_checkpoint(tmp_path):
     with Image.open(out / "samples_000003.png") as picture:
         assert picture.size[0] > 300 and len(picture.convert("L").getcolors()) > 50
     assert "is done (3 steps)" in run(tmp_path, command)
-    run(tmp_path, "consistency.py --loss imf --steps 401")                              # someone trains the start on
-    refused = run(tmp_path, "fsf_dmd.py --init imf --steps 4", code=2)
-    assert "expected --init runs/consistency_imf-digits-scratch/model.pt" in refused
     printed = run(tmp_path, f"evaluate.py {out / 'model.pt'} --steps 2 --n 300 --omega 1 --guide_to 1 --seed 5 --out o")
     assert "weights" in printed and (tmp_path / "o" / "samples.png").exists()
     assert json.loads((tmp_path / "o" / "evaluation.json").read_text())["fd_2step"] > 0
