@@ -370,7 +370,12 @@ def draw_curves(axis, metric, table, rows, against_passes=False):
         if found is None:
             continue
         steps, values = found
-        if len(steps) == 1 or row["number"] in levels:               # not trained, or the control
+        alone = len(steps) == 1
+        if alone and from_scratch:                                   # trained, and measured at the end only
+            x = row["passes"] * steps[0] if against_passes else steps[0]
+            [handles[label]] = axis.plot(x, values.mean(), "o", color=f"C{i}")
+            continue
+        if alone or row["number"] in levels:                         # not trained, or the control
             color, style = ("black", "gray")[i % 2], styles[1 + i % 3]
             handles[label] = axis.axhline(values[:, -1].mean(), linewidth=1, color=color, linestyle=style)
             continue
