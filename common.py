@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 import interrupt
 from checkpoints import load_checkpoint
-from files import (BadInput, Locked, first_line, json_text, lock, read_json, read_lines, reading, refuse_flips,
-                   write_atomic)
+from files import (BadInput, Locked, first_line, is_out_of_memory, json_text, lock, read_json, read_lines, reading,
+                   refuse_flips, write_atomic)
 
 
 OUT_OF_MEMORY = "error: out of memory; a smaller --micro_batch or --batch_size, where there is one, needs less"
@@ -63,10 +63,8 @@ def main(train, parse_args):
         elif error.filename is None:
             what = f"{error.strerror or first_line(error)}; repair that"
         leave(f"error: {what} and run the same command again", 2)
-    except (MemoryError, torch.OutOfMemoryError):
-        leave(OUT_OF_MEMORY, 2)
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):                   # torch, on a CPU
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
             leave(OUT_OF_MEMORY, 2)
         if not is_lost(error):
             raise

@@ -447,8 +447,9 @@ def parse_args(argv=None):
     p.add_argument("--minutes", type=number(float, 0), default=0,
                    help="after so many minutes begin no other method (0: measure all)")
     p.add_argument("--runs", type=folder_path, default=Path("runs/reproduce"), help="keeps what was measured")
-    p.add_argument("--out", type=folder_path, default=Path("runs/reproduce/tables"), help="where the folder is made")
+    p.add_argument("--out", type=folder_path, help="where the folder of the table is made (default: tables in --runs)")
     args = p.parse_args(argv)
+    args.out = args.out or args.runs / "tables"
     for row in args.row or ():
         if row > len(COST):
             raise BadInput(f"--row {row}: expected 1 to {len(COST)}")

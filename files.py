@@ -28,6 +28,15 @@ class BadInput(Exception):
     """What the user can repair: one line that says what is wrong, what was expected and what to do.  Exit code 2."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory is short: torch and CUDA raise types of their own, or a RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    words = str(error).lower()                                      # of a CPU; of CUDA; of cuBLAS and cuDNN
+    signs = ("can't allocate memory", "out of memory", "alloc_failed")
+    return isinstance(error, RuntimeError) and any(sign in words for sign in signs)
+
+
 def first_line(error: BaseException, width: int = 120) -> str:
     """The first words of an exception of a library, for one line of ours."""
     text = " ".join(str(error).split())
@@ -93,7 +102,7 @@ def reading(path: str | Path, expected: str, repair: str = "make it again"):
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
-    except (BadInput, torch.OutOfMemoryError):
+    except BadInput:
         raise
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"{path}: no such file, expected {expected}") from None
@@ -102,6 +111,8 @@ def reading(path: str | Path, expected: str, repair: str = "make it again"):
     except MemoryError:
         raise BadInput(f"{path}: needs more memory than there is, expected {expected}") from None
     except Exception as error:                                      # each library raises its own
+        if is_out_of_memory(error):
+            raise
         raise BadInput(f"{path}: not {expected} ({first_line(error)}); {repair}") from None
 
 

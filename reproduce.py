@@ -384,13 +384,24 @@ def identity(job):
 
 
 def inputs_of(job):
-    """{path: hash} of what a command reads from outside: its data, and a network that no job of ours trains."""
+    """{path: hash} of what a job reads from outside."""
+    return {path: content_hash(path) for path in from_outside(job, job.command) if Path(path).exists()}
+
+
+def from_outside(job, command):
+    """What a command of a job names as its data, and as a network that no job of ours trains."""
     ours = {str(j.folder / "model.pt") for j in chain(job)}
-    flags = zip(job.command, job.command[1:])
-    paths = [word for flag, word in flags if flag in ("--data", "--init", "--teacher") and word not in ours]
-    if job.command[0] == "evaluate.py" and job.command[1] not in ours:
-        paths.append(job.command[1])
-    return {path: content_hash(path) for path in paths if Path(path).exists()}
+    flags = zip(command, command[1:])
+    words = [word for flag, word in flags if flag in ("--data", "--init", "--teacher") and word not in ours]
+    if command[0] == "evaluate.py" and command[1] not in ours:
+        words.append(command[1])
+    return words
+
+
+def look_again():
+    """Hashes of now, not of when this process began."""
+    sources.cache_clear()
+    content_hash.cache_clear()
 
 
 @lru_cache(maxsize=None)
@@ -511,14 +522,15 @@ class Runner:
             raise Stopped
 
     def do(self, job, held):
-        sources.cache_clear()                                         # hashes of now, not of when this process began
+        look_again()
         now, log, path = identity(job), beside(job, ".log"), beside(job, ".json")
         changed, kept = changes(job), record(job)
         if job.folder.exists() and not path.exists():                 # a command of --list that was pasted
             raise BadInput(f"{job.folder}: is there, and this command did not make it; move it, or pass another --runs")
-        if kept and kept.get("inputs", {}).keys() != now.get("inputs", {}).keys():
-            read = " and ".join(kept.get("inputs", {})) or "no file"
-            raise BadInput(f"{job.folder}: is a run of the same name that read {read}; pass another --runs")
+        read = from_outside(job, kept.get("command", job.command))
+        if read != from_outside(job, job.command):
+            raise BadInput(f"{job.folder}: is a run of the same name that read {' and '.join(read)}; "
+                           "pass another --runs")
         if changed:
             log.unlink(missing_ok=True)
         measured = sorted(job.folder.glob("fid_*"))
@@ -538,11 +550,11 @@ class Runner:
             self.call(command, log, held.fileno())
             for features in job.folder.glob("fid_*/features"):        # 600 MB each
                 shutil.rmtree(features)
-        sources.cache_clear()
-        after = identity(job)["sources"]
-        if after != now["sources"]:
-            names = ", ".join(file for file in after if after[file] != now["sources"].get(file))
-            raise BadInput(f"{job.folder.name}: {names} changed while it ran; the same command runs it again")
+        look_again()
+        changed = changes(job)
+        if changed:
+            raise BadInput(f"{job.folder.name}: {', '.join(changed)} changed while it ran; "
+                           "the same command runs it again")
         write_atomic(path, json_text(dict(now, done=True), indent=1))
 
     def call(self, command, log, held):

@@ -161,7 +161,7 @@ def train(args):
     state |= dict(fake=fake, head=head, opt_fake=opt_fake)
     features = metric_space(data, args)
     channels = args.cfg_channels or None                                        # of a plain teacher's CFG
-    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # where none is drawn
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # of all but the fake side
 
     def u(y):
         return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))

@@ -147,6 +147,8 @@ def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch):
     (OSError("cannot identify image file"), "1", 2),
     (MemoryError(), "1", 2),
     (torch.OutOfMemoryError("CUDA out of memory."), "1", 2),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "1", 2),
+    (torch.AcceleratorError("CUDA error: out of memory"), "1", 2),
 ])
 def test_what_ends_a_command_is_one_line_or_a_bug(monkeypatch, capsys, error, processes, code):
     def fails(args):
@@ -165,6 +167,14 @@ def test_more_memory_than_there_is_ends_in_one_line(capsys):
         common.main(lambda args: torch.empty(10 ** 15), lambda: None)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and ": error: out of memory; a smaller --micro_batch" in said[0]
+
+    def reads(args):                                            # nothing is wrong with the file
+        with files.reading("state.pt", "the state of a run", "--resume no starts over"):
+            torch.empty(10 ** 15)
+
+    with pytest.raises(SystemExit):
+        common.main(reads, lambda: None)
+    assert ": error: out of memory; a smaller --micro_batch" in capsys.readouterr().err
 
 
 def test_a_signal_after_the_last_step_is_not_lost(in_home):
@@ -624,7 +634,7 @@ def test_kept_runs_of_other_data_and_of_another_start_are_neither_taken_nor_remo
     # The same path with other images in it.
     files.write_atomic(reproduce.beside(start, ".json"), files.json_text(record))
     small_images(tmp_path / "a" / "set.npz", 30)
-    reproduce.content_hash.cache_clear()
+    reproduce.look_again()
     assert not reproduce.is_done(start) and reproduce.changes(start) == ["what it reads"]
 
     # A command of --list that was pasted leaves no record: what it made is not ours to remove.
@@ -648,29 +658,63 @@ def test_a_network_of_init_has_runs_of_its_own(tmp_path):
     runner, ours = of(None)
     ours.folder.mkdir(parents=True)
     files.write_atomic(reproduce.beside(ours, ".json"), files.json_text(dict(reproduce.identity(ours), done=False)))
-    kept = [(runner, ours)]
-    for init in ("a/run/model.pt", "b/run/model.pt", f"{ours.start.folder.name}/model.pt"):
+    refused = []
+    for init in ("a/run/model.pt", "b/run/model.pt", "imf/model.pt"):
         runner, given = of(init)
         if given.folder.exists():
+            refused.append(init)
             with pytest.raises(common.BadInput, match="is a run of the same name that read"):
                 runner.do(given, None)
         else:
             given.folder.mkdir(parents=True)
             record = dict(reproduce.identity(given), done=False)
             files.write_atomic(reproduce.beside(given, ".json"), files.json_text(record))
-        kept.append((runner, given))
-    assert len({job.folder for _, job in kept}) < len(kept)
+    assert refused == ["b/run/model.pt", "imf/model.pt"]
 
 
-def test_an_fid_is_measured_again_when_its_reference_is_another(tmp_path):
-    reference = tmp_path / "reference.npz"
-    job = reproduce.Job(tmp_path / "run", ("fsf_dmd.py",), ("--ref", str(reference)), None)
-    reference.write_text("of some images")
-    before = reproduce.identity(job)
-    reference.write_text("of others")
-    reproduce.content_hash.cache_clear()
-    now = reproduce.identity(job)
-    assert {name for name in now if now[name] != before[name]} == {"measure"}
+def test_a_record_of_before_inputs_were_kept_is_not_one_of_other_data(tmp_path):
+    small_images(tmp_path / "set.npz", 60)
+    args = argparse.Namespace(data=str(tmp_path / "set.npz"), init=None, start="weak", jobs=2, table="2", runs=tmp_path)
+    job = reproduce.job(args, reproduce.STARTS["imf"], 0)
+    job = job._replace(command=(*job.command, "--steps", "1"))
+    job.folder.mkdir(parents=True)
+    (job.folder / "notes.txt").write_text("of the older run")
+    record = dict(reproduce.identity(job), done=True)
+    del record["inputs"]
+    files.write_atomic(reproduce.beside(job, ".json"), files.json_text(record))
+    assert reproduce.changes(job) == ["what it reads"]
+    reproduce.Runner(args).run(job)
+    assert reproduce.is_done(job) and not (job.folder / "notes.txt").exists()
+
+    # Data that are replaced while the run reads them: it may have seen both.
+    def replaces():
+        while not (job.folder / "args.json").exists():
+            time.sleep(0.05)
+        small_images(tmp_path / "set.npz", 90)
+
+    reproduce.beside(job, ".json").unlink()
+    shutil.rmtree(job.folder)
+    replacing = threading.Thread(target=replaces)
+    replacing.start()
+    with pytest.raises(common.BadInput, match="seed0: what it reads changed while it ran; the same command runs it"):
+        reproduce.Runner(args).run(job)
+    replacing.join()
+    assert not reproduce.is_done(job)
+
+
+def test_what_measures_an_fid_is_part_of_a_kept_run(tmp_path):
+    """VAE, Inception and reference: other content under the same name is measured again."""
+    paths = {flag: tmp_path / f"{flag}.npz" for flag in ("vae", "inception", "ref")}
+    measure = [word for flag, path in paths.items() for word in (f"--{flag}", str(path))]
+    job = reproduce.Job(tmp_path / "run", ("fsf_dmd.py",), tuple(measure), None)
+    for path in paths.values():
+        path.write_text("of some images")
+    for path in paths.values():
+        before = reproduce.identity(job)
+        path.write_text("of others")
+        reproduce.look_again()
+        now = reproduce.identity(job)
+        assert {name for name in now if now[name] != before[name]} == {"measure"}
 
 
 def test_a_run_whose_data_have_changed_is_not_resumed(tmp_path, monkeypatch, capsys, few_samples):
@@ -712,13 +756,20 @@ def test_a_distillation_goes_on_after_its_start_was_trained_further(tmp_path, fe
 
     def trained_for(steps):
         for name in ("state.pt", "model.pt"):
-            torch.save(torch.load(folder / name, weights_only=True) | dict(step=steps), folder / name)
+            found = torch.load(folder / name, weights_only=True) | dict(step=steps)
+            if steps > args.steps and name == "model.pt":
+                for tensor in found["weights"].values():
+                    tensor.mul_(1.5)
+            torch.save(found, folder / name)
 
     trained_for(args.steps)
     train(f"{command} --steps 1 --out begun")
+    teacher = state(tmp_path, "begun")["teacher"]
     trained_for(2 * args.steps)
     train(f"{command} --steps 2 --out begun")
-    assert state(tmp_path, "begun")["step"] == 2
+    went_on = state(tmp_path, "begun")
+    assert went_on["step"] == 2
+    assert_same(went_on["teacher"], teacher)
     with pytest.raises(common.BadInput, match=f"for {2 * args.steps} steps, not {args.steps}: pass --init {folder}"):
         train(f"{command} --steps 1 --out other")
 
