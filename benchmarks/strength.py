@@ -6,7 +6,7 @@
 A start is an iMF of so many steps; from it consistency distillation with random masking, and FSF-DMD (M = 2, k = 10)
 with each lambda, for as many steps, so that they differ in lambda L_FSF alone.  (Images of 24 to 64 pixels need
 --steps: there the presets have one number of forward passes.  A step takes 13 passes, of CD 5: --cd_steps 452 beside
---steps 174 gives both as many passes.)  Shown is the paired difference over seeds, at 1 and 2
+--steps 174 gives both as many passes.)  --omega 3 guides teacher, fake side and samples by that scale.  Shown is the paired difference over seeds, at 1 and 2
 sampling steps, of distance, precision and recall, against the start's own distance at 2 steps.
 Runs are kept, stopped and continued as reproduce.py's.  Leaves README.md, runs.json and strength.png in --out; other
 starts and lambdas of an earlier call into the same --out, with the same data, steps and seeds, stay in them.
@@ -40,6 +40,7 @@ def parse_args(argv=None):
     p.add_argument("--starts", type=number(int, 1), nargs="+", default=[100, 200, 400, 800], help="steps of the starts")
     p.add_argument("--steps", type=number(int, 1), help="steps of both methods (default: the presets')")
     p.add_argument("--cd_steps", type=number(int, 1), help="steps of consistency distillation (default: as many)")
+    p.add_argument("--omega", type=number(float, 1), help="CFG scale of both methods (default: the presets')")
     p.add_argument("--lam", type=number(float, 0), nargs="+", default=[0.01, 0.05, 0.2], help="lambdas of Eq. 15")
     p.add_argument("--seeds", type=number(int, 1), default=3, help="seeds 0, 1, ...")
     p.add_argument("--jobs", type=number(int, 1), default=min(8, os.cpu_count() or 1), help="runs at a time")
@@ -69,24 +70,26 @@ def planned(args):
     args.init, args.start, args.table = None, "weak", None                      # what reproduce.job looks at
     length = f" --steps {args.steps}" if args.steps else ""
     cd_length = f" --steps {args.cd_steps}" if args.cd_steps else length
+    guided = f" --omega {args.omega:g}" if args.omega else ""
     jobs = {}
     for steps in args.starts:
         for seed in range(args.seeds):
             start = job(args, f"{STARTS['imf']} --steps {steps}", seed)
             jobs[steps, "start", seed] = start
-            jobs[steps, "CD", seed] = job(args, CD_MASKED + cd_length, seed, start)
+            jobs[steps, "CD", seed] = job(args, CD_MASKED + cd_length + guided, seed, start)
             for lam in args.lam:
-                jobs[steps, lam, seed] = job(args, f"{FSF} --M 2 --shift 10 --lam {lam}{length}", seed, start)
+                jobs[steps, lam, seed] = job(args, f"{FSF} --M 2 --shift 10 --lam {lam}{length}{guided}", seed, start)
     return jobs
 
 
 def differences(args, jobs):
     """A row for each start and lambda: the start's distance, and what FSF-DMD's metrics differ by from CD's."""
     kind = data_kind(args.data)
-    last = {key: report.collect(j, kind)["evaluations"][-1] for key, j in jobs.items()}
+    found = {key: report.collect(j, kind)["evaluations"] for key, j in jobs.items()}
+    last = {key: evaluations[-1] for key, evaluations in found.items()}
     rows = []
     for steps in args.starts:
-        of_start = [last[steps, "start", seed]["fd_2step"] for seed in range(args.seeds)]
+        of_start = [found[steps, "CD", seed][0]["fd_2step"] for seed in range(args.seeds)]      # at step 0, this omega
         for lam in args.lam:
             difference = {}
             for name in SHOWN:
@@ -102,7 +105,7 @@ def with_earlier(path, stored):
     if not path.is_file():
         return stored
     earlier = read_json(path, "an earlier call's runs")
-    if any(earlier.get(name) != stored.get(name) for name in ("data", "seeds", "steps", "cd_steps", "torch")):
+    if any(earlier.get(name) != stored.get(name) for name in ("data", "seeds", "steps", "cd_steps", "omega", "torch")):
         return stored
     measured = {(row["start_steps"], row["lam"]) for row in stored["rows"]}
     kept = [row for row in earlier["rows"] if (row["start_steps"], row["lam"]) not in measured]
@@ -114,7 +117,8 @@ def with_earlier(path, stored):
 def write(args, rows):
     args.out.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "benchmarks/strength.py", *sys.argv[1:]])
-    head = dict(data=args.data, seeds=args.seeds, steps=args.steps, cd_steps=args.cd_steps, torch=torch.__version__)
+    head = dict(data=args.data, seeds=args.seeds, steps=args.steps, cd_steps=args.cd_steps, omega=args.omega,
+                torch=torch.__version__)
     stored = with_earlier(args.out / "runs.json", dict(head, commands=[command], rows=rows))
     rows, commands = stored["rows"], " and ".join(f"`{command}`" for command in stored["commands"])
     write_atomic(args.out / "runs.json", json_text(stored, indent=1) + "\n")
