@@ -1371,18 +1371,28 @@ def test_the_two_methods_of_the_figure_over_starts_differ_in_the_dm_term_alone(m
     assert axis.lines[0].get_ydata().tolist() == [-3.0]
 
 
-def test_consistency_distillation_of_the_figure_over_starts_can_take_as_many_passes(monkeypatch):
-    """--steps is the length of both methods, --cd_steps of consistency distillation; the start has its own."""
+def test_the_figure_over_starts_gives_each_method_its_steps_and_both_one_omega(monkeypatch):
+    """--steps is the length of both methods, --cd_steps of consistency distillation; the start has its own.
+
+    --omega guides both; the start has learned all, and is trained once.
+    """
     monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
     strength = importlib.import_module("strength")
 
-    def lengths(flags):
+    def commands_of(flags):
         args = strength.parse_args(shlex.split(f"--starts 30 --lam 0.1 --seeds 1 {flags}"))
         planned = strength.planned(args)
         commands = {name: " ".join(planned[30, name, 0].command) for name in ("start", "CD", 0.1)}
         assert all("--lam 0.1" not in commands[name] for name in ("start", "CD"))
-        return [re.findall(r"--steps (\d+)", command) for command in commands.values()]
+        return commands.values()
 
+    def lengths(flags):
+        return [re.findall(r"--steps (\d+)", command) for command in commands_of(flags)]
+
+    def guided(flags):
+        return [re.findall(r"--omega ([\d.]+)", command) for command in commands_of(flags)]
+
+    assert guided("") == [[], [], []] and guided("--omega 3") == [[], ["3"], ["3"]]
     assert lengths("") == [["30"], [], []]
     assert lengths("--steps 5") == [["30"], ["5"], ["5"]]
     assert lengths("--steps 5 --cd_steps 13") == [["30"], ["13"], ["5"]]
@@ -1393,10 +1403,10 @@ def test_starts_measured_later_join_the_figure_over_starts_if_measured_alike(tmp
     strength = importlib.import_module("strength")
     path = tmp_path / "runs.json"
 
-    def call(start_steps, distance, steps=174):
+    def call(start_steps, distance, steps=174, omega=None):
         rows = [dict(start_steps=start_steps, lam=0.1, start_distance=[distance])]
         command = f"--starts {start_steps} --steps {steps}"
-        stored = dict(data="digits", seeds=1, steps=steps, torch="2", commands=[command], rows=rows)
+        stored = dict(data="digits", seeds=1, steps=steps, omega=omega, torch="2", commands=[command], rows=rows)
         stored = strength.with_earlier(path, stored)
         path.write_text(json.dumps(stored))
         return [row["start_distance"][0] for row in stored["rows"]], stored["commands"]
@@ -1405,6 +1415,7 @@ def test_starts_measured_later_join_the_figure_over_starts_if_measured_alike(tmp
     assert call(100, 7.0) == ([7.0, 9.0], ["--starts 300 --steps 174", "--starts 100 --steps 174"])
     assert call(300, 8.0) == ([7.0, 8.0], ["--starts 300 --steps 174", "--starts 100 --steps 174"])
     assert call(300, 6.0, steps=100) == ([6.0], ["--starts 300 --steps 100"])       # other steps: nothing is kept
+    assert call(100, 5.0, steps=100, omega=3.0)[0] == [5.0]                         # another omega: neither
 
 
 # ---------------------------------------------------------------------------------------------------------------------
