@@ -433,9 +433,9 @@ def python(command):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", TOY)
-def test_killed_and_resumed_is_never_interrupted(home, script):
+def test_killed_and_resumed_is_never_interrupted(in_home, script, capsys):
     """3 + kill -9 + 3 steps = 6 steps, every tensor of networks, EMA and optimizer equal."""
-    command, out = TOY[script], f"killed-{script[:-3]}"
+    command, out, home = TOY[script], f"killed-{script[:-3]}", in_home
     process = start(home, python(f"{command} --save_every 3 --out {out} --steps 5000 --log_every 1"))
     while not (home / out / "state.pt").exists() and process.poll() is None:
         time.sleep(0.02)
@@ -443,25 +443,25 @@ def test_killed_and_resumed_is_never_interrupted(home, script):
     process.communicate()
     stopped = state(home, out)["step"]
     assert stopped % 3 == 0 and stopped >= 3
-    printed, _ = together(
-        home,
-        f"{command} --save_every 3 --out {out} --steps {stopped + 3} --log_every 1",
-        f"{command} --out whole-{out} --steps {stopped + 3} --log_every 1")
+    printed = run(home, f"{command} --save_every 3 --out {out} --steps {stopped + 3} --log_every 1")
     assert f"resuming at step {stopped}" in printed
+    train(f"{command} --out whole-{out} --steps {stopped + 3} --log_every 1")
     assert_same(state(home, out), state(home, f"whole-{out}"))
     resumed, whole = ([{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(home, o)]
                       for o in (out, f"whole-{out}"))
     assert resumed == whole                                                             # one history, no step twice
-    assert "is done" in run(home, f"{command} --save_every 3 --out {out} --steps {stopped + 3}")
+    train(f"{command} --save_every 3 --out {out} --steps {stopped + 3}")
+    assert "is done" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", TOY)
-def test_processes_and_micro_batches_change_nothing(home, script):
+def test_processes_and_micro_batches_change_nothing(in_home, script):
     """Two gloo processes = one, micro-batch 32 = 128: 1e-5 in float32 after 20 steps (8 where a step takes more)."""
     steps = 8 if script in ("dmd2.py", "sid.py", "twinflow.py") else 20
-    command, name = f"{TOY[script]} --steps {steps} --log_every 4 --batch_size 128", script[:-3]
-    together(home, f"{command} --out one-{name}", f"{command} --out micro-{name} --micro_batch 32")
+    command, name, home = f"{TOY[script]} --steps {steps} --log_every 4 --batch_size 128", script[:-3], in_home
+    train(f"{command} --out one-{name}")
+    train(f"{command} --out micro-{name} --micro_batch 32")
     run(home, f"{command} --out two-{name}", processes=2)
     for other in ("micro", "two"):
         for part in ("net", "ema"):
