@@ -248,6 +248,38 @@ def time_steps(command, folder, steps, seconds=60):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Another process
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def aside(function, *args):
+    """function(*args) in a process of its own, so that this one stays small: a child's peak memory begins with its own.
+
+    -> what its result is received from.  Ctrl-C is for this process, at whose end the other ends too.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    ours, its = spawn.Pipe(duplex=False)
+    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    spawn.Process(target=answer, args=(its, function, args), daemon=True).start()
+    signal.signal(signal.SIGINT, on_ctrl_c)
+    its.close()
+    return ours
+
+
+def answer(pipe, function, args):
+    pipe.send(function(*args))
+
+
+def received(pipe):
+    """The result; BadInput if the process has ended without one, killed or with a traceback of its own."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise BadInput("the process that counts FLOPs ended (killed, or out of memory?); the same command goes on "
+                       "with this method") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # One method
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -260,11 +292,11 @@ def paper_seconds():
     return found
 
 
-def measure(args, setting, entry, folder, aside):
-    """A row of runs.json.  entry: of COST; folder: a scratch one; aside: a Pool of one process, in which is counted."""
+def measure(args, setting, entry, folder):
+    """A row of runs.json.  entry: of COST; folder: a scratch one."""
     label, start, command = entry
     script, *flags = shlex.split(command.format(start=folder / f"{start}.pt"))
-    data = aside.apply(random_inputs, (folder, args.size))
+    data = received(aside(random_inputs, folder, args.size))
     flags += ["--data", str(data)]
     if start is None:
         flags += ["--size", args.size]
@@ -275,14 +307,14 @@ def measure(args, setting, entry, folder, aside):
     plain = start == "fm" or label == "FM"
     forward_of = folder / ("fm.pt" if plain else "imf.pt")
     counted_steps = 2 if script == "dmd2.py" else 1                   # its rollouts are drawn
-    counted = aside.apply_async(count, (script, [*flags, *as_counted], counted_steps, forward_of))
+    counted = aside(count, script, [*flags, *as_counted], counted_steps, forward_of)
     if not torch.cuda.is_available():
-        counted.wait()                                                # would slow on a CPU what is timed there
+        counted.poll(None)                                            # would slow on a CPU what is timed there
 
     as_timed = ["--batch_size", str(setting["batch"]), "--precision", setting["precision"]]
     steps = 8 if torch.cuda.is_available() else 4                     # lines of the log
     seconds, memory = time_steps([script, *flags, *as_timed], folder / "run", steps)
-    flops = counted.get()
+    flops = received(counted)
 
     per_image = flops["step"] / COUNTED
     of_a_step = PAPER_BATCH * per_image + flops["optimizer"]
@@ -399,28 +431,21 @@ def measure_all(args):
     scratch, path = args.runs / ".cost", args.runs / "cost.json"
     kept = kept_rows(path)
 
-    # Counting is done aside, so that this process stays small: on Linux a child's peak memory begins with its parent's.
-    # Ctrl-C is for this process, which ends the other; a process that is timed must not outlive it.
-    on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with multiprocessing.get_context("spawn").Pool(1) as aside:
-        signal.signal(signal.SIGINT, on_ctrl_c)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        for entry in tqdm(chosen, unit="method", dynamic_ncols=True):
-            name = name_of(entry, setting)
-            late = args.minutes and time.perf_counter() - begun > 60 * args.minutes
-            if late and entry is not chosen[0]:
-                tqdm.write(f"{args.minutes} minutes are over: no method is begun any more, the same command goes on")
-                break
-            if is_kept(entry, kept, setting):
-                continue
-            if name in kept:
-                tqdm.write(f"{name}: its command or sources changed since, measured again")
-            row = measure(args, setting, entry, scratch, aside)
-            kept[name] = dict(identity=identity(entry, setting), row=row)
-            write_atomic(path, json_text(kept, indent=1))
-            shutil.rmtree(scratch)
-        aside.close()
-        aside.join()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)         # a process that is timed must not outlive this one
+    for entry in tqdm(chosen, unit="method", dynamic_ncols=True):
+        name = name_of(entry, setting)
+        late = args.minutes and time.perf_counter() - begun > 60 * args.minutes
+        if late and entry is not chosen[0]:
+            tqdm.write(f"{args.minutes} minutes are over: no method is begun any more, the same command goes on")
+            break
+        if is_kept(entry, kept, setting):
+            continue
+        if name in kept:
+            tqdm.write(f"{name}: its command or sources changed since, measured again")
+        row = measure(args, setting, entry, scratch)
+        kept[name] = dict(identity=identity(entry, setting), row=row)
+        write_atomic(path, json_text(kept, indent=1))
+        shutil.rmtree(scratch)
 
     rows = [kept[name_of(entry, setting)]["row"] for entry in COST if is_kept(entry, kept, setting)]
     found = dict(setting, torch=torch.__version__, flop_per_second_modelled=RATE, counted=COUNTED, rows=rows)

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -512,6 +513,12 @@ def test_cost_measures_a_step_of_a_method(tmp_path):
     assert json.loads((tmp_path / "cost-cpu-tiny" / "runs.json").read_text())["rows"] == [row]
     again = f"python {command} --row 1 2 --minutes 0.0001"
     assert (tmp_path / "cost-cpu-tiny" / "README.md").read_text() == cost.page(found, again)
+
+
+def test_a_process_that_counts_and_is_killed_is_said():
+    assert cost.received(cost.aside(sorted, [3, 1, 2])) == [1, 2, 3]
+    with pytest.raises(BadInput, match="the process that counts FLOPs ended .* goes on with this method"):
+        cost.received(cost.aside(os._exit, 9))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
