@@ -46,8 +46,9 @@ from checkpoints import load_network
 from common import BadInput, main
 from files import json_text, lock, read_json, write_atomic
 from flags import Parser, folder_path, number
+from kept_runs import HERE, refuse_torchrun, sources
 from model import SIZES, LightningDiT, fixed_guidance
-from reproduce import HERE, TABLE_5, paper, refuse_torchrun, sources
+from reproduce import TABLE_5, paper
 
 SCRIPTS = {
     "consistency.py": consistency,
@@ -431,7 +432,7 @@ def measure_all(args):
     scratch, path = args.runs / ".cost", args.runs / "cost.json"
     kept = kept_rows(path)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)         # a process that is timed must not outlive this one
+    signal.signal(signal.SIGTERM, signal.default_int_handler)         # a process that is timed ends with this one
     for entry in tqdm(chosen, unit="method", dynamic_ncols=True):
         name = name_of(entry, setting)
         late = args.minutes and time.perf_counter() - begun > 60 * args.minutes

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-
 UMASK = os.umask(0)                # can only be read by setting it, which other threads would see: once
 os.umask(UMASK)
 

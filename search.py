@@ -32,7 +32,8 @@ from common import BadInput, main
 from data import load_data, preset_kind
 from files import json_text, read_json, write_atomic
 from flags import Parser, data_source, folder_path, number
-from reproduce import DMD2, DMD2_CD, FSF, STARTS, is_done, job, refuse_torchrun, run_all
+from kept_runs import is_done, refuse_torchrun, run_all
+from reproduce import DMD2, DMD2_CD, FSF, STARTS, job
 
 SEEDS = (100, 101)
 FINALISTS = 2                                                         # of each method, that run on the second seed too

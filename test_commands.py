@@ -367,9 +367,9 @@ def test_an_omega_that_was_not_learned_is_said(in_home, capsys):
     """A network with omega as an input knows the range that it was trained on; a velocity network's CFG has none."""
     learned = checkpoints.load_checkpoint("imf/model.pt")["args"]["omega_max"]
     assert learned == 1
-    for omega, flags in ((1, ""), (3, "--omega 3")):
-        train(f"fsf_dmd.py --init imf/model.pt --data toy.npz --steps 1 --health_every 0 --out asked{omega} {flags}")
-        train(f"fsf_dmd.py --init fm/model.pt --data toy.npz --steps 1 --health_every 0 --out asked_fm{omega} {flags}")
+    for omega, more in ((1, ""), (3, "--omega 3")):
+        train(f"fsf_dmd.py --init imf/model.pt --data toy.npz --steps 1 --health_every 0 --out asked{omega} {more}")
+        train(f"fsf_dmd.py --init fm/model.pt --data toy.npz --steps 1 --health_every 0 --out asked_fm{omega} {more}")
         said = [line for line in capsys.readouterr().out.splitlines() if "has to guess" in line]
         expected = ["imf/model.pt: was trained with omega up to 1; at omega 3 the network has to guess"]
         assert said == (expected if omega == 3 else [])

@@ -30,6 +30,7 @@ import dmd2
 import evaluate
 import files
 import fsf_dmd
+import kept_runs
 import passes
 import report
 import reproduce
@@ -164,7 +165,7 @@ def test_latents_are_trained_in_pieces_and_the_best_fid_is_found(inputs, tmp_pat
                               jobs=1, start="weak", init=str(start), runs=tmp_path)
     rows = {r: reproduce.TABLES["2"].rows[r - 1] for r in (1, 2, 7)}
     jobs = reproduce.jobs_of(args, rows, 0)
-    runner, folder = reproduce.Runner(args), jobs[7].folder
+    runner, folder = kept_runs.Runner(args), jobs[7].folder
     lines = [shlex.join(line) for line in runner.commands(jobs[7])]
     train = f"fsf_dmd.py --init {start} --M 2 --data {latents} --seed 0 --out {folder} --steps "
     assert [line.removeprefix(train) for line in lines[::2]] == ["1500", "3000", "4000"]      # Table 6: 4,000 steps
@@ -212,9 +213,9 @@ def test_passes_before_a_row_from_a_distilled_network_and_seconds_after_its_warm
     torch.save(dict(config=net.config, weights=net.state_dict(), data=None, args={}, step=40), tmp_path / "cd/model.pt")
     lines = [dict(step=step, sec_per_step=1.0 if step <= 10 else 3.0) for step in (5, 10, 15, 20)]
     (tmp_path / "fsf" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    first = reproduce.Job(tmp_path / "cd", ("consistency.py", "--loss", "cd"), (), None)
-    alone = reproduce.Job(tmp_path / "fsf", ("fsf_dmd.py",), (), None)
-    after = reproduce.Job(tmp_path / "fsf", ("fsf_dmd.py", "--teacher", "start.pt"), (), first)
+    first = kept_runs.Job(tmp_path / "cd", ("consistency.py", "--loss", "cd"), (), None)
+    alone = kept_runs.Job(tmp_path / "fsf", ("fsf_dmd.py",), (), None)
+    after = kept_runs.Job(tmp_path / "fsf", ("fsf_dmd.py", "--teacher", "start.pt"), (), first)
     own, both = (report.collect(job, "pixels") for job in (alone, after))
     assert own["sec_per_step"] == 3.0 and own["evaluations"][0]["passes"] == 10 * 5 + 10 * 13
     assert both["evaluations"][0]["passes"] == own["evaluations"][0]["passes"] + 40 * 5
@@ -228,7 +229,7 @@ def test_a_run_that_diverged_stands_in_the_table(tmp_path):
         folder.mkdir()
         evaluations = [dict(step=s, fd_2step=v, is_2step=None) for s, v in zip((100, 200), values, strict=True)]
         (folder / "result.json").write_text(json.dumps(dict(evaluations=evaluations, other_sampler={})))
-        runs[seed] = report.collect(reproduce.Job(folder, ["dmd2.py"], [], None), "pixels")
+        runs[seed] = report.collect(kept_runs.Job(folder, ["dmd2.py"], [], None), "pixels")
     table = reproduce.TABLES["7"]
     rows = report.summary({13: table.rows[12], 14: table.rows[13]}, {13: runs, 14: runs})
     np.testing.assert_equal(rows[13]["best"], [30.0, 20.0, np.nan])
@@ -287,7 +288,7 @@ def test_the_samples_of_a_row_are_made_with_its_own_flags(inputs, tmp_path, monk
         return evaluate.generate(*positional, **flags)
 
     monkeypatch.setattr(report, "generate", generate)
-    job = reproduce.Job(tmp_path / "x", tuple(command.split()), (), None)
+    job = kept_runs.Job(tmp_path / "x", tuple(command.split()), (), None)
     row = dict(n=1, N=3, label="Teacher", seeds={0: dict(evaluations=[dict(step=0, passes=0)])})
     args = argparse.Namespace(data="digits", vae=None)
     report.samples(args, {1: row}, {1: {0: job}}, tmp_path / "samples.png")
@@ -384,31 +385,31 @@ def test_another_measure_keeps_the_network(inputs, tmp_path):
                               table="2", jobs=1, start="weak", init=str(tmp_path / "bad.pt"), runs=tmp_path)
     (tmp_path / "bad.pt").write_bytes(b"no network")                  # so that nothing trains here
     job = reproduce.jobs_of(args, {7: reproduce.TABLES["2"].rows[6]}, 0)[7]
-    before = dict(reproduce.identity(job), measure=["--n", "50000"], done=True)
+    before = dict(kept_runs.identity(job), measure=["--n", "50000"], done=True)
     network, measured = job.folder / "model.pt", job.folder / "fid_004000_2step"
     measured.mkdir(parents=True)
     network.write_bytes(b"kept")
-    reproduce.beside(job, ".json").write_text(json.dumps(before))
+    kept_runs.beside(job, ".json").write_text(json.dumps(before))
     with open(tmp_path / "lock", "w") as lock, pytest.raises(BadInput, match="fsf_dmd.py"):
-        reproduce.Runner(args).do(job, lock)
+        kept_runs.Runner(args).do(job, lock)
     assert network.read_bytes() == b"kept" and not measured.exists()
 
     # It is done with a FID of every number of sampling steps, and FIDs on the way need another training.
     measured.mkdir()
     (measured / "fid.json").write_text("{}")
-    assert reproduce.has_result(job) and not reproduce.has_result(job._replace(counts=(2, 1)))
-    assert job.counts == (2,) and reproduce.has_result(job._replace(counts=(2,)))
-    reproduce.beside(job, ".json").write_text(json.dumps(dict(reproduce.identity(job), done=True)))
-    assert reproduce.is_done(job) and reproduce.changes(job._replace(every=2000)) == ["--fid_every"]
+    assert kept_runs.has_result(job) and not kept_runs.has_result(job._replace(counts=(2, 1)))
+    assert job.counts == (2,) and kept_runs.has_result(job._replace(counts=(2,)))
+    kept_runs.beside(job, ".json").write_text(json.dumps(dict(kept_runs.identity(job), done=True)))
+    assert kept_runs.is_done(job) and kept_runs.changes(job._replace(every=2000)) == ["--fid_every"]
     shutil.rmtree(measured)
-    assert not reproduce.is_done(job)
+    assert not kept_runs.is_done(job)
 
     # After FIDs on the way only training again brings those back.
-    reproduce.beside(job, ".json").write_text(json.dumps(before))
+    kept_runs.beside(job, ".json").write_text(json.dumps(before))
     for step in (2000, 4000):
         (job.folder / f"fid_{step:06d}_2step").mkdir()
     with open(tmp_path / "lock", "w") as lock, pytest.raises(BadInput, match="fsf_dmd.py"):
-        reproduce.Runner(args).do(job, lock)
+        kept_runs.Runner(args).do(job, lock)
     assert not network.exists()
 
 

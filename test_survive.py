@@ -26,6 +26,7 @@ import common
 import consistency
 import files
 import interrupt
+import kept_runs
 import metrics
 import reproduce
 from data import load_data
@@ -576,23 +577,23 @@ def test_the_next_steps_numbers_are_drawn_in_a_thread_and_are_the_same():
 def test_a_kept_run_that_is_gone_or_damaged_runs_again(tmp_path, capsys):
     args = argparse.Namespace(data="digits", init=None, runs=tmp_path, start="weak", jobs=1, table="2")
     job = reproduce.job(args, reproduce.STARTS["imf"], 0)
-    record = reproduce.beside(job, ".json")
+    record = kept_runs.beside(job, ".json")
 
     def keep():
         shutil.rmtree(job.folder, ignore_errors=True)
         job.folder.mkdir(parents=True)
         (job.folder / "model.pt").write_bytes(b"weights")
         (job.folder / "result.json").write_text("{}")
-        files.write_atomic(record, files.json_text(dict(reproduce.identity(job), done=True)))
-        assert reproduce.is_done(job) and not reproduce.changes(job)
+        files.write_atomic(record, files.json_text(dict(kept_runs.identity(job), done=True)))
+        assert kept_runs.is_done(job) and not kept_runs.changes(job)
 
     for damage in (lambda: shutil.rmtree(job.folder), lambda: (job.folder / "result.json").write_text("{"),
                    lambda: (job.folder / "model.pt").unlink(), lambda: record.write_text('{"command": ['),
                    lambda: record.write_text("[]"), lambda: record.write_text('{"sources": 3}')):
         keep()
         damage()
-        assert not reproduce.is_done(job)
-        reproduce.changes(job)                                          # can be asked whatever is in the record
+        assert not kept_runs.is_done(job)
+        kept_runs.changes(job)                                          # can be asked whatever is in the record
     said = capsys.readouterr().out
     assert "not the record of a run" in said and "runs again" in said
 
@@ -604,25 +605,25 @@ def test_kept_runs_of_other_data_and_of_another_start_are_neither_taken_nor_remo
         (tmp_path / data).mkdir(exist_ok=True)
         small_images(args.data, 60 if data == "a" else 90)
         start = reproduce.job(args, reproduce.STARTS["imf"], 0)
-        return reproduce.Runner(args), start, reproduce.job(args, reproduce.CD_MASKED, 0, start)
+        return kept_runs.Runner(args), start, reproduce.job(args, reproduce.CD_MASKED, 0, start)
 
     runner, start, distilled = of("a")
     start.folder.mkdir(parents=True)
     for file in ("model.pt", "result.json"):
         (start.folder / file).write_text("{}")
-    record = dict(reproduce.identity(start), done=True)
-    files.write_atomic(reproduce.beside(start, ".json"), files.json_text(record))
-    assert reproduce.is_done(start)
+    record = dict(kept_runs.identity(start), done=True)
+    files.write_atomic(kept_runs.beside(start, ".json"), files.json_text(record))
+    assert kept_runs.is_done(start)
 
     # Another data set of the same name: its runs would lie in the same folders.
     other_runner, other, _ = of("b")
-    assert other.folder == start.folder and not reproduce.is_done(other)
+    assert other.folder == start.folder and not kept_runs.is_done(other)
     with pytest.raises(common.BadInput, match="is a run of the same name that read .*/a/set.npz; pass another --runs"):
         other_runner.run(other)
-    assert reproduce.is_done(start)
+    assert kept_runs.is_done(start)
 
     # A pasted command trains in the folder: it is not removed under its feet.
-    files.write_atomic(reproduce.beside(start, ".json"), files.json_text(dict(record, sources={})))
+    files.write_atomic(kept_runs.beside(start, ".json"), files.json_text(dict(record, sources={})))
     with files.lock(start.folder / ".lock", "training"), pytest.raises(files.Locked, match="is training there"):
         runner.run(start)
     assert (start.folder / "model.pt").exists()
@@ -632,13 +633,13 @@ def test_kept_runs_of_other_data_and_of_another_start_are_neither_taken_nor_remo
         runner.run(distilled)
 
     # The same path with other images in it.
-    files.write_atomic(reproduce.beside(start, ".json"), files.json_text(record))
+    files.write_atomic(kept_runs.beside(start, ".json"), files.json_text(record))
     small_images(tmp_path / "a" / "set.npz", 30)
-    reproduce.look_again()
-    assert not reproduce.is_done(start) and reproduce.changes(start) == ["what it reads"]
+    kept_runs.look_again()
+    assert not kept_runs.is_done(start) and kept_runs.changes(start) == ["what it reads"]
 
     # A command of --list that was pasted leaves no record: what it made is not ours to remove.
-    reproduce.beside(start, ".json").unlink()
+    kept_runs.beside(start, ".json").unlink()
     with pytest.raises(common.BadInput, match="is there, and this command did not make it"):
         runner.run(start)
     assert (start.folder / "model.pt").exists()
@@ -653,11 +654,11 @@ def test_a_network_of_init_has_runs_of_its_own(tmp_path):
             (tmp_path / init).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / init).write_text(init)
         start = reproduce.job(args, reproduce.STARTS["imf"], 0)
-        return reproduce.Runner(args), reproduce.job(args, reproduce.FSF, 0, start)
+        return kept_runs.Runner(args), reproduce.job(args, reproduce.FSF, 0, start)
 
     runner, ours = of(None)
     ours.folder.mkdir(parents=True)
-    files.write_atomic(reproduce.beside(ours, ".json"), files.json_text(dict(reproduce.identity(ours), done=False)))
+    files.write_atomic(kept_runs.beside(ours, ".json"), files.json_text(dict(kept_runs.identity(ours), done=False)))
     refused = []
     for init in ("a/run/model.pt", "b/run/model.pt", "imf/model.pt"):
         runner, given = of(init)
@@ -667,8 +668,8 @@ def test_a_network_of_init_has_runs_of_its_own(tmp_path):
                 runner.do(given, None)
         else:
             given.folder.mkdir(parents=True)
-            record = dict(reproduce.identity(given), done=False)
-            files.write_atomic(reproduce.beside(given, ".json"), files.json_text(record))
+            record = dict(kept_runs.identity(given), done=False)
+            files.write_atomic(kept_runs.beside(given, ".json"), files.json_text(record))
     assert refused == ["b/run/model.pt", "imf/model.pt"]
 
 
@@ -679,12 +680,12 @@ def test_a_record_of_before_inputs_were_kept_is_not_one_of_other_data(tmp_path):
     job = job._replace(command=(*job.command, "--steps", "1"))
     job.folder.mkdir(parents=True)
     (job.folder / "notes.txt").write_text("of the older run")
-    record = dict(reproduce.identity(job), done=True)
+    record = dict(kept_runs.identity(job), done=True)
     del record["inputs"]
-    files.write_atomic(reproduce.beside(job, ".json"), files.json_text(record))
-    assert reproduce.changes(job) == ["what it reads"]
-    reproduce.Runner(args).run(job)
-    assert reproduce.is_done(job) and not (job.folder / "notes.txt").exists()
+    files.write_atomic(kept_runs.beside(job, ".json"), files.json_text(record))
+    assert kept_runs.changes(job) == ["what it reads"]
+    kept_runs.Runner(args).run(job)
+    assert kept_runs.is_done(job) and not (job.folder / "notes.txt").exists()
 
     # Data that are replaced while the run reads them: it may have seen both.
     def replaces():
@@ -692,28 +693,28 @@ def test_a_record_of_before_inputs_were_kept_is_not_one_of_other_data(tmp_path):
             time.sleep(0.05)
         small_images(tmp_path / "set.npz", 90)
 
-    reproduce.beside(job, ".json").unlink()
+    kept_runs.beside(job, ".json").unlink()
     shutil.rmtree(job.folder)
     replacing = threading.Thread(target=replaces)
     replacing.start()
     with pytest.raises(common.BadInput, match="seed0: what it reads changed while it ran; the same command runs it"):
-        reproduce.Runner(args).run(job)
+        kept_runs.Runner(args).run(job)
     replacing.join()
-    assert not reproduce.is_done(job)
+    assert not kept_runs.is_done(job)
 
 
 def test_what_measures_an_fid_is_part_of_a_kept_run(tmp_path):
     """VAE, Inception and reference: other content under the same name is measured again."""
     paths = {flag: tmp_path / f"{flag}.npz" for flag in ("vae", "inception", "ref")}
     measure = [word for flag, path in paths.items() for word in (f"--{flag}", str(path))]
-    job = reproduce.Job(tmp_path / "run", ("fsf_dmd.py",), tuple(measure), None)
+    job = kept_runs.Job(tmp_path / "run", ("fsf_dmd.py",), tuple(measure), None)
     for path in paths.values():
         path.write_text("of some images")
     for path in paths.values():
-        before = reproduce.identity(job)
+        before = kept_runs.identity(job)
         path.write_text("of others")
-        reproduce.look_again()
-        now = reproduce.identity(job)
+        kept_runs.look_again()
+        now = kept_runs.identity(job)
         assert {name for name in now if now[name] != before[name]} == {"measure"}
 
 

@@ -6,8 +6,9 @@
 A start is an iMF of so many steps; from it consistency distillation with random masking, and FSF-DMD (M = 2, k = 10)
 with each lambda, for as many steps, so that they differ in lambda L_FSF alone.  (Images of 24 to 64 pixels need
 --steps: there the presets have one number of forward passes.  A step takes 13 passes, of CD 5: --cd_steps 452 beside
---steps 174 gives both as many passes.)  --omega 3 guides teacher, fake side and samples by that scale.  Shown is the paired difference over seeds, at 1 and 2
-sampling steps, of distance, precision and recall, against the start's own distance at 2 steps.
+--steps 174 gives both as many passes.)  --omega 3 guides teacher, fake side and samples by that scale.
+Shown is the paired difference over seeds, at 1 and 2 sampling steps, of distance, precision and recall, against the
+start's own distance at 2 steps.
 Runs are kept, stopped and continued as reproduce.py's.  Leaves README.md, runs.json and strength.png in --out; other
 starts and lambdas of an earlier call into the same --out, with the same data, steps and seeds, stay in them.
 """
@@ -28,7 +29,8 @@ from common import BadInput, main  # noqa: E402
 from data import data_kind, load_data, preset_kind  # noqa: E402
 from files import json_text, read_json, write_atomic  # noqa: E402
 from flags import Parser, data_source, folder_path, number  # noqa: E402
-from reproduce import CD_MASKED, FSF, STARTS, job, refuse_torchrun, run_all  # noqa: E402
+from kept_runs import refuse_torchrun, run_all  # noqa: E402
+from reproduce import CD_MASKED, FSF, STARTS, job  # noqa: E402
 
 SHOWN = ("fd_1step", "fd_2step", "precision_2step", "recall_2step")
 TITLES = ("distance, 1 step", "distance, 2 steps", "precision, 2 steps", "recall, 2 steps")
@@ -66,7 +68,7 @@ def run(args):
 
 
 def planned(args):
-    """{(steps of the start, lambda, "CD" or "start", seed): reproduce.Job}."""
+    """{(steps of the start, lambda, "CD" or "start", seed): kept_runs.Job}."""
     args.init, args.start, args.table = None, "weak", None                      # what reproduce.job looks at
     length = f" --steps {args.steps}" if args.steps else ""
     cd_length = f" --steps {args.cd_steps}" if args.cd_steps else length

@@ -1,0 +1,400 @@
+"""Jobs: command lines of the scripts that are run once, kept, and run again when what they are made of has changed.
+
+    Job(folder, command, ...)      a command line and the folder that it leaves
+    run_all(args, jobs)            all of them and the starts that they need, --jobs at a time; Ctrl-C saves them
+    is_done(job)                   whether its run is kept: same command, same sources, same inputs, result there
+
+Beside a job's folder lie its record (.json: what it ran with, whether it is done), its log and its lock, so two
+processes may be at the same jobs.  Used by reproduce.py, search.py and benchmarks/strength.py.
+"""
+import concurrent.futures
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from checkpoints import load_checkpoint
+from common import BadInput, world
+from files import files_below, json_text, listing_hash, lock, read_json, write_atomic
+
+HERE = Path(__file__).resolve().parent
+
+# measure: evaluate.py's flags for latents.  start: the Job that has to end first, or None.  counts: of sampling steps,
+# a FID of latents for each; every: training steps between them, 0: at the end only.
+Job = namedtuple("Job", "folder command measure start counts every", defaults=[(), 0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kept runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def sources(*scripts):
+    """{file: hash} of scripts and of the files of this folder that they import, in turn, and the version of torch."""
+    found, ahead = {}, list(scripts)
+    while ahead:
+        file = ahead.pop()
+        text = (HERE / file).read_text()
+        found[file] = hashlib.sha256(text.encode()).hexdigest()[:12]
+        for name in re.findall(r"^\s*(?:from|import) (\w+)", text, re.M):
+            imported = f"{name}.py"
+            if imported not in found and (HERE / imported).exists():
+                ahead.append(imported)
+    return dict(sorted(found.items())) | dict(torch=torch.__version__)
+
+
+def chain(job):
+    """A job, the one that it starts from, the one that that starts from, ..."""
+    found = [job]
+    while found[-1].start:
+        found.append(found[-1].start)
+    return found
+
+
+def sources_of(job):
+    return sources(*[j.command[0] for j in chain(job)])
+
+
+def identity(job):
+    """What a kept run has to agree in."""
+    files = [content_hash(word) for word in job.measure if Path(word).exists()]          # the VAE, Inception, reference
+    found = dict(command=list(job.command), measure=[*job.measure, *files], sources=sources_of(job))
+    if job.every:
+        found["every"] = job.every
+    inputs = inputs_of(job)
+    if inputs:
+        found["inputs"] = inputs
+    return found
+
+
+def inputs_of(job):
+    """{path: hash} of what a job reads from outside."""
+    return {path: content_hash(path) for path in from_outside(job, job.command) if Path(path).exists()}
+
+
+def from_outside(job, command):
+    """What a command of a job names as its data, and as a network that no job of ours trains."""
+    ours = {str(j.folder / "model.pt") for j in chain(job)}
+    flags = zip(command, command[1:])
+    words = [word for flag, word in flags if flag in ("--data", "--init", "--teacher") and word not in ours]
+    if command[0] == "evaluate.py" and command[1] not in ours:
+        words.append(command[1])
+    return words
+
+
+def look_again():
+    """Hashes of now, not of when this process began."""
+    sources.cache_clear()
+    content_hash.cache_clear()
+
+
+@lru_cache(maxsize=None)
+def content_hash(path):
+    """Of a file its content; of a folder the names, sizes and times of what it holds."""
+    if Path(path).is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return listing_hash(files_below(path), path)[:12]
+
+
+def beside(job, suffix):
+    return job.folder.with_name(job.folder.name + suffix)             # a name may hold a dot: lam0.05
+
+
+def record(job):
+    """What is known of a job's run: command, sources it ran with, whether it is done; {} of one that never began.
+
+    A damaged one is said, and counts as none.
+    """
+    path = beside(job, ".json")
+    if not path.exists():
+        return {}
+    try:
+        return read_json(path, "the record of a run", repair="runs again")
+    except BadInput as error:
+        say_once(str(error))
+        return {}
+
+
+@lru_cache(maxsize=None)
+def say_once(text):
+    tqdm.write(text)
+
+
+def is_done(job):
+    return record(job) == dict(identity(job), done=True) and has_result(job)
+
+
+def has_result(job):
+    """Whether a run's files are there and can be read: a kept folder may be removed, or damaged."""
+    if job.command[0] != "evaluate.py" and not (job.folder / "model.pt").is_file():
+        return False
+    if job.measure:
+        measured = [*job.folder.glob("fid_*/fid.json")]
+        counted = {path.parent.name.split("_")[2] for path in measured}
+        return {f"{N}step" for N in job.counts} <= counted and all(readable(path) for path in measured)
+    return readable(job.folder / ("evaluation.json" if job.command[0] == "evaluate.py" else "result.json"))
+
+
+def readable(path):
+    """Whether a JSON file is there and whole."""
+    try:
+        read_json(path, "a result")
+    except BadInput:
+        return False
+    return True
+
+
+def changes(job):
+    """Names of what differs between the kept run of a job and what would run now."""
+    known, now = record(job), identity(job)
+    known_sources = known.get("sources")
+    if not isinstance(known_sources, dict):
+        known_sources = {}
+    changed = [file for file, digest in now["sources"].items() if known_sources.get(file) != digest]
+    parts = dict(command="the command", measure="the measure", every="--fid_every", inputs="what it reads")
+    return changed + [name for part, name in parts.items() if known.get(part) != now.get(part)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The runner
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def at_step(folder):
+    """The training step of a folder fid_<training step>_<N>step."""
+    return folder.name.split("_")[1]
+
+
+class Stopped(Exception):
+    """The user asked to stop."""
+
+
+class Runner:
+    """Runs jobs as child processes; `stop` ends them, each after saving its step."""
+
+    def __init__(self, args):
+        self.args, self.children, self.stopped = args, [], False
+
+    def stop(self):
+        self.stopped = True
+        for child in list(self.children):                             # the workers take theirs out meanwhile
+            child.terminate()
+
+    def run(self, job, waits=()):
+        """A job, after those that it waits for, unless it is done."""
+        for other in waits:
+            other.result()
+        job.folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside(job, ".lock"), "w") as held:
+            self.take(held)
+            if job.start and not is_done(job.start):                  # another process may have replaced it
+                raise BadInput(f"{job.folder.name}: its start {job.start.folder} is not there, or is another by now; "
+                               "the same command makes it again")
+            if not is_done(job):
+                self.do(job, held)
+
+    def take(self, held):
+        """Wait for the lock: another process may be at the same run."""
+        while not self.stopped:
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.5)
+        if self.stopped:
+            raise Stopped
+
+    def do(self, job, held):
+        look_again()
+        now, log, path = identity(job), beside(job, ".log"), beside(job, ".json")
+        changed, kept = changes(job), record(job)
+        if job.folder.exists() and not path.exists():                 # a command of --list that was pasted
+            raise BadInput(f"{job.folder}: is there, and this command did not make it; move it, or pass another --runs")
+        read = from_outside(job, kept.get("command", job.command))
+        if read != from_outside(job, job.command):
+            raise BadInput(f"{job.folder}: is a run of the same name that read {' and '.join(read)}; "
+                           "pass another --runs")
+        if changed:
+            log.unlink(missing_ok=True)
+        measured = sorted(job.folder.glob("fid_*"))
+        if changed == ["the measure"] and len({at_step(each) for each in measured}) < 2:
+            tqdm.write(f"{job.folder.name}: how it is measured changed since, its network is measured again")
+            for each in measured:
+                shutil.rmtree(each)
+        elif changed and job.folder.exists():
+            names = ", ".join(changed)
+            tqdm.write(f"{job.folder.name}: {names} changed since, the kept run is removed and runs again")
+            with lock(job.folder / ".lock", "training", "--runs"):    # a pasted command may be at it
+                shutil.rmtree(job.folder)
+        elif record(job).get("done"):
+            tqdm.write(f"{job.folder.name}: its folder or result is gone or damaged, made again")
+        write_atomic(path, json_text(dict(now, done=False), indent=1))
+        for command in self.commands(job):
+            self.call(command, log, held.fileno())
+            for features in job.folder.glob("fid_*/features"):        # 600 MB each
+                shutil.rmtree(features)
+        look_again()
+        changed = changes(job)
+        if changed:
+            raise BadInput(f"{job.folder.name}: {', '.join(changed)} changed while it ran; "
+                           "the same command runs it again")
+        write_atomic(path, json_text(dict(now, done=True), indent=1))
+
+    def call(self, command, log, held):
+        """One command to its end, output into the log.
+
+        The child inherits the lock: it stays held as long as the child lives, even if this process is killed.
+        """
+        threads = max(1, (os.cpu_count() or 1) // self.args.jobs)
+        env = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONUNBUFFERED="1")
+        words = [sys.executable, str(HERE / command[0]), *command[1:]]
+        with open(log, "ab") as out:
+            child = subprocess.Popen(words, stdout=out, stderr=out, env=env, pass_fds=[held])
+        self.children.append(child)
+        if self.stopped:
+            child.terminate()
+        code = child.wait()
+        self.children.remove(child)
+        if self.stopped:
+            raise Stopped
+        if code:
+            reason = re.split(r"[\r\n]+", log.read_text(errors="replace").strip())[-1]
+            raise BadInput(f"{shlex.join(command)} ended with exit code {code}: {reason}")
+
+    def commands(self, job):
+        """The command lines of a job that are still to do.
+
+        With pixels its own.  With latents training in pieces, each followed by FIDs of 2 (and 1) sampling steps.
+        """
+        if not job.measure:
+            return [job.command]
+        if job.command[0] == "evaluate.py":
+            return self.fids(job, job.command[:-2], 0)
+
+        total = self.steps_of(job)
+        pieces = [total]
+        if job.every:
+            pieces = [*range(job.every, total, job.every), total]
+        evaluate = ["evaluate.py", str(job.folder / "model.pt"), "--data", self.args.data]
+        lines = []
+        reached = step_of(job)
+        if reached > total:
+            raise BadInput(f"{job.folder}: is trained for {reached} steps, expected {total}; remove that folder")
+        for at in pieces:
+            if at < reached:                                          # its network is gone: nothing can measure it now
+                continue
+            measure = self.fids(job, evaluate, at)
+            # Where nothing is left to measure, the run is at the next piece.
+            if measure or at == total:
+                lines += [[*job.command, "--steps", str(at)], *measure]
+        return lines
+
+    def fids(self, job, evaluate, at):
+        """The commands still to do that measure a job after `at` training steps."""
+        lines = []
+        for N in job.counts:
+            out = job.folder / f"fid_{at:06d}_{N}step"
+            if not readable(out / "fid.json"):
+                steps = [] if "--steps" in evaluate else ["--steps", str(N)]
+                lines.append([*evaluate, *steps, *job.measure, "--out", str(out)])
+        return lines
+
+    def steps_of(self, job):
+        """The training steps of a job, as its script resolves them."""
+        words = [sys.executable, str(HERE / job.command[0]), *job.command[1:], "--dry_run"]
+        said = subprocess.run(words, capture_output=True, text=True)
+        if said.returncode:
+            raise BadInput(f"{shlex.join(job.command)}: {said.stderr.strip()}")
+        return int(re.search(r"--steps +(\d+)", said.stdout)[1])
+
+
+def step_of(job):
+    """The step that a job's model.pt is at; 0 where there is none, or a damaged one."""
+    with contextlib.suppress(BadInput):
+        return load_checkpoint(job.folder / "model.pt")["step"]
+    return 0
+
+
+def with_starts(jobs):
+    """The jobs and the starts that they need, each once, starts first."""
+    found = {}
+    for each in jobs:
+        for j in reversed(chain(each)):
+            found[j] = None
+    return list(found)
+
+
+def refuse_torchrun():
+    """Each copy would start its own runs, and runs of different seeds could join one group of processes."""
+    if world() > 1:
+        raise BadInput("starts its runs itself, one process each; leave torchrun out")
+
+
+def run_all(args, wanted):
+    """Run the jobs, and the starts that they need, --jobs at a time.  -> {Job: why it failed}"""
+    unique = with_starts(wanted)
+    open_jobs = [j for j in unique if not is_done(j)]
+    kept = len(unique) - len(open_jobs)
+    print(f"{len(unique)} runs, {kept} kept from before; {args.jobs} at a time, in {args.runs}")
+    runner, futures = Runner(args), {}
+    pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
+    signals = (signal.SIGINT, signal.SIGTERM)                         # a shell's background jobs ignore the first
+    before = {s: signal.signal(s, signal.default_int_handler) for s in signals}
+    try:
+        # Starts first: nothing in the queue waits for what comes after it.
+        for j in sorted(open_jobs, key=lambda j: len(chain(j))):
+            waits = [futures[j.start]] if j.start in futures else []
+            futures[j] = pool.submit(runner.run, j, waits)
+        with tqdm(total=len(unique), initial=kept, unit="run", dynamic_ncols=True) as bar:
+            return follow(futures, bar)
+    except KeyboardInterrupt:
+        pool.shutdown(wait=False, cancel_futures=True)
+        runner.stop()
+        pool.shutdown()
+        print("\nstopped; every run saved its step, the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def follow(futures, bar):
+    """Move the bar until every future {Job: future} is done.  -> {Job: why it failed}"""
+    failed = {}
+    names = {future: j for j, future in futures.items()}
+    waiting = set(names)
+    while waiting:
+        done, waiting = concurrent.futures.wait(waiting, timeout=2, return_when=concurrent.futures.FIRST_COMPLETED)
+        for future in done:
+            bar.update()
+            if future.exception():
+                failed[names[future]] = str(future.exception())
+                tqdm.write(f"failed: {failed[names[future]]}")
+        running = [names[future] for future in waiting if future.running()]
+        bar.set_postfix_str(", ".join(f"{j.folder.name} {last_step(j)}" for j in running)[:150])
+    return failed
+
+
+def last_step(job):
+    """How far a running job is, as text."""
+    path = job.folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    if not lines or not lines[-1].endswith("}"):                      # nothing yet, or a line that is being written
+        return ""
+    return f"step {json.loads(lines[-1])['step']}"
