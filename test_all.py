@@ -3,7 +3,7 @@ python -m pytest -q -n 2 -m "not slow"        the fast lane: what takes at most 
 
 Here: networks, calculus of flow maps, optimizer, the project itself.  test_methods.py: losses, rollouts, identities
 between methods.  test_commands.py: the scripts as a user runs them.  test_data.py, test_metrics.py: data, autoencoder,
-official weights, metrics.  test_reproduce.py: the tables.
+official weights, metrics.  test_reproduce.py: the tables.  test_results.py: the numbers that the texts say.
 
 Facts, not shapes: outputs of the official implementations (golden/), closed forms, identities between methods, exact
 resume, real command lines in a subprocess.
