@@ -188,11 +188,6 @@ def load_start(path, data, flow_map=True, omega=1.0):
     return net.train(), teacher.requires_grad_(False).eval()
 
 
-def has_state(args):
-    """Whether the run of these flags has begun, and goes on from its own weights."""
-    return args.resume != "no" and (Path(args.out) / "state.pt").exists()
-
-
 def new_network(args, data, conditioning):
     """A fresh LightningDiT for this data."""
     channels, size, _ = data.x.shape[1:]

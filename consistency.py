@@ -18,7 +18,6 @@ imf, ct and cd are one regression of the average velocity u(x_t, t, s) onto its 
     ct       eps - x0                                              eps - x0
     imf      eps - x0 + (1 - 1/omega)(u(x_t,t,t|y,omega) - u(x_t,t,t|null,1))      u(x_t,t,t|y,omega)
     cd       v_teacher(x_t, t)                                     v_teacher(x_t, t)
-
 and rcgm is the same with imf's v as tangent, d/dt [(t-s) u] taken as a backward difference over delta.
 
     python consistency.py --loss imf              # digits, 2 CPU cores: half a minute; fsf_dmd.py starts from it
@@ -38,14 +37,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints import has_state, load_checkpoint, starting_networks
-from common import (BadInput, Run, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
+from checkpoints import load_checkpoint, starting_networks
+from common import (BadInput, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     gradient_norm, main, micro_batches, rank, setup, sync_gradients, target_decay, update_ema)
 from data import load_data
 from evaluate import metric_space
 from flags import checked, flow_map_flags, number, parser, rcgm_flags, refuse, refuse_idle, resolve, teacher_flag
 from model import expand, flow_map, gate_guidance, guided_map, guided_velocity, interpolate, total_derivative
 from normuon import NorMuon, param_groups
+from run_folder import Run, check_folder, has_state
 from watch import begin, finish, watch
 
 # pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: as the paper's Table 6.
@@ -344,8 +344,7 @@ def parse_args(argv=None):
 def pretrained(args, loss):
     """Path of the model.pt of `consistency.py --loss LOSS` with the same data, size and seed; trained if not there."""
     argv = ["--loss", loss]
-    for flag in ("data", "vae", "size", "seed", "precision", "n_tokens", "token_block", "device", "micro_batch",
-                 "compile"):
+    for flag in "data vae size seed precision n_tokens token_block device micro_batch compile".split():
         if args.sources.get(flag) == "given":
             argv += [f"--{flag}", str(getattr(args, flag))]
     own = parse_args(argv)
@@ -363,6 +362,7 @@ def pretrained(args, loss):
 
 def train(args):
     device = setup(args)
+    check_folder(args)
     data = load_data(args.data)
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 

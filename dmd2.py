@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints import starting_networks
-from common import (BadInput, Run, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
+from common import (BadInput, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     frozen_view, gradient_norm, main, micro_batches, setup, sync_gradients, trainable, update_ema)
 from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, pretrained
 from data import load_data
@@ -47,6 +47,7 @@ from flags import (CONSISTENCY_FLAGS, checked, flow_map_flags, health_flag, numb
                    resolve, teacher_flag)
 from model import DiscriminatorHead, IMFDiT, backward_simulation, expand, guided_map, guided_velocity, interpolate
 from normuon import NorMuon, param_groups
+from run_folder import Run, check_folder
 from watch import begin, finish, health, watch
 
 # pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: as the paper's Table 6, with
@@ -193,6 +194,7 @@ def new_fake_side(args, net, teacher, device):
 
 def train(args):
     device = setup(args)
+    check_folder(args)
     data = load_data(args.data)
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 from checkpoints import load_checkpoint
-from common import RUNTIME_FLAGS, STEPS, BadInput, check_writable, rank
+from common import BadInput, rank
 from data import preset_kind
 from model import SIZES
+from run_folder import RUNTIME_FLAGS, STEPS, check_writable
 
 # Upper limits of what no machine does: beyond them a slip is told at once, not by a library after minutes.
 BATCH = 2 ** 20                 # images

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import starting_networks
-from common import (Run, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
+from common import (accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     gradient_norm, main, micro_batches, setup, sync_gradients, update_ema)
 from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, pretrained
 from data import load_data
@@ -47,6 +47,7 @@ from evaluate import metric_space
 from flags import checked, flow_map_flags, health_flag, number, parser, refuse, refuse_idle, resolve, teacher_flag
 from model import backward_simulation, guided_map, guided_velocity, interpolate, shift_time
 from normuon import NorMuon, param_groups
+from run_folder import Run, check_folder
 from watch import begin, finish, health, watch
 
 # pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: as the paper's Table 6.
@@ -170,6 +171,7 @@ def parse_args(argv=None):
 
 def train(args):
     device = setup(args)
+    check_folder(args)
     data = load_data(args.data)
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 

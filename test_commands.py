@@ -27,6 +27,7 @@ import fsf_dmd
 import metrics
 import model
 import normuon
+import run_folder
 import sid
 import twinflow  # noqa: F401  (looked up by its name)
 from files import read_lines
@@ -564,8 +565,8 @@ def test_compiled_blocks_break_no_graph_and_are_compiled_in_the_first_step_only(
         steps[0] += 1
         return original(self, *args)
 
-    original = common.Run.log
-    monkeypatch.setattr(common.Run, "log", log)
+    original = run_folder.Run.log
+    monkeypatch.setattr(run_folder.Run, "log", log)
     compile_with = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_with(self, backend=keep))
     torch._dynamo.reset()

@@ -96,7 +96,7 @@ def test_precision_and_recall_are_not_swapped():
 # ---- the health panel ------------------------------------------------------------------------------------------------
 
 class HealthRun:
-    """What `watch.health` needs of a common.Run."""
+    """What `watch.health` needs of a run_folder.Run."""
 
     def __init__(self, folder):
         self.folder = folder

@@ -29,6 +29,7 @@ import interrupt
 import kept_runs
 import metrics
 import reproduce
+import run_folder
 from data import load_data
 from test_helpers import HERE, assert_same, environment, refusal, run, small_images, small_net, start, state, train
 
@@ -132,13 +133,13 @@ def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch):
     run = SimpleNamespace(asked=None, stop_signal=None, model=torch.nn.Linear(1, 1), bar=SimpleNamespace())
 
     def late(tensor, op):                                   # the other process has none, this one is told meanwhile
-        common.Run.ask_to_stop(run, signal.SIGTERM, None)
+        run_folder.Run.ask_to_stop(run, signal.SIGTERM, None)
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(common.dist, "all_reduce", late)
-    assert not common.Run.stopping(run) and run.stop_signal is None
+    assert not run_folder.Run.stopping(run) and run.stop_signal is None
     monkeypatch.setattr(common.dist, "all_reduce", lambda tensor, op: None)
-    assert common.Run.stopping(run) and run.stop_signal == signal.SIGTERM
+    assert run_folder.Run.stopping(run) and run.stop_signal == signal.SIGTERM
 
 
 @pytest.mark.parametrize("error, processes, code", [
@@ -183,7 +184,7 @@ def test_a_signal_after_the_last_step_is_not_lost(in_home):
     args = consistency.parse_args(f"{IMF} --steps 1 --out late".split()[1:])
     net = small_net("plain")
     with pytest.raises(KeyboardInterrupt):
-        with common.Run(args, dict(net=net), net, load_data(args.data)):
+        with run_folder.Run(args, dict(net=net), net, load_data(args.data)):
             os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -753,7 +754,7 @@ def test_a_distillation_goes_on_after_its_start_was_trained_further(tmp_path, fe
     train("consistency.py --loss imf --data set.npz --steps 1 --out " + str(folder))
     (folder / "args.json").unlink()                             # the flags of the preset, but for --out
     args = consistency.parse_args("--loss imf --data set.npz".split())
-    files.write_atomic(folder / "args.json", files.json_text(common.identity(args)))
+    files.write_atomic(folder / "args.json", files.json_text(run_folder.identity(args)))
 
     def trained_for(steps):
         for name in ("state.pt", "model.pt"):
@@ -778,4 +779,4 @@ def test_a_distillation_goes_on_after_its_start_was_trained_further(tmp_path, fe
 def test_the_pretrained_start_waits_and_its_folder_says_nothing_of_it(in_home):
     args = consistency.parse_args("--loss imf --data toy.npz".split())
     args.wait = True
-    assert "wait" not in common.identity(args) and "sources" not in common.identity(args)
+    assert "wait" not in run_folder.identity(args) and "sources" not in run_folder.identity(args)

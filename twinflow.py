@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from checkpoints import starting_networks
-from common import (BadInput, Run, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
+from common import (BadInput, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     gradient_norm, main, micro_batches, setup, sync_gradients, target_decay, update_ema)
 from consistency import draw_guidance, draw_times, guided_rcgm_loss, imf_loss, pretrained
 from data import load_data
@@ -38,6 +38,7 @@ from evaluate import metric_space
 from flags import checked, flow_map_flags, health_flag, number, parser, rcgm_flags, refuse, resolve
 from model import IMFDiT, guided_map, guided_velocity, interpolate
 from normuon import NorMuon, param_groups
+from run_folder import Run, check_folder
 from watch import begin, finish, health, watch
 
 # pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: as the paper's Table 6, but
@@ -135,6 +136,7 @@ def parse_args(argv=None):
 
 def train(args):
     device = setup(args)
+    check_folder(args)
     data = load_data(args.data)
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 

@@ -1,0 +1,416 @@
+"""The run folder: whether a run may go on in it, and the Run that writes it: resume, log, save, stop.
+
+Running a command again resumes it.  Every file is written to a temporary name, flushed and renamed (files.py): never
+half a checkpoint.  (Lines are added to metrics.jsonl; half a last one is left out.)  One process a folder; state.pt is
+checked for flipped bytes before it is used.
+"""
+import contextlib
+import os
+import resource
+import signal
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from checkpoints import load_checkpoint
+from common import Stream, ahead, barrier, rank, world
+from files import BadInput, Locked, json_text, lock, read_json, read_lines, reading, refuse_flips, write_atomic
+
+# Flags that change how a run is carried out, not what it computes: a folder may go on with other values of these.
+RUNTIME_FLAGS = {"vae", "steps", "micro_batch", "device", "compile", "out", "resume", "log_every", "preview_every",
+                 "eval_every", "save_every", "health_every", "dry_run"}
+
+# What a run writes: only these names are removed by --resume no.
+OWN_FILES = ("args.json", "metrics.jsonl", "state.pt", "model.pt", "result.json")
+OWN_PICTURES = ("samples_[0-9]*.png", "health_[0-9]*.png")
+
+# Upper limit of training steps, and of every number of a flag that has no other.
+STEPS = 10 ** 9
+
+# A network that trains has weights near 1 (1.2 at most in the digits' runs).  Beyond this one it has diverged, although
+# its loss may be finite.
+LARGEST_WEIGHT = 1e4
+
+
+def identity(args):
+    """The flags that a run folder has to agree in."""
+    return {k: v for k, v in vars(args).items() if k not in RUNTIME_FLAGS | NO_FLAGS}
+
+
+# Of the namespace, but no flags.  wait: whether a folder at which another process is training is waited for.
+NO_FLAGS = {"sources", "wait"}
+
+
+def own_paths(folder):
+    """What a run writes into its folder: the files, there or not, and the pictures that are there."""
+    pictures = [path for pattern in OWN_PICTURES for path in folder.glob(pattern)]
+    return [folder / name for name in OWN_FILES] + pictures
+
+
+def leftovers(folder):
+    """Temporary files of a process that was killed while it wrote."""
+    return [path for name in (*OWN_FILES, *OWN_PICTURES) for path in folder.glob(f".{name}.*.tmp")]
+
+
+def check_writable(folder, flag=""):
+    """BadInput if a folder cannot be made or written; the line begins with `flag`.  Touches nothing."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{flag}{folder}: exists and is no run folder but a file; nothing was touched")
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise BadInput(f"{flag}{folder}: Not a directory: {existing} is a file; nothing was touched")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise BadInput(f"{flag}{folder}: cannot be written in {existing}; nothing was touched")
+
+
+def check_folder(args):
+    """BadInput if --out cannot be a run folder, or is that of another configuration.  Touches nothing.
+
+    Scripts ask before any pretraining; a Run asks again.
+    """
+    folder = Path(args.out)
+    check_writable(folder, "--out ")
+    for path in own_paths(folder):
+        if path.exists() and not path.is_file():
+            raise BadInput(f"--out {folder}: {path.name} in it is no file; nothing was touched")
+    if folder.is_symlink() and args.resume == "no":
+        raise BadInput(f"--out {folder}: is a link, and --resume no does not remove through one; nothing was touched")
+    path = folder / "args.json"
+    there = set(folder.iterdir()) if folder.exists() else set()     # looked at first: another process may begin here
+    if not path.exists():
+        ours = {folder / ".lock", *leftovers(folder)}               # of a run that was killed at once
+        if there - ours:
+            raise BadInput(f"--out {folder}: exists and is no run folder, expected a new one; nothing was touched")
+    elif args.resume != "no":
+        before = read_json(path, "the configuration of a run", repair="--resume no starts over")
+        now = identity(args)
+        names = [k for k in now if before.get(k) != now[k]]
+        names = [k for k in names if k in args.sources] or names    # start and sampler follow from flags
+        differ = [f"--{k} {before.get(k)} (there) {now[k]} (here)" for k in names]
+        if differ:
+            raise BadInput(f"{folder} holds another configuration: {', '.join(differ)}; "
+                           "choose another --out, or --resume no to start over")
+        if (folder / "model.pt").exists() and not (folder / "state.pt").exists():       # the first is written last
+            raise BadInput(f"{folder}: has a model.pt but no state.pt to go on from; --init {folder}/model.pt starts "
+                           "another run from it, --resume no starts over")
+
+
+def has_state(args):
+    """Whether the run of these flags has begun, and goes on from its own weights."""
+    return args.resume != "no" and (Path(args.out) / "state.pt").exists()
+
+
+def refuse_odd_history(step, evaluations):
+    """ValueError if these are not the step and the evaluations that `Run.save` writes."""
+    whole = type(step) is int and 0 <= step <= STEPS and isinstance(evaluations, list)
+    if not whole or not all(isinstance(e, dict) and type(e.get("step")) is int for e in evaluations):
+        raise ValueError("its step or its evaluations are of another kind")
+    for evaluation in evaluations:
+        if evaluation.keys() != evaluations[0].keys():
+            raise ValueError("its evaluations have several kinds of metrics")
+        if not all(type(v) in (int, float, type(None)) for v in evaluation.values()):
+            raise ValueError("its evaluations hold more than numbers")
+
+
+class Run:
+    """One run folder while it is written.
+
+    with Run(args, state, model, data) as run:
+        for step, batch in run.steps(draw):           # from where the folder left off; saves on Ctrl-C, SIGTERM, SIGHUP
+            ...
+            run.log(total, batch, grad_norm)          # see `accumulate`; refused if not finite
+            if run.due(args.save_every): run.save()   # also at the last step
+
+    state: {name: network, EMA, optimizer}, everything that resuming needs; None is left out.
+    model: the EMA network that model.pt keeps.
+    """
+
+    def __init__(self, args, state, model, data):
+        self.args, self.model, self.data = args, model, data
+        self.state = {name: part for name, part in state.items() if part is not None}
+        self.folder, self.main = Path(args.out), rank() == 0
+        self.step, self.evaluations, self.pending = 0, [], []
+        self.asked = self.stop_signal = None                        # a signal of this process; one that all agreed on
+        self.held = contextlib.ExitStack()                          # the folder's lock
+        check_folder(args)
+        try:
+            self.take_folder()
+            self.resume()
+        except BaseException:
+            self.held.close()
+            raise
+
+    def take_folder(self):
+        """Lock the folder, and clear it with --resume no.  Nobody else reads or writes in it from here to the end."""
+        bar = None
+        while True:
+            refusal = Locked(f"{self.folder}: another process is training there")
+            taken = False
+            if self.main:
+                try:
+                    self.held.enter_context(lock(self.folder / ".lock", "training"))
+                    taken = True
+                except Locked as error:
+                    refusal = error
+            if self.of_first(int(taken)):
+                break
+            if not getattr(self.args, "wait", False):
+                raise refusal
+            if bar is None:
+                said = str(refusal).split(";")[0]
+                bar = tqdm(desc=f"waiting: {said}", bar_format="{desc} {elapsed}", disable=not self.main)
+            bar.update()
+            time.sleep(0.5)
+        if bar is not None:
+            bar.close()
+        check_folder(self.args)                                     # another one may have been here meanwhile
+        barrier()
+        if self.main:
+            for path in leftovers(self.folder):
+                path.unlink()
+        if self.main and self.args.resume == "no":                  # in the reverse order of writing: killed here, it
+            for path in reversed(own_paths(self.folder)):           # is still a run folder; resume() replaces args.json
+                if path.name != "args.json":
+                    path.unlink(missing_ok=True)
+        barrier()
+
+    def of_first(self, number):
+        """The first process's integer, given to every process."""
+        if world() == 1:
+            return number
+        number = torch.tensor(number)
+        dist.broadcast(number, 0)
+        return int(number)
+
+    def resume(self):
+        path = self.folder / "state.pt"
+        if path.exists():
+            self.load(path)
+            if self.main and not self.model_is_good():              # killed between state.pt and model.pt
+                self.save_model()
+            if self.main and self.step < self.args.steps:
+                print(f"{self.folder}: resuming at step {self.step}")
+            elif self.main:
+                print(f"{self.folder}: is done ({self.step} steps); --steps trains longer, --resume no starts over")
+        elif self.main:
+            write_atomic(self.folder / "args.json", json_text(identity(self.args), indent=1))
+            (self.folder / "metrics.jsonl").unlink(missing_ok=True)
+        barrier()
+
+    def load(self, path):
+        with reading(path, "the state of this run", "it cannot be resumed, --resume no starts over"):
+            refuse_flips(path)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            refuse_odd_history(saved["step"], saved["evaluations"])
+            now = self.of_data()
+            if any(now.get(name) != value for name, value in saved.get("data", {}).items()):
+                raise BadInput(f"--data {self.data.source}: has changed since {path} was written; "
+                               "--resume no starts over")
+            for name, part in self.state.items():
+                settings = [dict(group, params=None) for group in getattr(part, "param_groups", [])]
+                part.load_state_dict(saved[name])
+                for group, own in zip(getattr(part, "param_groups", []), settings):     # the flags', not the file's
+                    group.update(own, params=group["params"])
+            self.step, self.evaluations = saved["step"], saved["evaluations"]
+        self.refuse_divergence(f"{path} holds it: --resume no starts over")
+
+    def of_data(self):
+        """What a run that goes on has to find in the data again: their statistics, number and labels."""
+        labels = zlib.crc32(self.data.y.numpy().tobytes())
+        return dict(self.data.meta, rows=len(self.data.x), labels=labels)
+
+    def model_is_good(self):
+        """Whether model.pt holds what state.pt holds."""
+        try:
+            checkpoint = load_checkpoint(self.folder / "model.pt")
+            found, ours = checkpoint["weights"], self.model.state_dict()
+            same = all(torch.equal(v.cpu(), found[name]) for name, v in ours.items())
+            return same and checkpoint["step"] == self.step and checkpoint["config"] == self.model.config
+        except Exception:                                           # damaged, or gone
+            return False
+
+    def __enter__(self):
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()                    # of the pretraining before
+        stops = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup
+            stops.append(signal.SIGHUP)
+        self.handlers = {s: signal.signal(s, self.ask_to_stop) for s in stops}
+        self.began = self.step
+        self.bar = tqdm(total=self.args.steps, initial=self.step, desc=self.folder.name, disable=not self.main,
+                        mininterval=0.5, dynamic_ncols=True)
+        path = self.folder / "metrics.jsonl"
+        if self.main and self.step and path.exists():               # lines after the saved step: killed, then resumed
+            kept = [line for line in read_lines(path) if line["step"] <= self.step]
+            write_atomic(path, "".join(json_text(line) + "\n" for line in kept))
+        self.restart_clock()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        self.bar.close()
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
+        self.held.close()
+        if kind is None and self.asked:                             # after the last step: what follows is stopped
+            signal.raise_signal(self.asked)
+
+    def restart_clock(self):
+        """sec/step counts from here: evaluations, pictures and saves are left out."""
+        self.clock, self.clock_step = time.perf_counter(), self.step
+
+    def ask_to_stop(self, signum, frame):
+        self.asked = signum
+        if signum == signal.SIGHUP:                                 # nobody to show it to: writing there would fail
+            self.bar.disable = True
+
+    def steps(self, draw):
+        """(step, draw(its Stream, step)) of every step that is left.
+
+        draw: all that a step draws.  Beside a GPU the next step's is drawn in a thread: at the paper's setting that is
+        0.06 s of a CPU core for FSF-DMD and 0.6 for DMD2 1:5, in which the CPU would start no kernel.
+        """
+        def of(step):
+            return step, draw(Stream("step", self.args.seed, step), step)
+
+        left = range(self.step, self.args.steps)
+        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        for drawn in map(of, left) if on_cpu else ahead(of, left):
+            yield drawn
+            if self.stopping():
+                self.save()
+                self.bar.close()
+                if self.main:
+                    with contextlib.suppress(OSError):              # the terminal is gone
+                        print(f"\nstopped at step {self.step} and saved; run the same command again to resume",
+                              file=sys.stderr)
+                sys.exit(128 + self.stop_signal)
+
+    def stopping(self):
+        """All processes stop after the same step.  A signal that comes while they agree counts at the next."""
+        agreed = self.asked or 0
+        if world() > 1:
+            signals = torch.tensor(agreed)                          # on the CPU: the GPU is not waited for
+            dist.all_reduce(signals, op=dist.ReduceOp.MAX)
+            agreed = int(signals)
+        self.stop_signal = agreed or None
+        return agreed > 0
+
+    def due(self, every):
+        """True every `every` steps and at the last one (every = 0: only there)."""
+        return self.step == self.args.steps or (every > 0 and self.step % every == 0)
+
+    def log(self, losses, batch, grad_norm):
+        """End of a step: `losses` are 0-dim tensors on the device; the times in `batch` say where a loss broke."""
+        times = {k: v for k, v in batch.items() if v.ndim == 1 and v.is_floating_point()}
+        self.pending.append((self.step, losses, times, grad_norm))
+        self.step += 1
+        self.bar.update()
+        if self.due(self.args.log_every) or self.due(self.args.save_every) or self.due(self.args.eval_every):
+            self.flush()
+
+    def flush(self):
+        """Check and write the losses since the last flush: one transfer from the device, not one a step."""
+        if not self.pending:
+            return
+        names = list(dict.fromkeys(name for _, losses, _, _ in self.pending for name in losses))
+        zero = torch.zeros((), device=self.pending[0][3].device)    # of a loss that a step does not have
+        rows = []
+        for _, losses, _, _ in self.pending:
+            rows.append(torch.stack([losses.get(name, zero).float() for name in names]))
+        values = torch.stack(rows)                                  # [steps, names]
+        if world() > 1:
+            dist.all_reduce(values)
+        values, norms = values.cpu(), torch.stack([norm.float() for *_, norm in self.pending]).cpu()
+        for (step, _, times, _), row, norm in zip(self.pending, values, norms):
+            bad = [name for name, value in zip(names, row) if not value.isfinite()]
+            if not norm.isfinite():
+                bad.append("gradient norm")
+            if bad:
+                spans = [f"{k} in [{v.min():.3g}, {v.max():.3g}], median {v.median():.3g}" for k, v in times.items()]
+                raise BadInput(f"{bad[0]} is not finite at step {step} ({', '.join(spans)}); "
+                               "the last state.pt is untouched: lower --lr, or look at the data")
+        self.refuse_divergence()
+        seconds = (time.perf_counter() - self.clock) / max(1, self.step - self.clock_step)
+        steps_with = torch.tensor([sum(name in losses for _, losses, _, _ in self.pending) for name in names])
+        line = dict(zip(names, (values.sum(0) / steps_with).tolist()))
+        line |= dict(grad_norm=norms.mean().item(), sec_per_step=seconds)
+        shown = {k: f"{v:.3g}" for k, v in line.items() if k != "grad_norm"}
+        line |= dict(images_per_sec=self.args.batch_size / seconds, memory_gb=peak_memory() / 1e9)
+        self.write(line)
+        if self.evaluations:
+            shown |= {k: f"{v:.1f}" for k, v in self.evaluations[-1].items() if k.startswith("fd_")}
+        self.bar.set_postfix(shown)
+        self.pending = []
+        self.restart_clock()
+
+    def refuse_divergence(self, what="the last state.pt is untouched: lower --lr, or look at the data"):
+        """BadInput if a weight has left all bounds: one step can do that before any loss shows it."""
+        for name, part in self.state.items():
+            if isinstance(part, torch.nn.Module):
+                largest = torch.nn.utils.get_total_norm([*part.parameters()], float("inf")).item()
+                if not largest <= LARGEST_WEIGHT:                   # or nan
+                    raise BadInput(f"the run has diverged: a weight of {name} is {largest:.3g} after step {self.step}; "
+                                   f"{what}")
+
+    def write(self, line):
+        """One line of metrics.jsonl, under the step's number."""
+        if not self.main:
+            return
+        line = {k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json_text(dict(step=self.step) | line) + "\n")
+
+    def evaluated(self, metrics):
+        """Keep an evaluation ({} of latents), which only the first process makes."""
+        if not metrics:
+            return
+        self.evaluations.append(dict(step=self.step) | metrics)
+        self.write(metrics)
+        self.restart_clock()
+
+    def save(self):
+        self.flush()
+        if self.main:
+            parts = {name: part.state_dict() for name, part in self.state.items()}
+            history = dict(step=self.step, evaluations=self.evaluations, data=self.of_data())
+            write_atomic(self.folder / "state.pt", parts | history)
+            self.save_model()
+        barrier()
+        self.restart_clock()
+
+    def save_model(self):
+        args = {k: v for k, v in vars(self.args).items() if k not in NO_FLAGS}
+        write_atomic(self.folder / "model.pt",
+                     dict(config=self.model.config, weights=self.model.state_dict(), data=self.data.meta,
+                          sampler=self.args.sampler, step=self.step, args=args))
+
+    def result(self, definition, other_sampler=None):
+        """Write result.json: last and best of every metric, with their definition.  -> the dict"""
+        last, best = {}, {}
+        if self.evaluations:
+            last = self.evaluations[-1]
+        for k in last:
+            if k == "step":
+                continue
+            choose = min if k.startswith("fd") else max             # a distance is best low
+            at = choose((e for e in self.evaluations if k in e), key=lambda e, k=k: e[k])
+            best[k] = dict(value=at[k], step=at["step"])
+        result = dict(last=last, best=best, evaluations=self.evaluations, definition=definition,
+                      other_sampler=other_sampler or {})
+        if self.main:
+            write_atomic(self.folder / "result.json", json_text(result, indent=1))
+        return result
+
+
+def peak_memory():
+    """Bytes: of the device where there is one, else of this process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024                  # Linux counts kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
