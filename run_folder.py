@@ -25,6 +25,9 @@ from files import BadInput, Locked, json_text, lock, read_json, read_lines, read
 RUNTIME_FLAGS = {"vae", "steps", "micro_batch", "device", "compile", "out", "resume", "log_every", "preview_every",
                  "eval_every", "save_every", "health_every", "dry_run"}
 
+# Of the namespace, but no flags.  wait: whether a folder at which another process is training is waited for.
+NO_FLAGS = {"sources", "wait"}
+
 # What a run writes: only these names are removed by --resume no.
 OWN_FILES = ("args.json", "metrics.jsonl", "state.pt", "model.pt", "result.json")
 OWN_PICTURES = ("samples_[0-9]*.png", "health_[0-9]*.png")
@@ -40,10 +43,6 @@ LARGEST_WEIGHT = 1e4
 def identity(args):
     """The flags that a run folder has to agree in."""
     return {k: v for k, v in vars(args).items() if k not in RUNTIME_FLAGS | NO_FLAGS}
-
-
-# Of the namespace, but no flags.  wait: whether a folder at which another process is training is waited for.
-NO_FLAGS = {"sources", "wait"}
 
 
 def own_paths(folder):
