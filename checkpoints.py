@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from files import BadInput, first_line, reading, refuse_flips
+from files import BadInput, first_line, is_out_of_memory, reading, refuse_flips
 from model import CONDITIONINGS, LightningDiT, build, load_official, refuse_differences
 
 
@@ -114,6 +114,8 @@ def official(path, state):
         net = load_official(state)
         refuse_damage(net.config, net.state_dict(), None, {})
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise BadInput(f"{path}: not a model.pt of this project, nor official LightningDiT or iMF weights "
                        f"({first_line(error, 300)})") from None
     return dict(config=net.config, weights=net.state_dict(), data=None, args={}, step=0)
@@ -136,6 +138,8 @@ def load_network(path, data=None, conditioning=None):
         net = build(config)
         net.load_state_dict(checkpoint["weights"])
     except (ArithmeticError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise BadInput(f"{path}: its weights do not fit its configuration ({first_line(error, 160)})") from None
     refuse_not_finite(path, net.state_dict())
     return net, checkpoint

@@ -18,11 +18,11 @@ imf, ct and cd are one regression of the average velocity u(x_t, t, s) onto its 
     ct       eps - x0                                              eps - x0
     imf      eps - x0 + (1 - 1/omega)(u(x_t,t,t|y,omega) - u(x_t,t,t|null,1))      u(x_t,t,t|y,omega)
     cd       v_teacher(x_t, t)                                     v_teacher(x_t, t)
+
 and rcgm is the same with imf's v as tangent, d/dt [(t-s) u] taken as a backward difference over delta.
 
     python consistency.py --loss imf              # digits, 2 CPU cores: half a minute; fsf_dmd.py starts from it
     python consistency.py --loss cd --init imf    # the baseline that FSF-DMD is compared with
-    python consistency.py --loss cd --init fm     # the same from a plain velocity network (Table 4)
 
 Cost in forward passes of one network (backward = 2), half of the rows masked: fm 3, ct 5, imf 5.5, cd 5 (from fm 6: CFG
 takes two), rcgm 7, isg 5.  Masked rows need no difference (2 passes), and imf's velocity is their prediction.

@@ -102,7 +102,7 @@ RATE = 2e14
 PAPER_BATCH = 128
 COUNTED = 2                                                           # batch at which FLOPs are counted
 
-# {shapes of an optimizer's parameters: FLOPs of their update}, counted in this process.
+# {shapes of an optimizer's parameters: FLOPs of their update}, of all methods so far.
 UPDATES = {}
 
 
@@ -140,17 +140,20 @@ class Enough(Exception):
     """So many optimizer updates are counted; ends the training loop."""
 
 
-def count(script, argv, steps, forward_of):
+def count(script, argv, steps, forward_of, known=()):
     """FLOPs of matrix products in one step of a script, as dict:
 
     step        one step, without the optimizers
     optimizer   their updates in one step
     forward     one pass of the network
     preset      steps of the preset
+    updates     UPDATES, as it is then
 
     Runs `steps` steps in this process, at the batch size in argv, and leaves at the last optimizer update.
-    forward_of: a model.pt.  An optimizer whose parameters have shapes that were counted before is not run again.
+    forward_of: a model.pt.  known: `updates` of an earlier call; an optimizer whose parameters have shapes that were
+    counted before is not run again.
     """
+    UPDATES.update(known)
     module = SCRIPTS[script]
     with contextlib.redirect_stdout(io.StringIO()):                   # it prints what its flags resolve to
         args = module.parse_args(argv)
@@ -197,6 +200,7 @@ def count(script, argv, steps, forward_of):
         optimizer=sum(UPDATES[key] for key in keys) / steps,
         forward=count_forward(forward_of, args.batch_size),
         preset=args.steps,
+        updates=UPDATES,
     )
 
 
@@ -261,23 +265,31 @@ def aside(function, *args):
     spawn = multiprocessing.get_context("spawn")
     ours, its = spawn.Pipe(duplex=False)
     on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    spawn.Process(target=answer, args=(its, function, args), daemon=True).start()
-    signal.signal(signal.SIGINT, on_ctrl_c)
-    its.close()
+    try:
+        spawn.Process(target=answer, args=(its, function, args), daemon=True).start()
+    finally:
+        signal.signal(signal.SIGINT, on_ctrl_c)
+        its.close()
     return ours
 
 
 def answer(pipe, function, args):
-    pipe.send(function(*args))
+    try:
+        pipe.send((function(*args), None))
+    except Exception as error:                                        # a full disk, say
+        pipe.send((None, error))
 
 
 def received(pipe):
-    """The result; BadInput if the process has ended without one, killed or with a traceback of its own."""
+    """The result, or the exception that the function raised; BadInput if its process was killed."""
     try:
-        return pipe.recv()
+        result, error = pipe.recv()
     except EOFError:
-        raise BadInput("the process that counts FLOPs ended (killed, or out of memory?); the same command goes on "
+        raise BadInput("the process that counts FLOPs was killed (too little memory?); the same command goes on "
                        "with this method") from None
+    if error:
+        raise error
+    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,14 +320,16 @@ def measure(args, setting, entry, folder):
     plain = start == "fm" or label == "FM"
     forward_of = folder / ("fm.pt" if plain else "imf.pt")
     counted_steps = 2 if script == "dmd2.py" else 1                   # its rollouts are drawn
-    counted = aside(count, script, [*flags, *as_counted], counted_steps, forward_of)
+    counted = aside(count, script, [*flags, *as_counted], counted_steps, forward_of, UPDATES)
     if not torch.cuda.is_available():
-        counted.poll(None)                                            # would slow on a CPU what is timed there
+        flops = received(counted)                                     # would slow on a CPU what is timed there
 
     as_timed = ["--batch_size", str(setting["batch"]), "--precision", setting["precision"]]
     steps = 8 if torch.cuda.is_available() else 4                     # lines of the log
     seconds, memory = time_steps([script, *flags, *as_timed], folder / "run", steps)
-    flops = received(counted)
+    if torch.cuda.is_available():
+        flops = received(counted)
+    UPDATES.update(flops["updates"])
 
     per_image = flops["step"] / COUNTED
     of_a_step = PAPER_BATCH * per_image + flops["optimizer"]

@@ -89,12 +89,11 @@ def inputs_of(job):
 
 def from_outside(job, command):
     """What a command of a job names as its data, and as a network that no job of ours trains."""
-    ours = {str(j.folder / "model.pt") for j in chain(job)}
-    flags = zip(command, command[1:])
-    words = [word for flag, word in flags if flag in ("--data", "--init", "--teacher") and word not in ours]
-    if command[0] == "evaluate.py" and command[1] not in ours:
+    ours = {(j.folder / "model.pt").resolve() for j in chain(job)}
+    words = [word for flag, word in zip(command, command[1:]) if flag in ("--data", "--init", "--teacher")]
+    if command[0] == "evaluate.py":
         words.append(command[1])
-    return words
+    return [word for word in words if Path(word).resolve() not in ours]
 
 
 def look_again():
@@ -228,7 +227,7 @@ class Runner:
             raise BadInput(f"{job.folder}: is there, and this command did not make it; move it, or pass another --runs")
         read = from_outside(job, kept.get("command", job.command))
         if read != from_outside(job, job.command):
-            raise BadInput(f"{job.folder}: is a run of the same name that read {' and '.join(read)}; "
+            raise BadInput(f"{job.folder}: is a run of the same name that read {' and '.join(read) or 'no file'}; "
                            "pass another --runs")
         if changed:
             log.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """What reproduce.py shows of its runs: statistics over seeds, Markdown tables, curves, samples.  Functions only.
 
 A run is what `collect` reads from its folder.  A row is an entry of `summary`: the runs of one row of a table, by seed.
-A table, its rows and its jobs are reproduce.py's Table, Row and Job; nothing here knows how they are run.
+A table and its rows are reproduce.py's Table and Row, its jobs kept_runs.py's Job; nothing here knows how they are run.
 """
 import json
 import math

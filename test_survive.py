@@ -616,6 +616,10 @@ def test_kept_runs_of_other_data_and_of_another_start_are_neither_taken_nor_remo
     files.write_atomic(kept_runs.beside(start, ".json"), files.json_text(record))
     assert kept_runs.is_done(start)
 
+    # The folder of runs written in full: the start of its own job is not one from outside.
+    elsewhere = [str(Path(word).resolve()) if word.endswith("model.pt") else word for word in distilled.command]
+    assert kept_runs.from_outside(distilled, elsewhere) == [str(tmp_path / "a" / "set.npz")]
+
     # Another data set of the same name: its runs would lie in the same folders.
     other_runner, other, _ = of("b")
     assert other.folder == start.folder and not kept_runs.is_done(other)
@@ -674,6 +678,7 @@ def test_a_network_of_init_has_runs_of_its_own(tmp_path):
     assert refused == ["b/run/model.pt", "imf/model.pt"]
 
 
+@pytest.mark.slow
 def test_a_record_of_before_inputs_were_kept_is_not_one_of_other_data(tmp_path):
     small_images(tmp_path / "set.npz", 60)
     args = argparse.Namespace(data=str(tmp_path / "set.npz"), init=None, start="weak", jobs=2, table="2", runs=tmp_path)
@@ -690,7 +695,8 @@ def test_a_record_of_before_inputs_were_kept_is_not_one_of_other_data(tmp_path):
 
     # Data that are replaced while the run reads them: it may have seen both.
     def replaces():
-        while not (job.folder / "args.json").exists():
+        late = time.monotonic() + 60
+        while not (job.folder / "args.json").exists() and time.monotonic() < late:
             time.sleep(0.05)
         small_images(tmp_path / "set.npz", 90)
 

@@ -42,7 +42,8 @@ def parse_args(argv=None):
     p.add_argument("--starts", type=number(int, 1), nargs="+", default=[100, 200, 400, 800], help="steps of the starts")
     p.add_argument("--steps", type=number(int, 1), help="steps of both methods (default: the presets')")
     p.add_argument("--cd_steps", type=number(int, 1), help="steps of consistency distillation (default: as many)")
-    p.add_argument("--omega", type=number(float, 1), help="CFG scale of both methods (default: the presets')")
+    p.add_argument("--omega", type=number(float, 1),
+                   help="CFG scale of both methods (default: the presets'); the start has to know it (images: up to 4)")
     p.add_argument("--lam", type=number(float, 0), nargs="+", default=[0.01, 0.05, 0.2], help="lambdas of Eq. 15")
     p.add_argument("--seeds", type=number(int, 1), default=3, help="seeds 0, 1, ...")
     p.add_argument("--jobs", type=number(int, 1), default=min(8, os.cpu_count() or 1), help="runs at a time")
