@@ -526,6 +526,26 @@ def test_what_is_said_of_the_weakest_start_at_equal_steps_and_at_equal_passes():
     assert [f"{np.mean(kept[name]['cd']):.1f}" for name in ("passes", "weak")] == ["154.8", "160.8"]
 
 
+def test_what_is_said_of_more_guidance_is_in_the_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    strength, text = importlib.import_module("strength"), words_of_the_texts()
+    stored = json.loads((KEPT / "strength-fashion-mnist-omega3" / "runs.json").read_text())
+    assert (stored["omega"], stored["steps"], stored["cd_steps"], stored["seeds"]) == (3, 174, None, 3)
+    [row] = stored["rows"]
+    assert "\n".join(strength.table([row])) in (KEPT / "strength-fashion-mnist-omega3" / "README.md").read_text()
+    for name, words, p in (
+        ("fd_2step", "in all three (+9.1 ± 9.4, p 0.24)", 0.24), ("fd_1step", "in one (+4.4 ± 9.8)", 1),
+        ("precision_2step", "(-0.061 ± 0.014, p 0.019 alone)", 0.019), ("recall_2step", "(-0.026 ± 0.014)", 0.09),
+    ):
+        found = row["difference"][name]
+        assert strength.signed(found, 1 if name.startswith("fd") else 3) in words and words in text, words
+        assert scipy.stats.ttest_1samp(found, 0).pvalue < p
+    assert min(row["difference"]["fd_2step"]) > 0 > min(row["difference"]["fd_1step"])
+    assert sum(d < 0 for d in row["difference"]["fd_1step"]) == 1
+    [weak] = json.loads((KEPT / "strength-fashion-mnist-weak" / "runs.json").read_text())["rows"]
+    assert f"({strength.signed(weak['difference']['precision_2step'], 3)}, six seeds)" in text
+
+
 def test_what_is_said_of_table_2_from_the_strong_start_is_in_the_numbers():
     told = Told("table2-digits-strong")
     gain, mean = told.gain, told.mean
