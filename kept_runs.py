@@ -241,7 +241,7 @@ class Runner:
             tqdm.write(f"{job.folder.name}: {names} changed since, the kept run is removed and runs again")
             with lock(job.folder / ".lock", "training", "--runs"):    # a pasted command may be at it
                 shutil.rmtree(job.folder)
-        elif record(job).get("done"):
+        elif kept.get("done"):
             tqdm.write(f"{job.folder.name}: its folder or result is gone or damaged, made again")
         write_atomic(path, json_text(dict(now, done=False), indent=1))
         for command in self.commands(job):
