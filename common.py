@@ -60,18 +60,18 @@ def main(train, parse_args):
         if not is_lost(error):
             raise
         leave("another process of this run ended; the last state.pt is untouched, run the same command again "
-              f"({first_line(error)})", 1)
+              f"({first_line(error)})", 1, os._exit)                # gloo without its other end may abort on its way out
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def leave(words, code):
+def leave(words, code, end=sys.exit):
     """End this process with one line of its own, not one behind a bar."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
-    print(f"{Path(sys.argv[0]).name}: {' '.join(words.splitlines())}", file=sys.stderr)
-    sys.exit(code)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(words.splitlines())}", file=sys.stderr, flush=True)
+    end(code)
 
 
 def is_lost(error):
