@@ -59,8 +59,9 @@ def main(train, parse_args):
             leave(OUT_OF_MEMORY, 2)
         if not is_lost(error):
             raise
+        end = os._exit if dist.is_initialized() else sys.exit       # gloo without its other end may abort at exit
         leave("another process of this run ended; the last state.pt is untouched, run the same command again "
-              f"({first_line(error)})", 1, os._exit)                # gloo without its other end may abort on its way out
+              f"({first_line(error)})", 1, end)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
