@@ -145,8 +145,8 @@ def distance(pred: Tensor, target: Tensor, c: float = 1e-3, cosine: bool = True)
 
 
 def cosine_distance(pred: Tensor, target: Tensor) -> Tensor:
-    """1 - cosine over the channels, its mean over positions, of each sample [B].  pred, target [B, C, ...]."""
-    return (1 - F.cosine_similarity(pred, target, dim=1)).view(len(pred), -1).mean(1)
+    """1 - cosine over channels, mean over positions -> [B].  1/eps: its slope at 0, which is a new network's output."""
+    return (1 - F.cosine_similarity(pred, target, dim=1, eps=1e-2)).view(len(pred), -1).mean(1)
 
 
 def flow_matching_loss(u: Callable, x0: Tensor, eps: Tensor, t: Tensor, cosine: bool = False) -> Tensor:
@@ -166,7 +166,7 @@ def consistency_loss(u: Callable, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, 
     rho( u(x_t,t,s), sg( v - (t-s) du/dt ) ).  u: callable (x [B, C, H, W], t [B], s [B]) -> average velocity.
     v: target velocity and tangent: dx/dt, both [B, C, H, W]; for Eq. 16 both are the teacher's v(x_t, t).  s <= t; rows
     with s = t are flow matching onto v.  With the squared distance its gradient is MeanFlow's, and half of it is AYF's
-    EMD with weight 1/(t-s) (Eq. 35-38).
+    EMD with weight 1/(t-s) (Eq. 35-38).  imf_loss and distillation_loss are this, with du/dt only where s < t.
     tangent_norm > 0: AYF's and rCM's original, || u - sg(u + g / (||g|| + tangent_norm)) ||^2 with g = target - u.
     """
     du_dt = total_derivative(u, x_t, t, s, tangent, h, exact)                           # no gradient

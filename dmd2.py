@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints import starting_networks
+from checkpoints import load_checkpoint, starting_networks
 from common import (BadInput, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     frozen_view, gradient_norm, main, micro_batches, setup, sync_gradients, trainable, update_ema)
 from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, pretrained
@@ -45,7 +45,8 @@ from data import load_data
 from evaluate import metric_space
 from flags import (CONSISTENCY_FLAGS, checked, flow_map_flags, health_flag, number, parser, refuse, refuse_idle,
                    resolve, teacher_flag)
-from model import DiscriminatorHead, IMFDiT, backward_simulation, expand, guided_map, guided_velocity, interpolate
+from model import (SIZES, DiscriminatorHead, IMFDiT, backward_simulation, expand, guided_map, guided_velocity,
+                   interpolate)
 from normuon import NorMuon, param_groups
 from run_folder import Run, check_folder
 from watch import begin, finish, health, watch
@@ -164,6 +165,8 @@ def parse_args(argv=None):
                        "expected --cd 1")
     if args.start == "scratch" and args.disc_trunk == "teacher":
         raise BadInput("--init scratch --disc_trunk teacher: there is no teacher, expected --disc_trunk fake")
+    if args.teacher and args.disc_trunk == "teacher" and args.init in ("imf", "fm"):    # the network that comes first
+        refuse_trunk(SIZES[args.size], load_checkpoint(args.teacher)["config"])
     if not args.cd:
         refuse(args, ["lam", "cd_guidance", *CONSISTENCY_FLAGS], "belongs to L_CD, which needs --cd 1")
         args.lam = 1.0                                                                  # Eq. 50-51 alone
@@ -172,16 +175,20 @@ def parse_args(argv=None):
     return checked(args, "dmd2")
 
 
+def refuse_trunk(config, of_teacher):
+    """BadInput if a discriminator made for a network of this configuration cannot read the teacher."""
+    shape = {k: config[k] for k in ("depth", "hidden_size", "num_heads", "patch_size")}
+    if of_teacher.get("architecture") == "imf" or not shape.items() <= of_teacher.items():
+        raise BadInput(f"--disc_trunk teacher: the head is made for a trunk of {shape}, the teacher has another")
+
+
 def new_fake_side(args, net, teacher, device):
     """-> (fake network, a copy of the start; discriminator head, or None; list of those that exist; their optimizer)"""
     if args.lambda_g and isinstance(net, IMFDiT):
         raise BadInput(f"--init {args.init}: the discriminator reads a LightningDiT; with iMF's own network pass "
                        "--lambda_g 0")
-    shape = {k: net.config[k] for k in ("depth", "hidden_size", "num_heads", "patch_size") if args.lambda_g}
-    of_teacher = getattr(args, "disc_trunk", "fake") == "teacher"                       # sid.py has the fake one
-    fits = not of_teacher or not isinstance(teacher, IMFDiT) and shape.items() <= teacher.config.items()
-    if args.lambda_g and not fits:
-        raise BadInput(f"--disc_trunk teacher: the head is made for a trunk of {shape}, the teacher has another")
+    if args.lambda_g and getattr(args, "disc_trunk", "fake") == "teacher":              # sid.py has the fake one
+        refuse_trunk(net.config, teacher.config)
     fake = frozen_copy(net)
     head = DiscriminatorHead(fake).to(device) if args.lambda_g else None
     fake_side = [fake, head] if head else [fake]
@@ -204,7 +211,7 @@ def train(args):
     compile_blocks(args, net, ema, teacher)
     state = dict(net=net, ema=ema, opt=opt, teacher=teacher)
     fake, head, fake_side, opt_fake = new_fake_side(args, net, teacher, device)
-    trunk = dict(fake=fake, teacher=teacher, generator=frozen_view(net))[args.disc_trunk]
+    trunk = frozen_view(net) if args.disc_trunk == "generator" else dict(fake=fake, teacher=teacher)[args.disc_trunk]
     state |= dict(fake=fake, head=head, opt_fake=opt_fake)
     features = metric_space(data, args)
     channels = args.cfg_channels or None                                        # of a plain teacher's CFG
@@ -254,7 +261,7 @@ def train(args):
         def gan(x, tau, eps, y):
             return args.lam * args.lambda_g * gan_generator_loss(D(y)(x, tau, eps))
 
-        health(run, generator, v_fake, v_teacher, dm, gan if head else None, args.M)
+        health(run, generator, v_fake, v_teacher, dm, gan if head else None)
 
     with Run(args, state, ema, data) as run:
         begin(run, features)

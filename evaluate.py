@@ -23,7 +23,8 @@ import torch
 from checkpoints import load_checkpoint, load_network, refuse_not_finite, say_unlearned, weights_hash
 from common import BadInput, main, noise_by_index, pick_device, rank, setup, world
 from data import Data, denormalize, load_data, normalize, preview, to_images
-from fid import collect, describe, feature_networks, image_source, inception_metrics, read_reference, write_reference
+from fid import (collect, describe, differ, feature_networks, image_source, inception_metrics, own_statistics,
+                 read_reference, write_reference)
 from files import json_text, reading, refuse_flips, write_atomic
 from flags import BATCH, SEED, STEPS, Parser, data_source, folder_path, number
 from inception import Inception  # noqa: F401  (a public name of this file too, as the four metrics below)
@@ -209,8 +210,10 @@ def decoder(path: str | None, expected: str, device: torch.device) -> VAE | None
 def measure(args: argparse.Namespace) -> None:
     """ref, --from_images, and checkpoints with --inception: features of images, then what is asked of them."""
     device = setup(argparse.Namespace(device=args.device, precision="fp32", batch_size=world(), seed=0))
-    ref = None if args.what == "ref" else read_reference(args.ref)
-    if args.from_images or args.what == "ref":
+    of_ref = args.what == "ref"
+    own = own_statistics(args.data, args.pipeline) if of_ref else None
+    ref = None if of_ref else read_reference(args.ref)
+    if args.from_images or of_ref:
         path = args.from_images or args.data
         n, images, digest = image_source(path, args.n)
         sampler = f"images {path} ({digest})"
@@ -222,7 +225,7 @@ def measure(args: argparse.Namespace) -> None:
     if n < 4:
         raise BadInput(f"{n} images are too few, expected 4 or more")
     network, spaces = feature_networks(args.inception, args.vgg, args.pipeline, device)
-    if ref and ref["spaces"] and ref["spaces"].split(",")[0] != spaces.split(",")[0]:       # VGG16 may be there or not
+    if ref and differ(ref["spaces"], spaces):
         raise BadInput(f"--ref {args.ref}: is in the features of {ref['spaces']}, but the images would be in those of "
                        f"{spaces}; make it again with these flags, or take its")
     if n <= 2048 and not args.few:
@@ -232,9 +235,9 @@ def measure(args: argparse.Namespace) -> None:
     found = collect(network, images, n, out / "features", identity, args.batch_size)
     if rank() > 0:
         return
-    if args.what == "ref":
-        whole = write_reference(out / "reference.npz", found, args.data, spaces)
-        of = f"those in {args.data}" if whole else f"of {n} images"
+    if of_ref:
+        write_reference(out / "reference.npz", found, own, spaces)
+        of = f"those in {args.data}" if own else f"of {n} images"
         print(f"wrote {out / 'reference.npz'}: mu, sigma {of}, features of {min(n, 10_000)}; {spaces}")
         return
     metrics = inception_metrics(found, ref, device)
@@ -264,11 +267,9 @@ def samples_as_images(args: argparse.Namespace, device: torch.device) -> tuple[C
     restate, own = restated(checkpoint, data), checkpoint["data"]
     statistics = (list(own["mean"]), list(own["std"])) if own else (list(data.mean), list(data.std))
     scale = hashlib.sha256(repr(statistics).encode()).hexdigest()[:6]
-    guidance = f"omega {omega} on [0, {guide_to}]"
-    if channels:
-        guidance += f" in {channels} channels"
     what = (f"{args.what} ({args.weights} weights {weights_hash(net)}), {steps} steps ({named(sampler, args.shift)}), "
-            f"{guidance}, classes in turn, noise by index, seed {args.seed}, statistics {scale}, uint8 {rounding}")
+            f"{guidance_words(net.conditioning, sampler, omega, guide_to, channels)}, classes in turn, noise by index, "
+            f"seed {args.seed}, statistics {scale}, uint8 {rounding}")
 
     def images(start, stop):
         x, _ = generate(net, stop - start, data.x.shape[1:], steps, omega, guide_to, channels, args.seed, start=start,
@@ -286,6 +287,17 @@ def refuse_shift(args: argparse.Namespace, sampler: str) -> None:
 
 def named(sampler: str, shift: float) -> str:
     return sampler if shift == 1 else f"{sampler}, shift {shift:.4g}"
+
+
+def is_guided(conditioning: str, sampler: str) -> bool:
+    """Whether a network's samples take omega: a distilled one without that input has the guidance in its weights."""
+    return conditioning == "in_context" or (conditioning == "plain" and sampler == "euler")
+
+
+def guidance_words(conditioning: str, sampler: str, omega: float, guide_to: float, channels: int | None) -> str:
+    if not is_guided(conditioning, sampler):
+        return "guidance in the weights"
+    return f"omega {omega} on [0, {guide_to}]" + (f" in {channels} channels" if channels else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,16 +344,18 @@ def sampling(args: argparse.Namespace, checkpoint: dict) -> tuple[float, float, 
 
     conditioning = checkpoint["config"]["conditioning"]
     plain = conditioning == "plain"
-    if conditioning == "decoupled" and (args.omega is not None or args.guide_to is not None):
-        raise BadInput(f"--omega, --guide_to: {args.what} is a flow map without guidance; leave that out")
-    if not plain and args.cfg_channels:
-        raise BadInput(f"--cfg_channels: belongs to a velocity network, which {args.what} is not; leave that out")
     sampler = args.sampler or checkpoint.get("sampler") or ("euler" if plain else "flow_map")
     if sampler not in SAMPLERS:
         raise BadInput(f"{args.what}: names the sampler {sampler!r}, expected {', '.join(SAMPLERS)}; pass --sampler")
     if plain and sampler == "flow_map":
         raise BadInput(f"--sampler flow_map: {args.what} is a velocity network, which has no target time; "
                        "expected euler or renoised")
+    given = [f"--{flag}" for flag in ("omega", "guide_to", "cfg_channels") if getattr(args, flag) is not None]
+    if given and not is_guided(conditioning, sampler):
+        raise BadInput(f"{', '.join(given)}: {args.what}, sampled so, takes no guidance, it has it in its weights; "
+                       "leave that out")
+    if not plain and args.cfg_channels:
+        raise BadInput(f"--cfg_channels: belongs to a velocity network, which {args.what} is not; leave that out")
     omega, guide_to = chosen("omega", 1.0, float, 1, STEPS), chosen("guide_to", 1.0, float, 0, 1)
     say_unlearned(args.what, checkpoint["args"], conditioning, omega)
     return omega, guide_to, chosen("cfg_channels", 0, int, 0, STEPS) or None, sampler
@@ -360,7 +374,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--weights", choices=["ema", "raw"], default="ema",
                    help="of a run folder: the EMA (model.pt), or the weights in training (state.pt beside it)")
     p.add_argument("--steps", type=number(int, 1, 100_000), nargs="+",
-                   help="sampling steps (default: 1 2 4, of euler 25; with --inception the first)")
+                   help="sampling steps (default: 1 2 4, of euler 25; with --inception one number)")
     p.add_argument("--sampler", choices=SAMPLERS,
                    help="default: what the network was trained for.  flow_map: deterministic t -> s steps; renoised: "
                         "jumps to 0 with noise between them (DMD2, SiD); euler: of the velocity u(x, t, t), the "
@@ -415,8 +429,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     given = [f"--{flag}" for flag in idle if getattr(args, flag) != p.get_default(flag)]
     if given:
         raise BadInput(f"{', '.join(given)}: {why}; leave that out")
-    if (args.vgg or args.ref or args.few) and not args.inception:
-        raise BadInput("--vgg, --ref, --few: need --inception, the weights of FID's network")
+    idle = () if args.inception else ("vgg", "ref", "pipeline", "few", "batch_size")
+    given = [f"--{flag}" for flag in idle if getattr(args, flag) != p.get_default(flag)]
+    if given:
+        raise BadInput(f"{', '.join(given)}: need --inception, the weights of FID's network")
+    if args.inception and len(args.steps or ()) > 1:
+        raise BadInput(f"--steps {' '.join(map(str, args.steps))}: with --inception one number of steps at a time")
     return args
 
 
@@ -443,9 +461,9 @@ def measure_without_inception(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if features is not None:
         print(table([(name, metrics)], features))
+        guidance = guidance_words(net.conditioning, args.sampler, args.omega, args.guide_to, args.cfg_channels)
         definition = (f"{features.definition(args.n, args.seed, args.weights.upper())}; "
-                      f"sampler {named(args.sampler, args.shift)}, omega {args.omega} on t in [0, {args.guide_to}], "
-                      f"torch {torch.__version__}")
+                      f"sampler {named(args.sampler, args.shift)}, {guidance}, torch {torch.__version__}")
         print(definition)
         write_atomic(out / "evaluation.json", json_text(metrics | dict(definition=definition), indent=1))
     show(out / "samples.png", [(name, net, args.sampler)], data, args, sampler_steps(args.sampler, args.steps),

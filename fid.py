@@ -192,17 +192,34 @@ def read_reference(path: str | Path) -> dict:
     return dict(mu=mu, sigma=sigma, features=found.get("features"), vgg=found.get("vgg"), spaces=spaces, hash=digest)
 
 
-def write_reference(path: Path, found: dict, source: str, spaces: str) -> bool:
-    """reference.npz of the features `collect` found of --data, for `read_reference`.
+def differ(theirs: str | None, ours: str) -> bool:
+    """Whether two texts of `feature_networks` name other weights or resizing; VGG16 may be missing in one of them."""
+    if theirs is None:
+        return False
+    theirs, ours = (dict(part.partition(" ")[::2] for part in text.split(", ")) for text in (theirs, ours))
+    both = theirs.keys() & ours.keys()
+    return "Inception" not in both or any(theirs[name] != ours[name] for name in both)
 
-    spaces: what made the features.  -> whether mu and sigma are the file's own, as ADM's.
+
+def own_statistics(source: str, pipeline: str) -> dict | None:
+    """`read_reference` of an .npz of images that holds mu and sigma beside them, else None.
+
+    ADM's: they are of the whole data set, arr_0 is a part of it.  BadInput if the images would go another way.
+    """
+    if not source.endswith(".npz") or not {"mu", "sigma"} <= set(npz_headers(source, source)):
+        return None
+    if pipeline != "adm":
+        raise BadInput(f"--data {source}: holds mu and sigma of its own, made with --pipeline adm; pass that")
+    return read_reference(source)
+
+
+def write_reference(path: Path, found: dict, own: dict | None, spaces: str) -> None:
+    """reference.npz of the features that `collect` found, for `read_reference`.
+
+    own: where mu and sigma come from (`own_statistics`), None: the features.  spaces: what made the features.
     """
     mu, sigma = (value.numpy() for value in moments(found["features"]))
-    whole = source.endswith(".npz") and {"mu", "sigma"} <= set(npz_headers(source, source))
-    if whole:
-        if "(adm)" not in spaces:
-            raise BadInput(f"--data {source}: holds mu and sigma of its own, made with --pipeline adm; pass that")
-        own = read_reference(source)                             # ADM's: of the whole data set, arr_0 a part of it
+    if own:
         mu, sigma = own["mu"], own["sigma"]
     arrays = dict(mu=mu, sigma=sigma, features=spread(found["features"], 10_000).numpy(), spaces=spaces)
     if "vgg" in found:
@@ -213,7 +230,6 @@ def write_reference(path: Path, found: dict, source: str, spaces: str) -> bool:
             np.savez(file, **arrays)
 
     write_atomic(path, save)
-    return whole
 
 
 def inception_metrics(found: dict, ref: dict, device: torch.device | str = "cpu") -> dict:
@@ -229,7 +245,8 @@ def inception_metrics(found: dict, ref: dict, device: torch.device | str = "cpu"
     metrics["is"], metrics["is_std"] = inception_score(probs, splits=10)
     for space, name in (("features", "inception"), ("vgg", "vgg")):
         if ref[space] is not None and space in found:
-            real, fake = (torch.as_tensor(each).to(device) for each in (ref[space], found[space]))
+            kept = torch.as_tensor(ref[space])
+            real, fake = kept.to(device), found[space].to(device, kept.dtype)      # half of VGG16's on both sides
             metrics[f"precision_{name}"], metrics[f"recall_{name}"] = precision_recall(real, fake)
             metrics[f"n_real_{name}"] = len(ref[space])
     return metrics

@@ -278,7 +278,8 @@ def look_into(path, inits, given, defaults):
         raise BadInput(f"--init {path}: holds a {config['conditioning']} network, "
                        f"expected one for --init {' or '.join(inits)}")
     stored = {k: config[k] for k in ("size", "n_tokens", "token_block") if k in defaults and k in config}
-    differ = [f"--{k} {given[k]} (it has {v})" for k, v in stored.items() if given.get(k, v) != v]
+    names = [k for k in ("size", "n_tokens", "token_block") if k in given and given[k] != config.get(k)]
+    differ = [f"--{k} {given[k]} (it has {config.get(k, 'none')})" for k in names]
     if differ:
         raise BadInput(f"--init {path}: the network is as the file has it, not {', '.join(differ)}; leave that out")
     return kind, stored
@@ -312,9 +313,18 @@ def refuse_idle(args):
         refuse(args, ["cd_guidance"], "L_CT of --init scratch draws omega as iMF does")
     elif args.cd_guidance == "fixed":
         refuse(args, ["omega_max", "omega_law"], "omega is drawn with --cd_guidance drawn only")
+    refuse_idle_terms(args)
+    refuse_guidance(args)
+
+
+def refuse_idle_terms(args):
+    """`refuse` for the flags of du/dt, and of the draw of omega, where there is nothing to derive or to draw."""
     if args.jvp == "exact":
         refuse(args, ["fd_h"], "--jvp exact takes no difference")
-    refuse_guidance(args)
+    if args.mask_prob == 1:
+        refuse(args, ["jvp", "fd_h"], "--mask_prob 1 leaves no row with s < t")
+    if args.omega_max == 1:
+        refuse(args, ["omega_law"], "--omega_max 1 draws no omega")
 
 
 def refuse_guidance(args):

@@ -212,6 +212,8 @@ def train(args):
 
     def panel(run):
         def generator(z, y):
+            if args.rollout == "dmd2":
+                return backward_simulation(u(y), z, args.M - 1, args.M)
             x, U = rollout(u(y), z[:, 0], args.M)
             return x - U
 

@@ -201,7 +201,7 @@ def train(args):
         def gan(x, tau, eps, y):
             return args.lambda_g * gan_generator_loss(D(y)(x, tau, eps))
 
-        health(run, generator, v_fake, v_teacher, dm, gan if head else None, args.M)
+        health(run, generator, v_fake, v_teacher, dm, gan if head else None)
 
     with Run(args, state, ema, data) as run:
         begin(run, features)

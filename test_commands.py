@@ -455,6 +455,23 @@ def test_killed_and_resumed_is_never_interrupted(in_home, script, capsys):
     assert "is done" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("rollout", ["flow_map", "dmd2"])
+def test_the_health_panel_shows_the_rollout_that_is_trained(in_home, rollout):
+    train(f"fsf_dmd.py --init imf/model.pt --data toy.npz --steps 1 --rollout {rollout} --health_every 1 --lr 1e-3 "
+          f"--out panel-{rollout}")
+    net, _ = checkpoints.load_network("imf/model.pt")
+    net.load_state_dict(state(in_home, f"panel-{rollout}")["net"])
+    z = common.noise_by_index("health", metrics.EVAL_SEED, range(100), (3, 1, 4, 4))[:, :2]
+    y = torch.arange(100) % 3
+    u = lambda x, t, s: net(x, t, y, s)                                     # --omega 1, the preset
+    with torch.no_grad():
+        x, U = fsf_dmd.rollout(u, z[:, 0], 2)
+        expected = x - U if rollout == "flow_map" else model.backward_simulation(u, z, 1, 2)
+    panel, = (line for line in read_metrics(in_home, f"panel-{rollout}") if "x_hat_std" in line)
+    assert panel["x_hat_mean"] == pytest.approx(expected.mean().item(), abs=1e-5)
+    assert panel["x_hat_std"] == pytest.approx(expected.std().item(), rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", TOY)
 def test_processes_and_micro_batches_change_nothing(in_home, script):
@@ -627,6 +644,9 @@ def write_bad_inputs(folder):
     net = model.LightningDiT("tiny", "decoupled", input_size=4, in_channels=1, num_classes=3)
     decoupled = dict(config=net.config, weights=net.state_dict(), data=broken["data"], args={})
     torch.save(decoupled, folder / "decoupled.pt")
+    net = model.IMFDiT(input_size=4, in_channels=1, patch_size=2, hidden_size=32, num_heads=2, depth=2, mlp_hidden=64,
+                       num_classes=3)
+    torch.save(decoupled | dict(config=net.config, weights=net.state_dict()), folder / "official.pt")
 
 
 BAD = [  # command, words of the one line
@@ -655,6 +675,7 @@ BAD = [  # command, words of the one line
      "holds a decoupled network, expected one for --init imf or scratch"),
     ("fsf_dmd.py --data toy.npz --init imf/model.pt --size B/1 --n_tokens 7",
      "not --size B/1 (it has tiny), --n_tokens 7 (it has 1)"),
+    ("fsf_dmd.py --data toy.npz --init official.pt --size B/1", "as the file has it, not --size B/1 (it has none)"),
     ("fsf_dmd.py --data toy.npz --init imf/model.pt --out mine", "exists and is no run folder"),
     ("fsf_dmd.py --data toy.npz --init imf/model.pt --out mine --resume no", "exists and is no run folder"),
     ("consistency.py --loss imf --data three.npz", "too few to evaluate against"),
@@ -684,6 +705,10 @@ BAD = [  # command, words of the one line
     ("dmd2.py --cd 1 --omega_max 3", "--omega_max: omega is drawn with --cd_guidance drawn only"),
     ("fsf_dmd.py --omega_law truncexp", "--omega_law: omega is drawn with --cd_guidance drawn only"),
     ("fsf_dmd.py --jvp exact --fd_h 0.1", "--fd_h: --jvp exact takes no difference"),
+    ("fsf_dmd.py --mask_prob 1 --fd_h 0.1", "--fd_h: --mask_prob 1 leaves no row with s < t"),
+    ("consistency.py --loss imf --omega_law truncexp", "--omega_law: --omega_max 1 draws no omega"),
+    ("twinflow.py --omega_max 1 --omega_law truncexp", "--omega_law: --omega_max 1 draws no omega"),
+    ("dmd2.py --cd 1 --cd_guidance drawn --omega_law truncexp", "--omega_law: --omega_max 1 draws no omega"),
     ("consistency.py --loss fm --jvp exact", "--jvp: belongs to --loss ct or imf or cd"),
     ("consistency.py --loss ct --omega 2", "--omega: belongs to --loss fm or imf"),
     ("consistency.py --loss imf --cd_guidance drawn", "belongs to --loss cd"),
@@ -694,6 +719,8 @@ BAD = [  # command, words of the one line
     ("fsf_dmd.py --cfg_channels 3", "--cfg_channels: belongs to a velocity network (fm) as the teacher"),
     ("fsf_dmd.py --init scratch --cd_guidance drawn", "L_CT of --init scratch draws omega"),
     ("dmd2.py --init scratch --cd 0", "without a teacher nothing would tell the network of the data"),
+    ("dmd2.py --data toy.npz --teacher decoupled.pt --size small --disc_trunk teacher",
+     "the head is made for a trunk of {'depth': 4"),
     ("dmd2.py --init scratch --disc_trunk teacher", "there is no teacher, expected --disc_trunk fake"),
     ("sid.py --init scratch", "--init scratch: expected fm or imf, or the path of a model.pt"),
     ("sid.py --lambda_d 1", "--lambda_g 0 builds no discriminator"),
@@ -720,7 +747,10 @@ BAD = [  # command, words of the one line
     ("evaluate.py imf/model.pt --data digits", "was made for shape [1, 4, 4], but --data digits has [1, 8, 8]"),
     ("evaluate.py imf/model.pt --device tpu", "--device tpu: not usable here"),
     ("evaluate.py imf/model.pt --n 3", "--n: 3 is out of range"),
-    ("evaluate.py decoupled.pt --omega 2", "--omega, --guide_to: decoupled.pt is a flow map without guidance"),
+    ("evaluate.py decoupled.pt --omega 2", "--omega: decoupled.pt, sampled so, takes no guidance"),
+    ("evaluate.py fm/model.pt --sampler renoised --omega 2", "--omega: fm/model.pt, sampled so, takes no guidance"),
+    ("evaluate.py imf/model.pt --pipeline pytorch_fid --batch_size 9", "--pipeline, --batch_size: need --inception"),
+    ("evaluate.py imf/model.pt --inception a --ref b --steps 1 2", "--steps 1 2: with --inception one number of steps"),
     ("evaluate.py imf/model.pt --cfg_channels 1", "--cfg_channels: belongs to a velocity network, which imf"),
     ("evaluate.py grid imf/model.pt --n 50", "--n: grid makes the picture alone; leave that out"),
     ("evaluate.py ref --data x --inception y --steps 2 --vae z", "--steps, --vae: ref is of real images"),

@@ -80,6 +80,20 @@ def test_consistency_loss_vanishes_at_the_exact_flow_map_and_is_finite_at_t_equa
         assert loss.isfinite().all() and gradients(loss.sum(), net).isfinite().all()
 
 
+def test_the_cosine_term_does_not_stop_a_new_network():
+    """Its output is 0, where F.cosine_similarity alone has a slope of 1e8, which AdamW's v remembers for 600 steps."""
+    target = rand(3, 2, 4, 4)
+    length = target.norm(dim=1)
+    torch.testing.assert_close(consistency.cosine_distance(-2 * target, target), torch.full((3,), 2.0).double())
+    angle = (target[:, 0] / length).flatten(1)                                          # to the first channel
+    first = torch.zeros_like(target)
+    first[:, 0] = 0.011                                                                 # longer than eps: the cosine
+    torch.testing.assert_close(consistency.cosine_distance(first, target), 1 - angle.mean(1))
+    pred = torch.zeros_like(target, requires_grad=True)
+    slope, = torch.autograd.grad(consistency.cosine_distance(pred, target).sum(), pred)
+    torch.testing.assert_close(slope, -100 * target / length[:, None] / 16)             # 1/eps, mean of 16 positions
+
+
 def test_imf_is_flow_matching_at_t_equal_s_and_guides_as_classifier_free_guidance():
     net = small_net("in_context")
     x0, eps, t = rand(4, 2, 4, 4), rand(4, 2, 4, 4, seed=1), torch.tensor([0.2, 0.4, 0.6, 0.8]).double()

@@ -19,6 +19,7 @@ import consistency
 import evaluate
 import fid
 import inception
+import model
 import watch
 from checkpoints import load_network
 from data import Data, denormalize, load_data, normalize
@@ -127,7 +128,6 @@ def test_health_measures_what_it_says(tmp_path):
         v_teacher=lambda y: lambda x, t: x,
         dm=square,
         gan=three_squares,
-        M=2,
     )
     found = health_run.lines[0]
     assert found["x_hat_mean"] == pytest.approx(2, abs=0.02)
@@ -460,8 +460,31 @@ def test_a_reference_of_another_pipeline_or_network_is_refused(tmp_path, monkeyp
     said = refusal(f"evaluate.py --from_images images.npz {flags} {other}", capsys, monkeypatch)
     assert "is in the features of Inception" in said and "(adm), but the images would be in those of" in said
     np.savez("adm.npz", arr_0=array, mu=np.arange(2048.0), sigma=np.eye(2048))
-    said = refusal(f"evaluate.py ref --data adm.npz {flags} --pipeline pytorch_fid --out adm", capsys, monkeypatch)
+    before_any_feature = "--inception nowhere.pth --few 1 --pipeline pytorch_fid --out adm"
+    said = refusal(f"evaluate.py ref --data adm.npz {before_any_feature}", capsys, monkeypatch)
     assert "holds mu and sigma of its own, made with --pipeline adm" in said
+
+
+def test_features_of_other_weights_are_others_and_vgg16_may_be_missing():
+    ours = "Inception 11 (adm), VGG16 22"
+    for theirs in (None, ours, "Inception 11 (adm)"):
+        assert not fid.differ(theirs, ours)
+    assert not fid.differ(ours, "Inception 11 (adm)")
+    for theirs in ("Inception 12 (adm), VGG16 22", "Inception 11 (pytorch_fid)", "Inception 11 (adm), VGG16 23", "?"):
+        assert fid.differ(theirs, ours)
+
+
+@pytest.mark.parametrize("conditioning", model.CONDITIONINGS)
+def test_what_is_said_of_guidance_is_what_is_sampled(conditioning):
+    """omega changes the samples exactly where `is_guided` says so."""
+    net = small_net(conditioning, torch.float32)
+    for sampler in evaluate.SAMPLERS:
+        if (conditioning, sampler) == ("plain", "flow_map"):
+            continue
+        one, six = (evaluate.generate(net, 4, (2, 4, 4), 2, omega, sampler=sampler)[0] for omega in (1.0, 6.0))
+        assert torch.equal(one, six) != evaluate.is_guided(conditioning, sampler), sampler
+    assert evaluate.guidance_words("plain", "euler", 6.0, 0.9, 3) == "omega 6.0 on [0, 0.9] in 3 channels"
+    assert evaluate.guidance_words("decoupled", "flow_map", 6.0, 0.9, 3) == "guidance in the weights"
 
 
 def test_images_behind_links_are_found_once_and_changed_ones_are_noticed(tmp_path):

@@ -35,7 +35,7 @@ from common import (BadInput, accumulate, autocast, batch_rows, compile_blocks, 
 from consistency import draw_guidance, draw_times, guided_rcgm_loss, imf_loss, pretrained
 from data import load_data
 from evaluate import metric_space
-from flags import checked, flow_map_flags, health_flag, number, parser, rcgm_flags, refuse, resolve
+from flags import checked, flow_map_flags, health_flag, number, parser, rcgm_flags, refuse, refuse_idle_terms, resolve
 from model import IMFDiT, guided_map, guided_velocity, interpolate
 from normuon import NorMuon, param_groups
 from run_folder import Run, check_folder
@@ -126,8 +126,7 @@ def parse_args(argv=None):
         refuse(args, ["delta", "order", "clamp", "target_ema"], "belongs to --base rcgm")
     else:
         refuse(args, ["jvp", "fd_h"], "belongs to --base imf")
-    if args.jvp == "exact":
-        refuse(args, ["fd_h"], "--jvp exact takes no difference")
+    refuse_idle_terms(args)
     args.sampler = "flow_map"
     return checked(args, "twinflow")
 

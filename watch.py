@@ -97,10 +97,10 @@ def other_sampler(run, features):
 BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)                               # of tau
 
 
-def health(run, generator, v_fake, v_teacher, dm=None, gan=None, M=1, n=100):
+def health(run, generator, v_fake, v_teacher, dm=None, gan=None, n=100):
     """Numbers into metrics.jsonl, a picture beside the samples; the same noise each time.
 
-    generator: callable (z [n, M, C, H, W], y [n]) -> x_hat.
+    generator: callable (z [n, M, C, H, W], y [n]) -> x_hat, M of the run's rollout.
     v_fake, v_teacher: callables y [n] -> callable (x_tau, tau) -> velocity, as in the scripts.
     dm, gan: callables (x_hat, tau, eps, y) -> the generator's two weighted losses [n], whose gradients are compared.
 
@@ -109,6 +109,7 @@ def health(run, generator, v_fake, v_teacher, dm=None, gan=None, M=1, n=100):
     gan_dm_ratio             median over samples of |d gan / d x_hat| / |d dm / d x_hat|
     """
     device, shape = next(run.model.parameters()).device, run.data.x.shape[1:]
+    M = getattr(run.args, "M", 1)                                       # TwinFlow has one step
     noise = noise_by_index("health", EVAL_SEED, range(n), (M + 1, *shape)).to(device)
     z, eps = noise[:, :M], noise[:, M]
     y = torch.arange(n, device=device) % run.data.num_classes
