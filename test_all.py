@@ -2,8 +2,9 @@
 python -m pytest -q -n 2 -m "not slow"        the fast lane: what takes at most about 3 seconds a test
 
 Here: networks, calculus of flow maps, optimizer, the project itself.  test_methods.py: losses, rollouts, identities
-between methods.  test_commands.py: the scripts as a user runs them.  test_data.py, test_metrics.py: data, autoencoder,
-official weights, metrics.  test_reproduce.py: the tables.  test_results.py: the numbers that the texts say.
+between methods.  test_steps.py: the gradient of every update in the training loops.  test_commands.py: the scripts as a
+user runs them.  test_data.py, test_metrics.py: data, autoencoder, official weights, metrics.  test_reproduce.py: the
+tables.  test_results.py: the numbers that the texts say.
 
 Facts, not shapes: outputs of the official implementations (golden/), closed forms, identities between methods, exact
 resume, real command lines in a subprocess.
@@ -284,6 +285,42 @@ def test_initial_output_is_zero_and_patches_go_back_where_they_came_from():
 def test_a_network_that_cannot_be_is_refused(bad, words):
     with pytest.raises(ValueError, match=words):
         model.LightningDiT(**bad)
+
+
+def test_two_thirds_of_the_blocks_see_t():
+    with torch.device("meta"):
+        switches = [model.LightningDiT(size).switch for size in ("B/1", "L/1", "XL/1")]
+    assert switches == [8, 16, 18]                                                      # of 12, 24, 28
+
+
+def test_conditions_are_tokens_that_are_not_rotated_and_omega_is_iMFs():
+    net, seen = small_net("in_context"), {}
+    net.omega_embedder.register_forward_pre_hook(lambda m, inputs: seen.update(omega=inputs[0]))
+    for i, block in enumerate(net.blocks):
+        block.register_forward_pre_hook(lambda m, inputs, i=i: seen.update({i: inputs}))
+    guidance = torch.tensor([[1.0, 0.1, 0.8], [4.0, 0.1, 0.8]]).double()
+    net(rand(2, 2, 4, 4), 0.5, torch.tensor([0, 1]), 0.25, guidance)
+    assert seen["omega"].tolist() == [0, 0.75]                                          # 1 - 1 / omega
+    assert [seen[i][0].shape[1] for i in range(3)] == [4, 16, 16]                       # 6 x 2 tokens from block 1 on
+    cos, sin = seen[2][2:]
+    assert (cos[:12] == 1).all() and (sin[:12] == 0).all()
+    assert torch.equal(cos[12:], net.feat_rope.freqs_cos) and torch.equal(sin[12:], net.feat_rope.freqs_sin)
+
+
+def test_the_discriminator_reads_its_trunk_and_turns_all_but_its_class_token():
+    net, seen = small_net("in_context"), []
+    torch.manual_seed(0)
+    head = model.DiscriminatorHead(net).double()
+    head.blocks[0].register_forward_pre_hook(lambda m, inputs: seen.extend(inputs))
+    x, t, y = rand(2, 2, 4, 4), uniform(2), torch.tensor([0, 1])
+    before = head(net, x, t, y)
+    h, condition, cos, sin = seen
+    assert (cos[0] == 1).all() and (sin[0] == 0).all() and torch.equal(cos[1:], net.feat_rope.freqs_cos)
+    features = net(x, t, y, until=1) + net.t_embedder(t)[:, None]                       # after round(5/12 3) = 1 block
+    torch.testing.assert_close(condition[:, 1:], torch.nn.functional.silu(features))
+    with torch.no_grad():
+        net.blocks[0].mlp.w3.bias.add_(1)
+    assert (head(net, x, t, y) - before).abs().min() > 1e-6
 
 
 # ---- NorMuon ---------------------------------------------------------------------------------------------------------

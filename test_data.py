@@ -18,7 +18,7 @@ import common
 import data
 import model
 import vae
-from test_helpers import Evil, golden, randomize, refusal, run, small_net, state, train
+from test_helpers import Evil, golden, rand, randomize, refusal, run, small_net, state, train
 from test_metrics import evaluate_here, golden_inception
 
 # ---- data, randomness, pictures --------------------------------------------------------------------------------------
@@ -188,6 +188,19 @@ def test_official_lightningdit_of_full_size_loads_with_nothing_left_over():
     without_a_bias = {k: v for k, v in weights.items() if k != "module.blocks.3.mlp.w3.bias"}
     with pytest.raises(ValueError, match="1 differences: missing blocks.3.mlp.w3.bias"):
         model.load_official({"ema": without_a_bias})
+
+
+def test_latents_are_decoded_as_the_autoencoder_gave_them():
+    """Training sees them normalised; the decoder must not."""
+    class Identity(torch.nn.Linear):
+        def decode(self, z):
+            return z[:, :3]
+
+    z = rand(9, 4, 2, 2, dtype=torch.float32).clamp(-0.9, 0.9)
+    mean, std = [0.1, -0.2, 0.3, 0.0], [0.5, 2.0, 1.0, 3.0]
+    shown = data.to_images(data.normalize(z, mean, std), dict(kind="latents", mean=mean, std=std), Identity(1, 1))
+    expected = (127.5 * z[:, :3] + 128).permute(0, 2, 3, 1).numpy()
+    assert np.abs(shown - expected).max() <= 1 and (expected - shown).mean() == pytest.approx(0.5, abs=0.1)  # truncated
 
 
 # ---- latent shards ---------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import fsf_dmd
 import model
 import sid
 import twinflow
-from test_helpers import gaussian_u, gaussian_v, rand, small_net, spread, uniform
+from test_helpers import gaussian_u, gaussian_v, rand, randomize, small_net, spread, uniform
 
 
 def gradients(loss, net):
@@ -273,6 +273,21 @@ def test_distance_is_pseudo_huber_plus_cosine():
     x0, eps, t = a, b, uniform(5)
     loss = consistency.flow_matching_loss(lambda x, t, s: v, x0, eps, t)
     torch.testing.assert_close(loss, (v - (eps - x0)).pow(2).flatten(1).mean(1))
+
+
+def test_the_guidance_interval_is_closed():
+    """t = 1 is the first step of every sampler: with guide_to 1 it is guided."""
+    t = torch.tensor([0.0, 0.25, 0.75, 1.0])
+    for low, high, omega in ((0.0, 1.0, [6, 6, 6, 6]), (0.25, 0.75, [1, 6, 6, 1])):
+        guidance = torch.tensor([[6.0, low, high]]).expand(4, 3)
+        assert model.gate_guidance(guidance, t)[:, 0].tolist() == omega
+
+
+def test_the_three_numbers_of_guidance_are_independent_and_uniform():
+    g = consistency.draw_guidance(uniform(20000, 3), "loguniform", 8.0)
+    r = torch.stack([g[:, 0].log() / np.log(8), 2 * g[:, 1], 2 * g[:, 2] - 1])          # each uniform on [0, 1]
+    torch.testing.assert_close(r.sort(1).values, torch.linspace(0, 1, 20000).double().expand(3, -1), rtol=0, atol=0.02)
+    torch.testing.assert_close(torch.corrcoef(r), torch.eye(3).double(), rtol=0, atol=0.03)
 
 
 # ---- FSF-DMD ---------------------------------------------------------------------------------------------------------
@@ -632,6 +647,25 @@ def test_isg_is_a_teacher_step_and_a_jump():
     torch.testing.assert_close(grad, -0.5 * e.sign() / 3, rtol=1e-5, atol=1e-6)
     point = lambda x, t, s: x / t[:, None]
     assert consistency.isg_loss(point, lambda x, t: x / t[:, None], x, t, s, r).abs().max() < 1e-12
+
+
+def test_guided_rcgm_takes_velocities_and_jumps_of_its_target():
+    """Row 0 has s = t outside of its interval: as in iMF it ignores the interval; row 3 has a dropped label."""
+    net, target = small_net("in_context"), small_net("in_context")
+    randomize(target, 0.8)
+    x0, eps, y = rand(4, 2, 4, 4), rand(4, 2, 4, 4, seed=1), torch.tensor([0, 1, 2, 3])
+    t, s = torch.tensor([0.2, 0.4, 0.6, 0.8]).double(), torch.tensor([0.2, 0.1, 0.3, 0.0]).double()
+    guidance = torch.tensor([[4.0, 0.3, 0.5]] * 4).double()
+    at = torch.tensor([[4.0, 0, 1], [4, 0, 1], [1, 0, 1], [1, 0, 1]]).double()          # at t: inside, outside
+    asked = torch.tensor([[4.0, 0, 1], [4, 0.3, 0.5], [4, 0.3, 0.5], [4, 0.3, 0.5]]).double()
+    x_t, null = model.interpolate(x0, eps, t), torch.full_like(y, 3)
+    w = torch.tensor([0.75, 0.75, 0, 0]).double().view(4, 1, 1, 1)                      # 1 - 1 / omega
+    with torch.no_grad():
+        v = eps - x0 + w * (target(x_t, t, y, None, at) - target(x_t, t, null))
+    expected = consistency.rcgm_loss(lambda x, t, s: net(x, t, y, s, asked), lambda x, t, s: target(x, t, y, s, asked),
+                                     x_t, t, s, v, 0.05, 2, 1.0)
+    found = consistency.guided_rcgm_loss(net, target, x0, eps, t, s, y, guidance, True, 0.05, 2, 1.0)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 # ---- TwinFlow --------------------------------------------------------------------------------------------------------

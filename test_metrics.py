@@ -23,7 +23,7 @@ import model
 import watch
 from checkpoints import load_network
 from data import Data, denormalize, load_data, normalize
-from metrics import EVAL_SEED, Features, frechet_distance, inception_score, moments, precision_recall, spread
+from metrics import EVAL_SEED, METRICS, Features, frechet_distance, inception_score, moments, precision_recall, spread
 from test_helpers import HERE, golden, rand, refusal, run, small_net
 
 # ---- golden numbers of the metrics -----------------------------------------------------------------------------------
@@ -183,6 +183,13 @@ def test_distances_compare_with_those_in_results(name, weights, right, tmp_path)
         assert f"weights {weights}" in (HERE / "README.md").read_text()
 
 
+def test_the_line_of_real_images_is_that_of_the_readme(tmp_path):
+    """In the classifier that comes with the project, so that distances compare with those in results/."""
+    floor = Features(load_data("digits"), tmp_path).floor()
+    expected = [15.600, 9.990, 0.915, 0.918, 1]
+    assert [floor[name] for name in METRICS] == pytest.approx(expected, abs=2e-3)
+
+
 # ---- samples ---------------------------------------------------------------------------------------------------------
 
 def test_samples_are_compared_with_other_data_pixel_by_pixel(in_home, capsys):
@@ -251,6 +258,15 @@ def test_velocity_of_a_flow_map_is_sampled_by_euler_steps():
     assert evaluate.sampler_steps(evaluate.default_sampler(net)) == [1, 2, 4]
     assert evaluate.sampler_steps("euler") == [25]
     assert evaluate.sampler_steps("euler", [250]) == [250]
+
+
+def test_samples_of_a_later_batch_are_other_samples(in_home):
+    """evaluate.py makes the images of FID in batches: row i is that of index i."""
+    args = evaluate.parse_args("imf/model.pt --data toy.npz --steps 2 --inception none --ref none".split())
+    images, _ = evaluate.samples_as_images(args, torch.device("cpu"))
+    whole = images(0, 6)
+    assert torch.equal(torch.cat([images(0, 3), images(3, 6)]), whole)
+    assert len(whole.flatten(1).unique(dim=0)) == 6
 
 
 # ---- FID's network ---------------------------------------------------------------------------------------------------
@@ -543,3 +559,17 @@ def test_a_part_of_a_folder_sorted_by_class_has_every_class(tmp_path):
     n, images, digest = fid.image_source(tmp_path, 5)
     assert n == 5 and digest == fid.image_source(tmp_path)[2]
     assert torch.cat([images(0, 2), images(2, 9)])[:, 0, 0, 0].tolist() == [20 * i for i in (0, 2, 4, 7, 9)]
+
+
+def test_precision_is_of_the_generated_images_and_inception_score_of_ten_splits():
+    """One mode: all generated images lie among the real ones, which they do not cover."""
+    torch.manual_seed(0)
+    real = torch.randn(60, 2048)
+    features = real[:1] + 1e-3 * torch.randn(60, 2048)
+    logits = torch.randn(60, 1008)
+    ref = dict(mu=np.zeros(2048), sigma=np.eye(2048), features=real.numpy(), vgg=None)
+    found = fid.inception_metrics(dict(features=features, logits=logits), ref)
+    assert found["precision_inception"] == 1 and found["recall_inception"] < 0.05
+    probs = logits.double().softmax(1)
+    assert found["is_1split"] == inception_score(probs, 1)[0]
+    assert (found["is"], found["is_std"]) == inception_score(probs, 10) and found["is_std"] > 0
