@@ -211,7 +211,6 @@ def measure(args: argparse.Namespace) -> None:
     """ref, --from_images, and checkpoints with --inception: features of images, then what is asked of them."""
     device = setup(argparse.Namespace(device=args.device, precision="fp32", batch_size=world(), seed=0))
     of_ref = args.what == "ref"
-    own = own_statistics(args.data, args.pipeline) if of_ref else None
     ref = None if of_ref else read_reference(args.ref)
     if args.from_images or of_ref:
         path = args.from_images or args.data
@@ -224,6 +223,7 @@ def measure(args: argparse.Namespace) -> None:
         out = Path(args.out or Path(args.what).parent)
     if n < 4:
         raise BadInput(f"{n} images are too few, expected 4 or more")
+    own = own_statistics(args.data, args.pipeline) if of_ref else None
     network, spaces = feature_networks(args.inception, args.vgg, args.pipeline, device)
     if ref and differ(ref["spaces"], spaces):
         raise BadInput(f"--ref {args.ref}: is in the features of {ref['spaces']}, but the images would be in those of "
