@@ -410,10 +410,24 @@ def test_what_is_said_of_table_3_on_fashion_mnist_is_in_the_numbers():
 
 
 def test_what_is_said_of_table_5_on_fashion_mnist_is_in_the_numbers():
-    told = Told("table5-fashion-mnist-row1-2-4-6")
-    gain, mean, IMF, DMD2, RCGM, FSF = told.gain, told.mean, 1, 2, 4, 6
+    told = Told("table5-fashion-mnist-row1-2-3-4-5-6")
+    gain, mean, IMF, DMD2, TWIN, RCGM, RCGM_TWIN, FSF = told.gain, told.mean, 1, 2, 3, 4, 5, 6
     for N in (1, 2, 4):
-        assert min(told.last, key=lambda row, N=N: float(mean(row, f"fd_{N}step", 4))) == IMF
+        others = [float(mean(row, f"fd_{N}step", 4)) for row in (DMD2, RCGM, FSF)]
+        assert float(mean(IMF, f"fd_{N}step", 4)) < min(others)
+    for base, twin, at_one, p, recall, times in ((IMF, TWIN, "18.627 ± 3.610", 0.0124, "0.111 ± 0.042", "2.5"),
+                                                 (RCGM, RCGM_TWIN, "38.541 ± 4.939", 0.0055, "0.173 ± 0.006", "2.1")):
+        assert gain(base, twin, "fd_1step", at_one, p=p).max() < 0
+        assert gain(base, twin, "recall_1step", recall).min() > 0 and gain(base, twin, "precision_1step").max() < 0
+        assert f"{told.last[twin][0]['passes'] / told.last[base][0]['passes']:.1f}" == times
+    assert gain(RCGM, RCGM_TWIN, "fd_2step", "11.439 ± 1.142").max() < 0
+    assert (gain(IMF, TWIN, "fd_2step", "-4.327 ± 4.653", all_five=False) < 0).sum() == 2
+    assert min(told.last, key=lambda row: float(mean(row, "fd_4step", 4))) == RCGM_TWIN
+    for N in (1, 2, 4):
+        assert max(told.last, key=lambda row, N=N: float(mean(row, f"is_{N}step", 4))) == RCGM_TWIN
+    assert told.p(IMF, RCGM_TWIN, "fd_2step") > 0.7                                     # "to iMF's level"
+    holm = {row: f"{p:.2g}" for row, (_, p) in told.differences("fd").items()}
+    assert (holm[DMD2], holm[FSF]) == ("0.0082", "0.061")
     gain(IMF, DMD2, "fd_2step", "27.646 ± 1.938", p=0.0017)
     gain(IMF, DMD2, "fd_1step", "+3.128 ± 3.493")
     gain(IMF, DMD2, "precision_1step", "0.138 ± 0.036", p=0.022)
@@ -435,14 +449,18 @@ def test_what_is_said_of_table_5_on_fashion_mnist_is_in_the_numbers():
     assert told.p(IMF, RCGM, "fd_4step") > 0.4
     assert [mean(row, "recall_1step", 3) for row in (IMF, FSF)] == ["0.456", "0.250"]
     assert [mean(row, "fd_2step", 1) for row in (IMF, FSF)] == ["56.4", "71.2"] and "71.2, iMF 56.4" in told.text
-    assert [round(told.last[row][0]["passes"]) for row in (IMF, DMD2, RCGM, FSF)] == [8250, 34170, 10500, 15750]
+    assert [round(told.last[row][0]["passes"]) for row in sorted(told.last)] == [
+        8250, 34170, 20250, 10500, 22500, 15750]
+    assert [mean(TWIN, "fd_1step", 1), mean(IMF, "fd_1step", 1), mean(TWIN, "fd_2step", 1)] == ["54.8", "73.5", "52.1"]
+    assert "TwinFlow on Fashion-MNIST (54.8, iMF 73.5)" in told.text and "TwinFlow 52.1, DMD2 84.0" in told.text
 
 
 def test_a_network_from_scratch_that_was_measured_once_is_a_point_of_the_curves():
-    stored = json.loads((KEPT / "table5-fashion-mnist-row1-2-4-6" / "runs.json").read_text())
+    stored = json.loads((KEPT / "table5-fashion-mnist-row1-2-3-4-5-6" / "runs.json").read_text())
     table, runs = reproduce.TABLES["5"], {row["number"]: row["seeds"] for row in stored["rows"]}
     rows = report.summary({n: table.rows[n - 1] for n in runs}, runs)
-    for against_passes, expected in ((False, [1500] * 4), (True, [8250, 34170, 10500, 15750])):
+    of_passes = [8250, 34170, 20250, 10500, 22500, 15750]
+    for against_passes, expected in ((False, [1500] * 6), (True, of_passes)):
         axis = matplotlib.figure.Figure().subplots()
         lines = report.draw_curves(axis, "fd", table, rows, against_passes)
         assert [line.get_xdata()[0] for line in lines.values()] == expected
