@@ -364,6 +364,7 @@ def test_a_velocity_network_becomes_a_flow_map_and_stays_the_teacher(in_home):
     assert next(net.blocks.parameters()).requires_grad
 
 
+@pytest.mark.slow
 def test_an_omega_that_was_not_learned_is_said(in_home, capsys):
     """A network with omega as an input knows the range that it was trained on; a velocity network's CFG has none."""
     learned = checkpoints.load_checkpoint("imf/model.pt")["args"]["omega_max"]

@@ -145,6 +145,7 @@ def test_bad_idx_files_are_one_line(tmp_path, what):
     assert words in refused(tmp_path / "set")
 
 
+@pytest.mark.slow
 def test_an_idx_file_unpacks_no_more_than_its_header_says(tmp_path):
     """A bomb: a megabyte of gzip that would be a gigabyte, behind a header of 40 images."""
     mnist(tmp_path / "set")
