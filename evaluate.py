@@ -426,13 +426,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         idle, why = (*SAMPLING, "data"), "--from_images samples no network"
     elif args.grid:
         idle, why = ("inception", "n"), "grid makes the picture alone"
-    given = [f"--{flag}" for flag in idle if getattr(args, flag) != p.get_default(flag)]
-    if given:
-        raise BadInput(f"{', '.join(given)}: {why}; leave that out")
-    idle = () if args.inception else ("vgg", "ref", "pipeline", "few", "batch_size")
-    given = [f"--{flag}" for flag in idle if getattr(args, flag) != p.get_default(flag)]
-    if given:
-        raise BadInput(f"{', '.join(given)}: need --inception, the weights of FID's network")
+    refused = [(idle, f"{why}; leave that out")]
+    if not args.inception:
+        of_inception = ("vgg", "ref", "pipeline", "few", "batch_size")
+        refused.append((of_inception, "need --inception, the weights of FID's network"))
+    for flags, why in refused:
+        given = [f"--{flag}" for flag in flags if getattr(args, flag) != p.get_default(flag)]
+        if given:
+            raise BadInput(f"{', '.join(given)}: {why}")
     if args.inception and len(args.steps or ()) > 1:
         raise BadInput(f"--steps {' '.join(map(str, args.steps))}: with --inception one number of steps at a time")
     return args

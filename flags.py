@@ -277,9 +277,10 @@ def look_into(path, inits, given, defaults):
     if kind not in inits:
         raise BadInput(f"--init {path}: holds a {config['conditioning']} network, "
                        f"expected one for --init {' or '.join(inits)}")
-    stored = {k: config[k] for k in ("size", "n_tokens", "token_block") if k in defaults and k in config}
-    names = [k for k in ("size", "n_tokens", "token_block") if k in given and given[k] != config.get(k)]
-    differ = [f"--{k} {given[k]} (it has {config.get(k, 'none')})" for k in names]
+    names = [k for k in ("size", "n_tokens", "token_block") if k in defaults]
+    stored = {k: config[k] for k in names if k in config}
+    others = [k for k in names if k in given and given[k] != stored.get(k)]
+    differ = [f"--{k} {given[k]} (it has {stored.get(k, 'none')})" for k in others]
     if differ:
         raise BadInput(f"--init {path}: the network is as the file has it, not {', '.join(differ)}; leave that out")
     return kind, stored
