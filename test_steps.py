@@ -2,6 +2,7 @@
 
 The losses are checked in test_methods.py; here, that `train` gives them the networks, times, noises and labels it says.
 """
+import copy
 import importlib
 from types import SimpleNamespace
 
@@ -136,8 +137,11 @@ class Steps:
             return net(x, t, b.y, t, torch.stack([omega, torch.zeros_like(t), torch.ones_like(t)], 1))
         return velocity
 
-    def D(self, b, x, t, eps):
-        return self.head(self.fake, model.interpolate(x, eps, t), t, b.y)[:, 0]
+    def D(self, b, x, t, eps, trunk="fake"):
+        weights = getattr(self, "net" if trunk == "generator" else trunk)
+        if trunk == "generator":                                                        # its weights of now, fixed
+            weights = copy.deepcopy(weights).requires_grad_(False)
+        return self.head(weights, model.interpolate(x, eps, t), t, b.y)[:, 0]
 
     def cd(self, b):
         return consistency.distillation_loss(self.net, self.teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance)
@@ -210,22 +214,26 @@ def test_a_step_of_fsf_dmd_from_a_velocity_network(random_starts, monkeypatch, c
 
 # ---- DMD2 ------------------------------------------------------------------------------------------------------------
 
-def test_a_step_of_dmd2(random_starts, monkeypatch, capsys):
+@pytest.mark.parametrize("trunk", ["fake", pytest.param("teacher", marks=pytest.mark.slow),
+                                   pytest.param("generator", marks=pytest.mark.slow)])
+def test_a_step_of_dmd2(random_starts, monkeypatch, capsys, trunk):
     """Generator [50-51, 53-54, 59], fake side [52-54], IDA [60]; the first fake update has the generator's samples."""
     def generator(n, b, _):
         x_hat = model.backward_simulation(n.u(b), b.z, n.k, 2)
         fake = lambda x, tau: n.fake(x, tau, b.y)
         loss, _ = dmd2.dmd_loss(x_hat, fake, n.v(n.teacher, b), b.tau, b.eps_tau)
-        return n.cd(b) + 0.3 * (loss + 0.5 * F.softplus(-n.D(b, x_hat, b.t_gen, b.eps_gen)))
+        return n.cd(b) + 0.3 * (loss + 0.5 * F.softplus(-n.D(b, x_hat, b.t_gen, b.eps_gen, trunk)))
 
     def fake_side(n, b, x_hat):
         error = n.fake(model.interpolate(x_hat, b.eps_fake, b.t_fake), b.t_fake, b.y) - (b.eps_fake - x_hat)
-        gan = F.softplus(n.D(b, x_hat, b.t_gen, b.eps_gen)) + F.softplus(-n.D(b, b.x0, b.t_real, b.eps_real))
+        of_fake, of_real = n.D(b, x_hat, b.t_gen, b.eps_gen, trunk), n.D(b, b.x0, b.t_real, b.eps_real, trunk)
+        gan = F.softplus(of_fake) + F.softplus(-of_real)
         return error.pow(2).mean((1, 2, 3)) + 0.7 * gan
 
     monkeypatch.setattr(Steps, "ida", 0.9, raising=False)
     n = Steps(monkeypatch, "dmd2", "--init a.pt --teacher b.pt --M 2 --cd 1 --lam 0.3 --lambda_g 0.5 --lambda_d 0.7 "
-              f"--ttur 2 --ida 0.9 {RUN} --out step-dmd2", net=generator, fake=fake_side)
+              f"--ttur 2 --ida 0.9 --disc_trunk {trunk} {RUN} --out step-dmd2-{trunk}",
+              net=generator, fake=fake_side)
     assert n.updates == ["net", "fake", "fake"] * 2
     generator_turns, first, second = n.turns[::3], n.turns[1::3], n.turns[2::3]
     assert all(a is b for a, b in zip(generator_turns, first)) and len(n.rollouts) == 2 * 2 * 2
