@@ -25,7 +25,7 @@ and rcgm is the same with imf's v as tangent, d/dt [(t-s) u] taken as a backward
     python consistency.py --loss cd --init imf    # the baseline that FSF-DMD is compared with
 
 Cost in forward passes of one network (backward = 2), half of the rows masked: fm 3, ct 5, imf 5.5, cd 5 (from fm 6: CFG
-takes two), rcgm 7, isg 5.  Masked rows need no difference (2 passes), and imf's velocity is their prediction.
+takes two), rcgm 7, isg 5.  In masked rows imf and cd take no difference (2 passes); imf's velocity is its prediction.
 """
 import math
 import shlex
@@ -48,7 +48,7 @@ from normuon import NorMuon, param_groups
 from run_folder import Run, check_folder, has_state
 from watch import begin, finish, watch
 
-# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: as the paper's Table 6.
+# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: Table 6, CD past its peak.
 PRESETS = {
     ("pixels", "scratch"): dict(                    # mostly s = t: the velocity, which teaches, is ahead of the map
         size="tiny", steps=400, lr=6e-3, mask_prob=0.9, omega=1.0, guide_to=1.0, omega_max=1.0,

@@ -113,7 +113,8 @@ def data_kind(source: str) -> str:
 def preset_kind(source: str) -> str:
     """What decides the presets: "latents", "images" (pixels, 24 or more a side), or "pixels" (fewer, as the digits).
 
-    Reads headers alone.  What cannot be read counts as "pixels"; `load_data` refuses it.
+    Reads headers, and of an image folder the first image.  A missing .npz counts as "pixels", a missing folder as
+    "latents": `load_data` refuses them.  BadInput for what is damaged.
     """
     if data_kind(source) == "latents":
         return "latents"

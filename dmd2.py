@@ -276,7 +276,7 @@ def train(args):
                 with autocast(args, device):
                     x_hat = backward_simulation(u(b.y), b.z, k, args.M)         # Eq. 17
                     loss, gap = dmd_loss(x_hat, v_fake(b.y), v_teacher(b.y), b.tau, b.eps_tau)
-                    objective = args.lam * loss                                 # Eq. 15, 59
+                    objective = args.lam * loss                                 # Eq. 15; DMD2 + L_CD: 59
                     if head:
                         gan = gan_generator_loss(D(b.y)(x_hat, b.t_gen, b.eps_gen))
                         objective = objective + args.lam * args.lambda_g * gan  # Eq. 54

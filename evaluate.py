@@ -2,7 +2,7 @@
 
     MODEL=runs/fsf_dmd-digits-imf/model.pt
     python evaluate.py $MODEL                                        # 1, 2 and 4 steps, one line each, and a picture
-    python evaluate.py $MODEL --inception W --ref REF --vae VAE      # FID, IS, precision, recall in Inception features
+    python evaluate.py $MODEL --inception W --ref REF --steps 2      # FID, IS, precision, recall; of latents: --vae VAE
     python evaluate.py --from_images DIR --inception W --ref REF     # the same of any other system's images
     python evaluate.py ref --data DIR --inception W --out DIR        # reference statistics of real images
 
@@ -180,9 +180,11 @@ def metric_space(data: Data, args: argparse.Namespace) -> Features | None:
 
 
 def decoder_for(data: Data, args: argparse.Namespace, device: torch.device) -> VAE | None:
-    """`decoder` of --vae; BadInput if it decodes latents of other channels than these data."""
+    """`decoder` of --vae; BadInput if these data are pixels, or latents of other channels than it decodes."""
+    if args.vae and data.kind != "latents":
+        raise BadInput(f"--vae {args.vae}: decodes latents, and {data.source} has pixels; leave that out")
     vae, channels = decoder(args.vae, data.vae, device), data.x.shape[1]
-    if vae is not None and data.kind == "latents" and vae.config["z_channels"] != channels:
+    if vae is not None and vae.config["z_channels"] != channels:
         raise BadInput(f"--vae {args.vae}: decodes latents of {vae.config['z_channels']} channels, but --data "
                        f"{data.source} has {channels}; expected the VAE that made them")
     return vae
@@ -374,7 +376,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--weights", choices=["ema", "raw"], default="ema",
                    help="of a run folder: the EMA (model.pt), or the weights in training (state.pt beside it)")
     p.add_argument("--steps", type=number(int, 1, 100_000), nargs="+",
-                   help="sampling steps (default: 1 2 4, of euler 25; with --inception one number)")
+                   help="sampling steps (default: 1 2 4, of euler 25; with --inception one, the first)")
     p.add_argument("--sampler", choices=SAMPLERS,
                    help="default: what the network was trained for.  flow_map: deterministic t -> s steps; renoised: "
                         "jumps to 0 with noise between them (DMD2, SiD); euler: of the velocity u(x, t, t), the "

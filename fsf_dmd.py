@@ -236,7 +236,7 @@ def train(args):
                             x, U = b.z[:, 0], b.z[:, 0] - x_hat
                         loss, gap = fsf_dmd_loss(x, U, v_fake(b.y), v_teacher(b.y), b.tau, b.eps_tau,
                                                  args.weight, args.clip, args.cosine_factor)
-                        objective = args.lam * loss                             # Eq. 15, 59
+                        objective = args.lam * loss                             # Eq. 15; DMD2 + L_CD: 59
                     (objective.sum() / B).backward()
                     accumulate(total, B, fsf=loss, gap=gap)
 

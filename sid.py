@@ -49,7 +49,7 @@ from run_folder import Run, check_folder
 from watch import begin, finish, health, watch
 
 # pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: as the paper's Table 6, but
-# for the steps, which are dmd2.py's.
+# for the generator's rate and the steps, those that dmd2.py takes from an iMF.
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=200, lr=3e-4, fake_lr=3e-3, omega=1.0, guide_to=1.0,

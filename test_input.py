@@ -93,8 +93,10 @@ def test_damaged_checkpoints(in_home, monkeypatch, capsys):
         torch.save(value, "bad.pt")
         refuse_all(in_home, [
             ("evaluate.py grid bad.pt", "bad.pt: not a model.pt"),
-            ("evaluate.py imf/model.pt --vae bad.pt", "bad.pt: "),
+            ("vae.py decode imf --ckpt bad.pt --out d", "bad.pt: "),
         ], capsys, monkeypatch)
+    expected = "--vae bad.pt: decodes latents, and toy.npz has pixels"
+    assert expected in refusal("evaluate.py imf/model.pt --vae bad.pt", capsys, monkeypatch)
     for path in ("bad.pt", "bad.safetensors"):
         (in_home / path).unlink()
     said = refusal("evaluate.py grid fm/state.pt", capsys, monkeypatch)         # its weights are not official ones

@@ -19,8 +19,8 @@ def begin(run, features):
 
 
 def watch(run, features, start=None, panel=None):
-    """The end of a step: evaluation, samples of the EMA (beside `start`'s, or of a --teacher of its own), panel(run) =
-    `health`, state.pt, if due.
+    """The end of a step.  What is due: the evaluation; a picture of the EMA's samples under those of `start` (or of the
+    network of --teacher); panel(run), which draws `health`; state.pt.
     """
     args = run.args
     if run.main and run.due(args.eval_every):

@@ -1,9 +1,9 @@
 """Samples of several networks from the same noise in one picture: one column a class, the first band real images.
 
-    python benchmarks/picture.py "start=runs/a/model.pt" "CD=runs/b/model.pt" --steps 1 2 --out picture.png
+    python benchmarks/picture.py "start=a/model.pt" "CD=consistency.py:b/model.pt" --steps 1 2 --out picture.png
 
 Every network is sampled as it was trained for (a velocity network by Euler's method), at each number of --steps.
-Beside a band stand the forward passes of its run's training (passes.py), without those of its start.
+Of NAME=SCRIPT:MODEL the forward passes of its training (passes.py) stand beside its bands, without those of its start.
 """
 import argparse
 import sys

@@ -3,8 +3,9 @@
     python benchmarks/surrogate.py weak=runs/consistency_imf-digits-scratch/model.pt strong=MODEL --out surrogate
 
 For each frozen flow map: the generator is its 2-step rollout.  An explicit fake network, a copy of it, is trained by
-flow matching (Eq. 1) on fresh samples of the generator until its loss on held-out ones is flat.  Then, on other samples
-noised to tau, three directions of v_fake - v_teacher, along which DMD moves a sample (Eq. 13):
+flow matching (Eq. 1) on fresh samples of the generator, for --steps; runs.json has its loss on held-out ones, to see
+whether it is flat.  Then, on other samples noised to tau, three readings of v_fake - v_teacher, along which DMD moves a
+sample (Eq. 13), and a direction to compare with:
 
     explicit     v of the trained fake network
     second       v of another one, trained on other samples: how far two explicit ones agree is what cosine can be had
