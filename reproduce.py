@@ -3,7 +3,7 @@
 Paper: Kim, Lee, Park, "Distribution Matching Distillation without Fake Score Network", arXiv 2605.19256; its numbers:
 golden/paper_tables.json.
 
-    python reproduce.py 2                    # Table 2 on digits: 12 rows x 5 seeds, over 45 minutes on 2 cores
+    python reproduce.py 2                    # Table 2 on digits: 12 rows x 5 seeds, about an hour on 2 cores
     python reproduce.py 2 --start strong     # from an iMF trained twice as long
     python reproduce.py 2 --list             # the commands, to paste
     python reproduce.py 2 --row 3 7 --seeds 1  # two rows, one seed
@@ -14,10 +14,10 @@ golden/paper_tables.json.
 Also tables 3, 4, 5, 7, 8, 9, and 10 (rows of 2 and 4).  What one step of every method costs: cost.py.
 
 Every row is the command line of a script, run as a user would, once for each seed, from a start of the same seed.
-A run is kept in runs/reproduce/ under its arguments and runs again only if a file that it executes has changed, which
-is said.  Ctrl-C saves; the same command goes on, and ends with the same table.  Leaves a folder
-table<N>-<data>-<start> in --out: README.md (the table), runs.json (every evaluation), curves.png (metric against step)
-and samples.png (the same noise in every row).
+A run is kept in runs/reproduce/ under its arguments and runs again only if a file that it executes, its data, its
+--init or torch has changed, which is said.  Ctrl-C saves; the same command goes on, and ends with the same table.
+Leaves a folder table<N>-<data>-<start> in --out: README.md (the table), runs.json (every evaluation), curves.png
+(metric against step) and samples.png (the same noise in every row).
 
 Protocol (digits).  Settings were chosen on seeds 100 and 101, as many for each method of a start (search.py;
 exceptions: RESULTS.md, Protocol); reported are 0 to 4.  `last`: after the preset's steps; `best`: the best of
