@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from files import BadInput, first_line, is_out_of_memory, reading, refuse_flips
-from model import CONDITIONINGS, LightningDiT, build, load_official, refuse_differences
+from model import CONDITIONINGS, SIZES, LightningDiT, build, load_official, refuse_differences
 
 
 def read_weights(path):
@@ -167,13 +167,33 @@ def refuse_other_data(path, checkpoint, data):
         raise BadInput(f"{path}: was trained on latents of another VAE ({vae}) than --data {data.source} ({data.vae})")
 
 
+def first_process():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def say_other_data(path, checkpoint, data):
+    """Print a line if a network was trained on images of another mean or deviation: it takes these for its own."""
+    made_for = checkpoint["data"]
+    if made_for is None or data.kind == "latents":
+        return
+    found, here = torch.tensor([*made_for["mean"], *made_for["std"]]), torch.tensor([*data.mean, *data.std])
+    if (found - here).abs().max() > 1e-3 and first_process():
+        print(f"{path}: was trained on {made_for['source']}, of other mean and deviation than {data.source}, and takes "
+              "images as normalised by these")
+
+
+def refuse_jumps(path, checkpoint, why):
+    """BadInput for a plain few-step generator where a velocity is asked for: DMD2 and SiD train only its jumps."""
+    if checkpoint["config"]["conditioning"] == "plain" and (checkpoint.get("sampler") or "").startswith("renoised"):
+        raise BadInput(f"{path}: is a few-step generator, whose velocity is untrained, so it is no teacher; {why}")
+
+
 def say_unlearned(what, args, conditioning, omega):
     """Print a line if a network that takes omega as an input was trained, with the flags `args`, on smaller ones."""
     sampled_only = args.get("loss") in ("imf", "rcgm")              # --omega of these is the sampler's
     learned = [args.get("omega_max"), None if sampled_only else args.get("omega")]
     learned = [v for v in learned if isinstance(v, (int, float))]
-    first = not dist.is_initialized() or dist.get_rank() == 0
-    if conditioning == "in_context" and learned and omega > max(learned) and first:
+    if conditioning == "in_context" and learned and omega > max(learned) and first_process():
         print(f"{what}: was trained with omega up to {max(learned):g}; at omega {omega:g} the network has to guess")
 
 
@@ -195,6 +215,10 @@ def load_start(path, data, flow_map=True, omega=1.0):
 def new_network(args, data, conditioning):
     """A fresh LightningDiT for this data."""
     channels, size, _ = data.x.shape[1:]
+    patch = SIZES[args.size]["patch_size"]
+    if size % patch:
+        raise BadInput(f"--data {data.source}: has {size} x {size} pixels, expected a multiple of {patch}, the patch "
+                       f"of --size {args.size}")
     tokens = {k: getattr(args, k) for k in ("n_tokens", "token_block") if getattr(args, k) is not None}
     try:
         return LightningDiT(args.size, conditioning, input_size=size, in_channels=channels,
@@ -209,6 +233,8 @@ def starting_networks(args, data, device, pretrained, conditioning="in_context",
     Fresh, or of a model.pt, or of `consistency.py --loss imf` or `fm`.  pretrained: callable (args, loss) -> path of
     that one's model.pt.  flow_map: see load_start.
     """
+    if getattr(args, "cfg_channels", 0) > data.x.shape[1]:
+        raise BadInput(f"--cfg_channels {args.cfg_channels}: --data {data.source} has {data.x.shape[1]} channels")
     if args.init == "scratch":
         say_unlearned("this run", dict(omega_max=getattr(args, "omega_max", 1.0)), conditioning, args.omega)
         return new_network(args, data, conditioning).to(device).train(), None
@@ -218,7 +244,14 @@ def starting_networks(args, data, device, pretrained, conditioning="in_context",
     if getattr(args, "teacher", None):                              # before pretraining; TwinFlow has no such flag
         given, checkpoint = load_network(args.teacher, data)
         given.requires_grad_(False).eval()
+        refuse_jumps(args.teacher, checkpoint, "pass the network that it was distilled from")
+        say_other_data(args.teacher, checkpoint, data)
         say_unlearned(args.teacher, checkpoint["args"], given.conditioning, asked)
     path = pretrained(args, args.init) if args.init in ("imf", "fm") else args.init
+    if path == args.init:
+        checkpoint = load_checkpoint(path)
+        if given is None:
+            refuse_jumps(path, checkpoint, "pass --teacher with the network that it was distilled from")
+        say_other_data(path, checkpoint, data)
     net, start = load_start(path, data, flow_map, omega=1.0 if given else asked)
     return net.to(device), (given or start).to(device)

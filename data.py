@@ -238,17 +238,24 @@ def refuse_labels(labels: "np.ndarray | torch.Tensor", shown: str | Path) -> Non
 
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")     # by content: no other parser of Pillow is asked
+PARTS = {"train", "training", "test", "val", "valid", "validation"}                # no names of classes
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pgm", ".ppm", ".pnm", ".tif", ".tiff")
 
 
 def images_below(folder: str | Path) -> list[Path]:
-    """The image files below a folder, as `files_below`."""
-    return [path for path in files_below(folder) if path.suffix.lower() in IMAGE_SUFFIXES]
+    """The image files below a folder, as `files_below`, but none that is hidden (.ipynb_checkpoints, ._0.png)."""
+    return [path for path in files_below(folder) if path.suffix.lower() in IMAGE_SUFFIXES and not hidden(path, folder)]
 
 
-def read_rgb(path: str | Path, largest: int | None = None) -> Image.Image:
+def hidden(path: Path, folder: str | Path) -> bool:
+    """Whether a name in a path below a folder begins with a dot."""
+    return any(name.startswith(".") for name in path.relative_to(folder).parts)
+
+
+def read_rgb(path: str | Path, largest: int | None = None, on_white: bool = False) -> Image.Image:
     """An image file as RGB, of at most `largest` pixels a side; BadInput if it cannot be read or is unreasonable.
 
+    on_white: lay what is transparent on white; without, invisible colours show, as in the official FID and VAE code.
     Its size is looked at before it is unpacked.  Pillow refuses what it takes for a bomb; its warning counts as that.
     """
     try:
@@ -263,6 +270,9 @@ def read_rgb(path: str | Path, largest: int | None = None) -> Image.Image:
                 if largest and max(image.size) > largest:
                     raise BadInput(f"{path}: has {image.width} x {image.height} pixels, "
                                    f"expected square images of at most {largest}; larger ones: python vae.py encode")
+                if on_white and image.has_transparency_data:
+                    white = Image.new("RGBA", image.size, "white")
+                    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
                 if 100 * min(image.size) < max(image.size) or not min(image.size):
                     raise ValueError(f"its size is {image.width} x {image.height}")
                 return image.convert("RGB")
@@ -278,11 +288,10 @@ def read_image_folder(folder: str) -> tuple[np.ndarray, np.ndarray]:
     say_unread(folder)
     images = []                                                  # of uint8 [H, H, 3]
     for path, _ in files:
-        pixels = np.array(read_rgb(path, largest=64))
+        pixels = np.array(read_rgb(path, largest=64, on_white=True))
         height, width = pixels.shape[:2]
         if not images and width != height:
-            raise BadInput(f"--data {folder}: {path.name} has {width} x {height} pixels, "
-                           "expected square images of at most 64; larger ones: python vae.py encode")
+            raise BadInput(f"--data {folder}: {path} has {width} x {height} pixels, expected square images")
         if images and pixels.shape != images[0].shape:
             side = len(images[0])
             raise BadInput(f"--data {folder}: {path} is {width} x {height}, the first image {side} x {side}, "
@@ -293,21 +302,28 @@ def read_image_folder(folder: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def say_unread(folder: str | Path) -> None:
-    """Images beside the class folders have no class and are not read, which is said."""
+    """Say what is not read: images beside the class folders, which have no class, and other files in these."""
     loose = [path for path in Path(folder).iterdir() if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
-    if loose and rank() == 0:
-        print(f"{folder}: {len(loose)} images beside the class folders are not read ({min(loose).name} is one)")
+    inside = [path for path in files_below(folder) if path.parent != Path(folder) and not hidden(path, folder)]
+    others = [path for path in inside if path.suffix.lower() not in IMAGE_SUFFIXES]
+    for files, what in ((loose, "images beside"), (others, "files without the ending of an image in")):
+        if files and rank() == 0:
+            print(f"{folder}: {len(files)} {what} the class folders are not read ({min(files).name} is one)")
 
 
 def image_files(folder: str | Path) -> tuple[list, list]:
-    """([(path, label)], class names) of a folder with one sub-folder a class.  BadInput if a class holds no image.
+    """([(path, label)], class names) of a folder with one sub-folder a class.
 
-    Classes and files are sorted by name, as in torchvision's ImageFolder.
+    Classes and files are sorted by name, as in torchvision's ImageFolder.  BadInput if a class holds no image, or if
+    the sub-folders are the parts of a data set (train, test).
     """
     if not Path(folder).is_dir():
         raise BadInput(f"{folder}: no such folder, expected one sub-folder a class")
     folders = [entry for entry in Path(folder).iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     classes = sorted(entry.name for entry in folders)
+    if classes and {name.lower() for name in classes} <= PARTS:
+        raise BadInput(f"{folder}: its sub-folders are no classes but parts of a data set ({', '.join(classes)}); "
+                       f"pass {Path(folder) / classes[0]}, or another of them")
     files, empty = [], []
     for label, name in enumerate(classes):
         images = images_below(Path(folder) / name)

@@ -31,6 +31,7 @@ from inception import Inception  # noqa: F401  (a public name of this file too, 
 from metrics import EVAL_SEED, METRICS, Features
 from metrics import frechet_distance, inception_score, moments, precision_recall  # noqa: F401
 from model import LightningDiT, backward_simulation, euler_sample, fixed_guidance, guided_map, guided_velocity, sample
+from run_folder import check_writable
 from vae import VAE, load_vae
 
 EULER_STEPS = 25                # of a velocity, where --steps does not say; the paper's teacher rows use many too
@@ -222,7 +223,7 @@ def measure(args: argparse.Namespace) -> None:
     else:
         images, sampler = samples_as_images(args, device)
         n = args.n or 50_000
-        out = Path(args.out or Path(args.what).parent)
+        out = output_folder(args)
     if n < 4:
         raise BadInput(f"{n} images are too few, expected 4 or more")
     own = own_statistics(args.data, args.pipeline) if of_ref else None
@@ -250,6 +251,13 @@ def measure(args: argparse.Namespace) -> None:
             f"torch {torch.__version__}, numpy {np.__version__}")
     print(line)
     write_atomic(out / "fid.json", json_text(metrics | dict(n=n, label=label, definition=line), indent=1))
+
+
+def output_folder(args: argparse.Namespace) -> Path:
+    """--out, else the run folder of the checkpoint; BadInput if it cannot be written."""
+    folder = Path(args.out or Path(args.what).resolve().parent)
+    check_writable(folder)
+    return folder
 
 
 def samples_as_images(args: argparse.Namespace, device: torch.device) -> tuple[Callable, str]:
@@ -320,7 +328,7 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[LightningDiT, dict, Dat
     data = load_data(source)
     net, _ = load_network(args.what, data)
     if args.weights == "raw":
-        path = Path(args.what).with_name("state.pt")
+        path = Path(args.what).resolve().with_name("state.pt")
         if not path.exists():
             raise BadInput(f"--weights raw: {path} is not there, "
                            "expected the run folder's state.pt beside the model.pt")
@@ -360,7 +368,8 @@ def sampling(args: argparse.Namespace, checkpoint: dict) -> tuple[float, float, 
         raise BadInput(f"--cfg_channels: belongs to a velocity network, which {args.what} is not; leave that out")
     omega, guide_to = chosen("omega", 1.0, float, 1, STEPS), chosen("guide_to", 1.0, float, 0, 1)
     say_unlearned(args.what, checkpoint["args"], conditioning, omega)
-    return omega, guide_to, chosen("cfg_channels", 0, int, 0, STEPS) or None, sampler
+    channels = chosen("cfg_channels", 0, int, 0, checkpoint["config"]["in_channels"])
+    return omega, guide_to, channels or None, sampler
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -450,6 +459,7 @@ def run(args: argparse.Namespace) -> None:
 
 def measure_without_inception(args: argparse.Namespace) -> None:
     """A checkpoint's metrics in the feature space of its pixel data set (none of latents), and a picture."""
+    out = output_folder(args)
     net, checkpoint, data = load_for_sampling(args)
     args.omega, args.guide_to, args.cfg_channels, args.sampler = sampling(args, checkpoint)
     refuse_shift(args, args.sampler)
@@ -458,9 +468,7 @@ def measure_without_inception(args: argparse.Namespace) -> None:
     args.shift_euler = args.shift                          # another name: a run's own --shift is k of tau
     restate = restated(checkpoint, data)
     metrics = evaluate(net, features, args, args.steps, args.n, args.seed, restate=restate)
-    folder = Path(args.what).parent
-    name = folder.name[:30]
-    out = Path(args.out or folder)
+    name = Path(args.what).resolve().parent.name[:30]
     out.mkdir(parents=True, exist_ok=True)
     if features is not None:
         print(table([(name, metrics)], features))

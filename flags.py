@@ -270,6 +270,8 @@ def given_flags(p, argv):
 
 def look_into(path, inits, given, defaults):
     """A checkpoint of --init -> ("imf" or "fm", the flags that its network decides)."""
+    if not Path(path).is_file() and Path(path).suffix:
+        raise BadInput(f"--init {path}: no such file")
     if not Path(path).is_file():
         raise BadInput(f"--init {path}: expected {' or '.join(inits)}, or the path of a model.pt")
     config = load_checkpoint(path)["config"]
@@ -293,7 +295,9 @@ def folder_name(script, values, given, usual, init_kind):
         init = Path(init).parent.name or Path(init).stem
     said_elsewhere = RUNTIME_FLAGS | {"data", "init", "loss"}
     differs = [f"{k}{given[k]}" for k in sorted(given) if k not in said_elsewhere and given[k] != usual.get(k)]
-    name = "-".join([script, Path(values["data"]).stem, init, *differs])
+    data = Path(values["data"])
+    of_data = data.resolve().name if data.is_dir() else data.stem
+    name = "-".join([script, of_data, init, *differs])
     return str(Path("runs") / name.replace("/", ""))
 
 

@@ -222,9 +222,11 @@ class Features:
         right, near = "", ""
         if self.net[-1].out_features == 1:
             right = ", which a single class has taught nothing"
+        share = self.floor()["acc"]
         if self.test:
-            share = (self.of_test[1].argmax(1) == self.test[1]).double().mean().item()
             right = f", {100 * share:.1f}% right on {len(self.test[1])} test images"
+        elif share < 0.5:
+            right = f", {100 * share:.1f}% right on its own training images: too little to measure with"
         if len(self.reference.near) < len(self.real):
             near = f" (precision and recall: {len(self.reference.near)} of them, evenly)"
         return (f"fd, is, precision, recall (k=3) and acc in 64 features of a classifier of {self.source} "
@@ -309,7 +311,8 @@ def train_classifier(net: nn.Sequential, data) -> None:
         if hasattr(layer, "reset_parameters"):
             layer.reset_parameters()
     epochs, batch = (4, 128) if is_large(data) else (20, 64)
-    rounds = epochs * max(1, len(data.x) // batch)
+    rounds = max(200, epochs * (len(data.x) // batch))           # 200: few images would leave it at chance
+    batch = min(batch, len(data.x))
     optimizer = torch.optim.AdamW(net.parameters(), 4e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, rounds)
     for _ in tqdm(range(rounds), desc=f"classifier of {data.source}", mininterval=0.5, disable=not is_large(data)):

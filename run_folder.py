@@ -73,8 +73,10 @@ def check_folder(args):
 
     Scripts ask before any pretraining; a Run asks again.
     """
-    folder = Path(args.out)
+    folder, data = Path(args.out), Path(args.data)
     check_writable(folder, "--out ")
+    if data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
+        raise BadInput(f"--out {folder}: lies in --data {data}, where it would be read as data; pass --out elsewhere")
     for path in own_paths(folder):
         if path.exists() and not path.is_file():
             raise BadInput(f"--out {folder}: {path.name} in it is no file; nothing was touched")

@@ -638,6 +638,8 @@ def write_bad_inputs(folder):
     (folder / "text.pt").write_text("not a checkpoint")
     torch.save({"weights": Evil()}, folder / "evil.pt")
     torch.save({"a": 1}, folder / "other.pt")
+    plain = torch.load(folder / "fm" / "model.pt", weights_only=True)
+    torch.save(plain | dict(sampler="renoised"), folder / "jumps.pt")   # as dmd2.py --init fm leaves it
     (folder / "cut.pt").write_bytes((folder / "imf" / "model.pt").read_bytes()[:2000])
     broken = torch.load(folder / "imf" / "model.pt", weights_only=True)
     broken["weights"].pop("pos_embed")
@@ -657,7 +659,7 @@ BAD = [  # command, words of the one line
     ("fsf_dmd.py --data noimages.npz --init imf/model.pt", "has no array images"),
     ("fsf_dmd.py --data floats.npz --init imf/model.pt", "images are float32 [9, 4, 4, 1], expected uint8"),
     ("fsf_dmd.py --data oblong.npz --init imf/model.pt", "images are uint8 [9, 4, 6, 1], expected uint8"),
-    ("consistency.py --loss imf --data odd.npz", "input_size 5 must be a multiple of patch_size 2"),
+    ("consistency.py --loss imf --data odd.npz", "odd.npz: has 5 x 5 pixels, expected a multiple of 2"),
     ("fsf_dmd.py --data few.npz --init imf/model.pt", "labels are int64 [4], expected 9 integers"),
     ("fsf_dmd.py --data negative.npz --init imf/model.pt", "labels start at -1"),
     ("fsf_dmd.py --data alike.npz --init imf/model.pt", "not all alike"),
@@ -665,8 +667,12 @@ BAD = [  # command, words of the one line
     ("fsf_dmd.py --data truncated.npz --init imf/model.pt", "truncated.npz"),
     ("fsf_dmd.py --data four.npz --init imf/model.pt", "was made for num_classes 3, but --data four.npz has 4"),
     ("fsf_dmd.py --init imf/model.pt", "was made for shape [1, 4, 4], but --data digits has [1, 8, 8]"),
-    ("fsf_dmd.py --data toy.npz --init missing.pt",
-     "--init missing.pt: expected fm or imf or scratch, or the path of a model.pt"),
+    ("fsf_dmd.py --data toy.npz --init missing.pt", "--init missing.pt: no such file"),
+    ("fsf_dmd.py --data toy.npz --init mif", "--init mif: expected fm or imf or scratch, or the path of a model.pt"),
+    ("fsf_dmd.py --data toy.npz --init jumps.pt", "jumps.pt: is a few-step generator"),
+    ("fsf_dmd.py --data toy.npz --init fm/model.pt --teacher jumps.pt", "jumps.pt: is a few-step generator"),
+    ("fsf_dmd.py --data toy.npz --init fm/model.pt --cfg_channels 2", "--data toy.npz has 1 channels"),
+    ("evaluate.py fm/model.pt --cfg_channels 2", "have cfg_channels 2, expected 0 to 1"),
     ("fsf_dmd.py --data toy.npz --init text.pt", "text.pt: not a model.pt"),
     ("fsf_dmd.py --data toy.npz --init evil.pt", "evil.pt: not a model.pt"),
     ("fsf_dmd.py --data toy.npz --init other.pt", "other.pt: not a model.pt of this project"),

@@ -2,7 +2,9 @@
 
 Data and batches, the autoencoder, latent shards, official weights, and the way from images to pictures and FID.
 """
+import argparse
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +19,7 @@ import checkpoints
 import common
 import data
 import model
+import run_folder
 import vae
 from test_helpers import Evil, golden, rand, randomize, refusal, run, small_net, state, train
 from test_metrics import evaluate_here, golden_inception
@@ -84,6 +87,45 @@ def test_small_images_in_folders_are_pixel_data(tmp_path, few_samples, monkeypat
     assert checkpoint["data"]["shape"] == [3, 8, 8]
     assert checkpoint["data"]["kind"] == "pixels"
     assert "fd_1step" in json.loads(Path("run/result.json").read_text())["last"]
+
+
+def test_of_a_folder_of_images_only_those_are_read_and_the_rest_is_said(tmp_path, capsys):
+    """Hidden files are no images, other files are counted, what is transparent is white, parts are no classes."""
+    for name in ("a", "b"):
+        (tmp_path / "set" / name / ".ipynb_checkpoints").mkdir(parents=True)
+        seen = Image.new("RGBA", (8, 8), (200, 0, 0, 255))
+        seen.putpixel((0, 0), (200, 0, 0, 0))                               # invisible
+        seen.save(tmp_path / "set" / name / "0.png")
+        seen.save(tmp_path / "set" / name / "._0.png")
+        seen.save(tmp_path / "set" / name / ".ipynb_checkpoints" / "0-checkpoint.png")
+        (tmp_path / "set" / name / "notes.txt").write_text("")
+    images, labels = data.read_image_folder(tmp_path / "set")
+    assert labels.tolist() == [0, 1]
+    assert images[0, :, 0, 0].tolist() == [255, 255, 255] and images[0, :, 1, 1].tolist() == [200, 0, 0]
+    said = capsys.readouterr().out
+    assert "2 files without the ending of an image in the class folders are not read (notes.txt is one)" in said
+
+    for part in ("train", "test"):
+        shutil.copytree(tmp_path / "set", tmp_path / "parts" / part)
+    with pytest.raises(common.BadInput, match=r"no classes but parts of a data set \(test, train\)"):
+        data.image_files(tmp_path / "parts")
+    assert data.image_files(tmp_path / "parts" / "train")[1] == ["a", "b"]
+
+    args = argparse.Namespace(out=str(tmp_path / "set" / "runs" / "x"), data=str(tmp_path / "set"), resume="auto")
+    with pytest.raises(common.BadInput, match="lies in --data"):
+        run_folder.check_folder(args)
+
+
+def test_a_start_of_other_images_is_said(in_home, capsys):
+    """It goes on with these images normalised by their own mean and deviation."""
+    checkpoint = checkpoints.load_checkpoint("imf/model.pt")
+    toy = data.load_data("toy.npz")
+    checkpoints.say_other_data("imf/model.pt", checkpoint, toy)
+    assert capsys.readouterr().out == ""
+    found = dict(np.load("toy.npz"))
+    np.savez("dark.npz", images=found["images"] // 2, labels=found["labels"])
+    checkpoints.say_other_data("imf/model.pt", checkpoint, data.load_data("dark.npz"))
+    assert "imf/model.pt: was trained on toy.npz, of other mean and deviation than dark.npz" in capsys.readouterr().out
 
 
 def test_center_crop_is_adms():
@@ -347,6 +389,7 @@ BAD_LATENTS = [  # command, words of the one line
     ("vae.py check nan", "latents hold NaN or infinity in image"),
     ("vae.py check raw", "the statistics of other latents"),
     ("vae.py check images", "holds no latent shards"),
+    ("vae.py decode latents --ckpt other.pt --out d", "other.pt: is not the VAE"),
     ("vae.py decode latents --ckpt half.pt --out d", "not a VAE checkpoint of LDM's layout"),
     ("vae.py decode latents --ckpt evil.pt --out d", "evil.pt: not a file of weights"),
     ("vae.py encode --images flat --ckpt vae.pt --out e", "no images in class folders"),

@@ -226,6 +226,17 @@ def test_metrics_of_a_set_with_a_test_part(tmp_path, monkeypatch):
     assert torch.equal(metrics.Features(found, cache).real, features.real)   # made again
 
 
+@pytest.mark.slow
+def test_the_classifier_of_few_images_has_learned_them(tmp_path):
+    """60 images of 28 pixels in 3 greys: 4 epochs of one batch would leave it at chance."""
+    y = np.arange(60) % 3
+    noise = np.random.default_rng(0).normal(0, 40, (60, 28, 28))
+    images = np.clip(np.array([40, 120, 200])[y][:, None, None] + noise, 0, 255).astype(np.uint8)
+    np.savez(tmp_path / "few.npz", images=images, labels=y)
+    features = metrics.Features(data.load_data(str(tmp_path / "few.npz")), tmp_path)
+    assert features.floor()["acc"] > 0.9 and "too little to measure" not in features.definition()
+
+
 def test_the_main_command_takes_mnist_files(tmp_path, few_samples, monkeypatch, capsys):
     """FSF-DMD from an iMF on 28 x 28 images, with the `small` network, from a folder of IDX files."""
     mnist(tmp_path / "set", n=100)

@@ -500,6 +500,9 @@ def decode(args: argparse.Namespace) -> None:
     """The first --n latents of a shard or folder back to PNG files: what the VAE makes of them."""
     vae, name = load_vae(args.ckpt)
     path = Path(args.latents)
+    made_by = read_meta((path if path.is_dir() else path.parent) / "meta.json").get("vae_hash", "")
+    if made_by and made_by != weights_hash(vae):
+        raise BadInput(f"--ckpt {args.ckpt}: is not the VAE ({made_by}) that made these latents")
     if path.is_dir():
         first = [shard.latents[:args.n] for shard in shards(path)[:args.n]]            # a shard holds an image or more
         latents = torch.cat(first)[:args.n]
