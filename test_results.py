@@ -1044,6 +1044,16 @@ def test_what_is_said_of_the_surrogate_is_in_the_numbers(monkeypatch):
     assert (f"{min(each['cosine'] for each in others):.2f}", f"{max(each['cosine'] for each in others):.2f}") == (
         "-0.17", "0.05")
 
+    rows = json.loads((KEPT / "surrogate-fashion-mnist-strong" / "runs.json").read_text())["rows"]
+    table = "\n".join(surrogate.table(rows))
+    assert table in text and table in (KEPT / "surrogate-fashion-mnist-strong" / "README.md").read_text()
+    _, ours, guided = rows
+    assert (ours["omega"], ours["step"], guided["omega"]) == (1.5, 3680, 3)
+    for k, cosine, pull in (("k1", "-0.09", "0.28"), ("k10", "-0.03", "0.17")):
+        assert f"{ours['over_tau'][k]['cosine']:.2f}" == cosine
+        assert f"{ours['over_tau'][k]['surrogate_to_mean']:.2f}" == pull
+    assert (f"{guided['over_tau']['k10']['cosine']:.2f}", f"{guided['bins'][-1]['cosine']:.2f}") == ("0.52", "0.64")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # benchmarks/strength.py
