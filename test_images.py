@@ -201,6 +201,7 @@ def test_long_runs_on_images_are_compiled_where_a_compiler_is(tmp_path, monkeypa
     assert compiled(f"{on_images} 50") == 0 and compiled(f"{on_images} 49 --compile 1") == 1
 
 
+@pytest.mark.slow
 def test_metrics_of_a_set_with_a_test_part(tmp_path, monkeypatch):
     """The classifier never sees the test part; the floor compares it with the training part; features are kept."""
     parts = mnist(tmp_path / "set", n=60)
@@ -237,6 +238,7 @@ def test_the_classifier_of_few_images_has_learned_them(tmp_path):
     assert features.floor()["acc"] > 0.9 and "too little to measure" not in features.definition()
 
 
+@pytest.mark.slow
 def test_the_main_command_takes_mnist_files(tmp_path, few_samples, monkeypatch, capsys):
     """FSF-DMD from an iMF on 28 x 28 images, with the `small` network, from a folder of IDX files."""
     mnist(tmp_path / "set", n=100)
