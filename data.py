@@ -270,11 +270,11 @@ def read_rgb(path: str | Path, largest: int | None = None, on_white: bool = Fals
                 if largest and max(image.size) > largest:
                     raise BadInput(f"{path}: has {image.width} x {image.height} pixels, "
                                    f"expected square images of at most {largest}; larger ones: python vae.py encode")
+                if 100 * min(image.size) < max(image.size) or not min(image.size):
+                    raise ValueError(f"its size is {image.width} x {image.height}")
                 if on_white and image.has_transparency_data:
                     white = Image.new("RGBA", image.size, "white")
                     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-                if 100 * min(image.size) < max(image.size) or not min(image.size):
-                    raise ValueError(f"its size is {image.width} x {image.height}")
                 return image.convert("RGB")
     except BadInput:
         raise

@@ -270,10 +270,9 @@ def given_flags(p, argv):
 
 def look_into(path, inits, given, defaults):
     """A checkpoint of --init -> ("imf" or "fm", the flags that its network decides)."""
-    if not Path(path).is_file() and Path(path).suffix:
-        raise BadInput(f"--init {path}: no such file")
     if not Path(path).is_file():
-        raise BadInput(f"--init {path}: expected {' or '.join(inits)}, or the path of a model.pt")
+        expected = f"expected {' or '.join(inits)}, or the path of a model.pt"
+        raise BadInput(f"--init {path}: {'no such file' if Path(path).suffix else expected}")
     config = load_checkpoint(path)["config"]
     kind = "imf" if config["conditioning"] == "in_context" else "fm"
     if kind not in inits:
