@@ -86,7 +86,7 @@ def is_lost(error):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def rank():
-    number = of_torchrun("RANK", 0)
+    number = torchrun_variable("RANK", 0)
     if number >= world():
         raise BadInput(f"RANK={number} of WORLD_SIZE={world()}: expected what torchrun sets; "
                        "unset it to run one process")
@@ -94,10 +94,10 @@ def rank():
 
 
 def world():
-    return of_torchrun("WORLD_SIZE", 1)
+    return torchrun_variable("WORLD_SIZE", 1)
 
 
-def of_torchrun(name, default):
+def torchrun_variable(name, default):
     """A whole number that torchrun sets for each process."""
     text = os.environ.get(name, "") or str(default)
     if not text.isdecimal() or int(text) < default:
@@ -133,8 +133,8 @@ def pick_device(flag):
 def keep_freed_memory():
     """Tell glibc to keep large freed blocks: given back, they are faulted in again at every step.
 
-    A sixth of a step of the digits' network, a sixteenth of B/1's, on a CPU, for 3% more memory than glibc by itself.
-    Both keep a third more than is in use: with MALLOC_MMAP_THRESHOLD_=65536 in the environment nothing is kept.
+    On a CPU this saves a sixth of a step of the digits' network and a sixteenth of B/1's, for 3% more memory.  Either
+    way glibc keeps a third more than is in use; with MALLOC_MMAP_THRESHOLD_=65536 in the environment it keeps nothing.
     """
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return
@@ -186,7 +186,7 @@ def compile_blocks(args, *nets):
 
 
 def sync_gradients(*nets):
-    """Sum the gradients over all processes, in one message a network.  A parameter without gradient counts as zero."""
+    """Sum the gradients over all processes, one message per network.  A parameter without gradient counts as zero."""
     if world() == 1:
         return
     for net in nets:

@@ -11,9 +11,9 @@ The statistics that undo it travel with the data and with every checkpoint, and 
     FILE.npz        arrays `images` (uint8 [N, H, W] or [N, H, W, 1 or 3], square) and `labels` (integers from 0)
     IDX/, CIFAR/    MNIST, Fashion-MNIST, KMNIST, EMNIST, CIFAR-10 and CIFAR-100 as they are handed out (idx_cifar.py):
                     the training part is trained on, the test part is what the metrics are checked with
-    IMAGES/         one sub-folder a class of small square images (at most 64 pixels), read into memory
+    IMAGES/         one sub-folder per class of small square images (at most 64 pixels), read into memory
     LATENTS/        LightningDiT's latent shards (*.safetensors, latents_stats.pt), memory-mapped, both flips:
-                    2 rows an image
+                    2 rows per image
 """
 import logging
 import math
@@ -253,7 +253,7 @@ def hidden(path: Path, folder: str | Path) -> bool:
 
 
 def read_rgb(path: str | Path, largest: int | None = None, on_white: bool = False) -> Image.Image:
-    """An image file as RGB, of at most `largest` pixels a side; BadInput if it cannot be read or is unreasonable.
+    """An image file as RGB, at most `largest` pixels wide and high; BadInput if it cannot be read or is unreasonable.
 
     on_white: lay what is transparent on white; without, invisible colours show, as in the official FID and VAE code.
     Its size is looked at before it is unpacked.  Pillow refuses what it takes for a bomb; its warning counts as that.
@@ -312,13 +312,13 @@ def say_unread(folder: str | Path) -> None:
 
 
 def image_files(folder: str | Path) -> tuple[list, list]:
-    """([(path, label)], class names) of a folder with one sub-folder a class.
+    """([(path, label)], class names) of a folder with one sub-folder per class.
 
     Classes and files are sorted by name, as in torchvision's ImageFolder.  BadInput if a class holds no image, or if
     the sub-folders are the parts of a data set (train, test).
     """
     if not Path(folder).is_dir():
-        raise BadInput(f"{folder}: no such folder, expected one sub-folder a class")
+        raise BadInput(f"{folder}: no such folder, expected one sub-folder per class")
     folders = [entry for entry in Path(folder).iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     classes = sorted(entry.name for entry in folders)
     if classes and {name.lower() for name in classes} <= PARTS:
@@ -479,7 +479,9 @@ class Latents:
 
     def __init__(self, found: list[Shard], mean: list, std: list):
         self.parts = [shard.latents for shard in found] + [shard.latents_flip for shard in found]   # [n_i, C, H, W]
-        self.ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
+        lengths = torch.tensor([len(part) for part in self.parts])
+        self.ends = lengths.cumsum(0)
+        self.starts = self.ends - lengths
         self.shape = torch.Size((int(self.ends[-1]), *self.parts[0].shape[1:]))
         self.mean = mean
         self.std = std
@@ -490,8 +492,7 @@ class Latents:
     def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
         """rows: int64 [n] -> float32 [n, C, H, W]."""
         numbers = torch.searchsorted(self.ends, rows, right=True)            # the part that holds each row
-        starts = self.ends[numbers] - torch.tensor([len(self.parts[number]) for number in numbers])
-        places = zip(numbers.tolist(), (rows - starts).tolist())
+        places = zip(numbers.tolist(), (rows - self.starts[numbers]).tolist())
         x = torch.stack([self.parts[number][i] for number, i in places]).float()
         return normalize(x, self.mean, self.std)
 

@@ -2,7 +2,8 @@
 
 Papers: Yin et al., "Improved Distribution Matching Distillation", arXiv 2405.14867; in the flow-map setting of Kim,
 Lee, Park, arXiv 2605.19256 (bracketed numbers): Table 2 rows 4-6, Table 3 row 8, Table 4 rows 4-5, Table 5
-"iMF + DMD2", Table 7.
+"iMF + DMD2", Table 7.  FID with 2 steps from an iMF 4.18, + IDA 4.20, + L_CD 4.67 (masked 3.85); from flow matching
+5.53, + L_CD 4.90.
 
     rollout      k ~ U{0..M-1}, shared by the batch: k jumps to 0, each renoised afresh,
                  then x_hat = x - t_k u(x, t_k, 0)                                                            [17]
@@ -12,6 +13,8 @@ Lee, Park, arXiv 2605.19256 (bracketed numbers): Table 2 rows 4-6, Table 3 row 8
                  + lambda_D [ softplus(D(fake)) + softplus(-D(real)) ]                                        [52-54]
     --ida A      after a generator update: fake <- A fake + (1 - A) generator                                 [60]
     --cd 1       the generator's loss becomes L_CD + lambda (all of the above) (rCM)                          [59]
+
+|| . ||^2 is the mean over elements, in every script: the value of lambda depends on it.
 
 One step is ONE generator update and R = --ttur fake updates (TTUR 1:R counted as DMD2 does): the first fake update has
 the samples of the generator turn, the others their own rollouts.  Discriminator: two DDT blocks and a class token on
@@ -51,8 +54,9 @@ from normuon import NorMuon, param_groups
 from run_folder import Run, check_folder
 from watch import begin, finish, health, watch
 
-# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: as the paper's Table 6, with
-# steps at or beyond the peak of its Table 10.
+# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: the paper's Table 6, but
+# for lr, which our copy of it has lost: 6e-4 is a guess.  Their steps reach the peak of Table 10 without L_CD; with
+# --cd 1 it is at 54,000 (imf) and 33,000 (fm): pass --steps.
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=100, lr=3e-4, fake_lr=3e-3, M=2, lam=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
@@ -91,22 +95,23 @@ def dmd_loss(x_hat: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps:
     """DMD2's generator loss of each sample, Eq. 50-51 -> (loss [B], gap [B] = mean |v_fake - v_teacher|).
 
     x_hat [B, C, H, W] with gradient; fake, teacher: callables (x_tau, tau) -> velocity, never differentiated.
-    tau [B], eps [B, C, H, W] fresh noise.  In x0-space the same gradient reads
+    tau [B], eps [B, C, H, W] fresh noise.  Mean over elements.  In x0-space the same gradient reads
     (f_fake - f_teacher) / mean |x_hat - f_teacher|: the factor tau cancels.
     """
     with torch.no_grad():
         x_tau = interpolate(x_hat, eps, tau)
         v_fake, v_teacher = fake(x_tau, tau), teacher(x_tau, tau)
-        size = (v_fake - v_teacher).flatten(1).abs().mean(1)                            # [B], for the log
+        delta = v_fake - v_teacher                                                      # Eq. 50: x_hat moves along it
+        gap = delta.flatten(1).abs().mean(1)                                            # [B], for the log
         scale = (v_teacher - (eps - x_hat)).flatten(1).abs().mean(1) + 1e-6             # 1e-6: as FastGen, against 0/0
-        target = x_hat - (v_teacher - v_fake) / expand(scale, x_hat)
-    return 0.5 * (x_hat - target).flatten(1).pow(2).mean(1), size
+        target = x_hat + delta / expand(scale, x_hat)                                   # Eq. 51
+    return 0.5 * (x_hat - target).flatten(1).pow(2).mean(1), gap
 
 
 def fake_loss(fake: Callable, x_hat: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """Flow matching of the fake network on generated samples, Eq. 52 -> [B].  fake: callable (x_t, t)."""
     x_hat = x_hat.detach()
-    return (fake(interpolate(x_hat, eps, t), t) - (eps - x_hat)).flatten(1).pow(2).mean(1)
+    return (fake(interpolate(x_hat, eps, t), t) - (eps - x_hat)).flatten(1).pow(2).mean(1)          # Eq. 52
 
 
 def gan_generator_loss(logits_fake: Tensor) -> Tensor:
@@ -143,14 +148,16 @@ def parse_args(argv=None):
         help="M of Eq. 17, steps of the backward simulation; 1: single-step simulation (Table 3)")
     add("--lam", type=number(float, 0, open_low=True), default=0.01, help="lambda of Eq. 59, with --cd 1")
     add("--cd", type=int, choices=[0, 1], default=0,
-        help="1: generator loss L_CD + lambda L_DMD (Eq. 59); scratch: L_CT + lambda L_DMD")
+        help="1: generator loss L_CD + lambda L_DMD (Eq. 59); scratch: L_CT + lambda L_DMD; latents: pass --steps "
+        "54000 (imf) or 33000 (fm), the paper's peaks")
     add("--cd_guidance", choices=["fixed", "drawn"], default="fixed",
         help="L_CD: omega and its interval fixed, or drawn as in iMF")
     add("--ttur", type=number(int, 1, 1000), default=5, help="R, fake updates per generator update (Table 7: 1 to 5)")
     add("--fake_lr", type=number(float, 0, open_low=True), help="learning rate of the fake side (default: --lr)")
-    add("--lambda_g", type=number(float, 0), default=3e-3,
+    gan = p.method.add_mutually_exclusive_group().add_argument
+    gan("--lambda_g", type=number(float, 0), default=3e-3,
         help="lambda_G of Eq. 54, the GAN term of the generator; 0: no GAN is built")
-    add("--no_gan", dest="lambda_g", action="store_const", const=0.0, help="the same as --lambda_g 0")
+    gan("--no_gan", dest="lambda_g", action="store_const", const=0.0, help="the same as --lambda_g 0")
     add("--lambda_d", type=number(float, 0, open_low=True), default=1e-2,
         help="lambda_D of Eq. 54, the GAN term of the fake side")
     add("--disc_trunk", choices=["fake", "teacher", "generator"], default="fake",
@@ -214,10 +221,10 @@ def train(args):
     trunk = frozen_view(net) if args.disc_trunk == "generator" else dict(fake=fake, teacher=teacher)[args.disc_trunk]
     state |= dict(fake=fake, head=head, opt_fake=opt_fake)
     features = metric_space(data, args)
-    channels = args.cfg_channels or None                                        # of a plain teacher's CFG
+    channels = args.cfg_channels or None                                        # of a plain teacher's CFG; None: all
     options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
-    guided = args.omega_max > 1                                                 # of a loss on the data
-    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # where none is drawn
+    guided = args.omega_max > 1                                                 # a loss on data draws omega above 1
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) if not drawn
 
     def u(y):
         return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))
@@ -276,7 +283,7 @@ def train(args):
                 with autocast(args, device):
                     x_hat = backward_simulation(u(b.y), b.z, k, args.M)         # Eq. 17
                     loss, gap = dmd_loss(x_hat, v_fake(b.y), v_teacher(b.y), b.tau, b.eps_tau)
-                    objective = args.lam * loss                                 # Eq. 15; DMD2 + L_CD: 59
+                    objective = args.lam * loss                                 # Eq. 15, 59
                     if head:
                         gan = gan_generator_loss(D(b.y)(x_hat, b.t_gen, b.eps_gen))
                         objective = objective + args.lam * args.lambda_g * gan  # Eq. 54

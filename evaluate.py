@@ -63,11 +63,12 @@ def generate(net: LightningDiT, n: int, shape: tuple[int, ...], steps: int, omeg
     y = indices % (classes or net.num_classes)
     samples = []
     for rows, labels in zip(indices.split(batch), y.split(batch)):
-        eps = noise_by_index("samples", seed, rows, shape).to(device)
-        guidance = fixed_guidance(omega, 0.0, guide_to, eps)
+        eps = noise_by_index("samples", seed, rows, shape)
         if sampler.startswith("renoised"):                       # the first noise is the other samplers', then fresh
             more = [noise_by_index("samples", seed, rows, shape, jump) for jump in range(1, steps)]
-            eps = torch.stack([eps.cpu(), *more], dim=1).to(device)
+            eps = torch.stack([eps, *more], dim=1)
+        eps = eps.to(device)
+        guidance = fixed_guidance(omega, 0.0, guide_to, eps)
         x = few_steps(net, sampler, eps, labels.to(device), steps, guidance, channels, shift)
         samples.append(x.cpu())
     net.train(was_training)
@@ -75,11 +76,10 @@ def generate(net: LightningDiT, n: int, shape: tuple[int, ...], steps: int, omeg
 
 
 def default_sampler(net: LightningDiT) -> str:
-    """Of a network of which nothing else is known: official weights, or one that was just built."""
+    """The sampler of a network that comes without a run: official weights, or one that was just built."""
     return "euler" if net.conditioning == "plain" else "flow_map"
 
 
-@torch.no_grad()
 def few_steps(net, sampler, eps, y, steps, guidance, channels, shift):
     """Noise [b, C, H, W] (renoised: [b, steps, C, H, W]) -> samples [b, C, H, W]."""
     if sampler == "euler":
@@ -117,7 +117,7 @@ def evaluate(net: LightningDiT, features: Features | None, args: argparse.Namesp
 
 
 def restated(checkpoint: dict, data: Data) -> Callable:
-    """What puts samples x of a checkpoint, normalised as the data it was trained on, into the normalisation of `data`.
+    """The function that turns samples x, normalised as the checkpoint's own data, into the normalisation of `data`.
 
     Nothing is done where both are the same, and to those of official weights, whose data are not known.
     """
@@ -325,6 +325,8 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[LightningDiT, dict, Dat
     if not source:
         raise BadInput(f"{args.what}: an official checkpoint holds no statistics of its latents, "
                        "expected --data with the folder of latents")
+    if not args.data and source != "digits" and not Path(source).exists():
+        raise BadInput(f"{args.what}: was trained on {source}, which is not there (seen from here); pass --data")
     data = load_data(source)
     net, _ = load_network(args.what, data)
     if args.weights == "raw":
@@ -385,7 +387,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--weights", choices=["ema", "raw"], default="ema",
                    help="of a run folder: the EMA (model.pt), or the weights in training (state.pt beside it)")
     p.add_argument("--steps", type=number(int, 1, 100_000), nargs="+",
-                   help="sampling steps (default: 1 2 4, of euler 25; with --inception one, the first)")
+                   help="sampling steps (default: 1 2 4, of euler 25; with --inception one, the first); CHECKPOINT "
+                        "stands before them")
     p.add_argument("--sampler", choices=SAMPLERS,
                    help="default: what the network was trained for.  flow_map: deterministic t -> s steps; renoised: "
                         "jumps to 0 with noise between them (DMD2, SiD); euler: of the velocity u(x, t, t), the "
@@ -463,6 +466,8 @@ def measure_without_inception(args: argparse.Namespace) -> None:
     net, checkpoint, data = load_for_sampling(args)
     args.omega, args.guide_to, args.cfg_channels, args.sampler = sampling(args, checkpoint)
     refuse_shift(args, args.sampler)
+    if data.kind == "latents" and args.n:
+        raise BadInput("--n: nothing of latents is measured without --inception; leave that out")
     net = net.to(pick_device(args.device))
     features = None if args.grid else metric_space(data, args)
     args.shift_euler = args.shift                          # another name: a run's own --shift is k of tau
@@ -473,7 +478,8 @@ def measure_without_inception(args: argparse.Namespace) -> None:
     if features is not None:
         print(table([(name, metrics)], features))
         guidance = guidance_words(net.conditioning, args.sampler, args.omega, args.guide_to, args.cfg_channels)
-        definition = (f"{features.definition(args.n, args.seed, args.weights.upper())}; "
+        which = f"{args.weights.upper()} weights {weights_hash(net)}"
+        definition = (f"{features.definition(args.n, args.seed, which)}; "
                       f"sampler {named(args.sampler, args.shift)}, {guidance}, torch {torch.__version__}")
         print(definition)
         write_atomic(out / "evaluation.json", json_text(metrics | dict(definition=definition), indent=1))

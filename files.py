@@ -175,7 +175,7 @@ def read_lines(path: str | Path) -> list[dict]:
     return found
 
 
-# ---- one process a folder --------------------------------------------------------------------------------------------
+# ---- one process per folder ------------------------------------------------------------------------------------------
 
 class Locked(BadInput):
     """Another process is at work in this folder."""

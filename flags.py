@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
     def parse_known_args(self, args=None, namespace=None):
-        """An empty value, mostly a shell variable that is not set, is not taken for a flag that is not given."""
+        """Refuse an empty value, mostly a shell variable that is not set, instead of taking the default."""
         words = list(sys.argv[1:] if args is None else args)
         for i, word in enumerate(words):
             if not word or (word.startswith("--") and word.endswith("=")):
@@ -51,7 +51,9 @@ def number(kind, low, high=STEPS, open_low=False):
             value = kind(text)
         except ValueError:
             value = math.nan
-        in_range = low <= value <= high                             # False for nan
+        if math.isnan(value):
+            raise argparse.ArgumentTypeError(f"{text[:40]} is no number, expected {noun} {limit}")
+        in_range = low <= value <= high
         if not in_range or (open_low and value == low):
             raise argparse.ArgumentTypeError(f"{text[:40]} is out of range, expected {noun} {limit}")
         return value
@@ -85,7 +87,7 @@ def parser(doc, init_help):
     add = p.network.add_argument
     add("--init", help=init_help)
     add("--size", default="tiny", choices=list(SIZES),
-        help="network size; the preset sets tiny for pixels, small from 24 pixels a side on, B/1 for latents")
+        help="network size; the preset sets tiny for pixels, small for images of 24 pixels or more, B/1 for latents")
     add("--ema", type=number(float, 0, 1), default=0.99995, help="EMA decay (0.99995, Table 6)")
     add("--ema_warmup", type=int, choices=[0, 1], default=1, help="1: decay min(ema, (1 + n) / (10 + n)); 0: constant")
 
@@ -207,7 +209,7 @@ def resolve(p, argv, presets, script):
     """
     everything = vars(p.parse_args(argv))                           # --help and bad flags end here
     defaults = {k: p.get_default(k) for k in everything}
-    given = given_flags(p, argv)
+    given = given_flags(p, argv, everything)
     kind, inits = preset_kind(everything["data"]), sorted({init for _, init in presets})
     init = given.get("init") or defaults["init"]
     init_kind, stored = init, {}
@@ -240,6 +242,8 @@ def checked(args, script):
     """args, after a script's own refusals; with --dry_run they are printed, and the program ends."""
     if not args.dry_run:
         return args
+    if args.data != "digits" and not Path(args.data).exists():
+        print(f"--data {args.data}: is not there; below is what {preset_kind(args.data)} get")
     print(f"{script}: preset ({preset_kind(args.data)}, {args.start})")
     for k in sorted(args.sources.keys() - {"dry_run"}):
         value = getattr(args, k)
@@ -260,12 +264,11 @@ def resolve_compile(args, kind):
     return int(kind == "images" and args.steps >= 50 and shutil.which(compiler) is not None)
 
 
-def given_flags(p, argv):
-    """Only the flags on the command line.  Takes the defaults out of the parser, so it is the last to use it."""
-    p._defaults.clear()                                             # of set_defaults
-    for action in p._actions:
-        action.default = argparse.SUPPRESS
-    return vars(p.parse_args(argv))
+def given_flags(p, argv, names):
+    """Only the flags on the command line, of all their names: argparse leaves alone what a namespace has already."""
+    unset = object()
+    found = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset))))
+    return {k: v for k, v in found.items() if v is not unset}
 
 
 def look_into(path, inits, given, defaults):
@@ -287,13 +290,13 @@ def look_into(path, inits, given, defaults):
     return kind, stored
 
 
-def folder_name(script, values, given, usual, init_kind):
+def folder_name(script, values, given, preset_values, init_kind):
     """runs/<script>-<data>-<init>, then each flag that was given and differs from the preset."""
     init = values["init"]
     if init != init_kind:                                           # a path: the name of its run folder
         init = Path(init).parent.name or Path(init).stem
-    said_elsewhere = RUNTIME_FLAGS | {"data", "init", "loss"}
-    differs = [f"{k}{given[k]}" for k in sorted(given) if k not in said_elsewhere and given[k] != usual.get(k)]
+    not_named = RUNTIME_FLAGS | {"data", "init", "loss"}
+    differs = [f"{k}{given[k]}" for k in sorted(given) if k not in not_named and given[k] != preset_values.get(k)]
     data = Path(values["data"])
     of_data = data.resolve().name if data.is_dir() else data.stem
     name = "-".join([script, of_data, init, *differs])

@@ -1,7 +1,8 @@
 """FSF-DMD: distribution matching distillation in which the generator is its own fake score.
 
 Paper: Kim, Lee, Park, "Distribution Matching Distillation without Fake Score Network", arXiv 2605.19256 (bracketed
-numbers).  Table 2 rows 7-8, Table 3, Table 4 row 6, Table 5 row 6, Tables 8-10 "FSF-DMD".
+numbers).  Table 2 rows 7-8, Table 3, Table 4 row 6, Table 5 row 6, Tables 8-10 "FSF-DMD".  Its FID with 2 steps:
+from an iMF 3.85 (M = 2, 4,000 steps) and 3.96 (M = 1, 3,000), from flow matching 4.70.
 
 DMD moves generated samples along v_fake - v_teacher at perturbed points, and trains a second network to know v_fake.
 FSF-DMD trains none: it takes the flow map's own average velocity from tau to 0 for it,
@@ -12,6 +13,8 @@ v_fake(x_tau, tau) ~ u(x_tau, tau, 0) [10-13].
     L_FSF      q || U - sg( U - (u_EMA(x_tau, tau, 0) - v_teacher(x_tau, tau)) ) ||^2                        [14, 21-22]
                q = 1 / mean | v_teacher - (eps' - x_hat) |  (--weight adaptive),  or 1  (--weight one)
     total      L = L_CD + lambda L_FSF,   L_CD: consistency distillation from the same frozen teacher        [15, 16]
+
+|| . ||^2 is the mean over elements, in every script: the value of lambda depends on it.
 
 L_FSF alone does not have the data as its fixed point: it compares a sample, f(x_tau, tau, 0), with a posterior mean,
 so it contracts (on N(0, 1) to a deviation of 0.46..0.58; test_methods.py).  L_CD holds it up; without L_CD the
@@ -50,7 +53,8 @@ from normuon import NorMuon, param_groups
 from run_folder import Run, check_folder
 from watch import begin, finish, health, watch
 
-# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: as the paper's Table 6.
+# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: the paper's Table 6, but
+# for lr, which our copy of it has lost: 6e-4 is a guess.
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=200, lr=2e-3, M=2, lam=0.01, shift=10.0, omega=1.0, guide_to=1.0, omega_max=1.0,
@@ -92,10 +96,13 @@ def rollout(u: Callable, eps: Tensor, M: int, grad: str = "all") -> tuple[Tensor
     u: callable (x, t, s), times as floats.  Inputs are detached, so no gradient runs from step to step; with grad="all"
     every step keeps its own, with "last" only the last.  M = 1 is the one-step generator of Eq. 14.
     """
+    if grad not in ("all", "last"):
+        raise ValueError(f"grad {grad!r}: expected all or last")
     x, U = eps, torch.zeros_like(eps)
     for i in range(M):
         t, s = 1 - i / M, 1 - (i + 1) / M
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (grad == "all" or i == M - 1)):
+        wanted = grad == "all" or i == M - 1
+        with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):                # under no_grad: never
             move = (t - s) * u(x, t, s)                                                 # Eq. 18 at sg x_i
         U = U + move                                                                    # Eq. 19-20
         x = (x - move).detach()
@@ -107,24 +114,26 @@ def fsf_dmd_loss(x: Tensor, U: Tensor, fake: Callable, teacher: Callable, tau: T
     """L_FSF of each sample, Eq. 14 (M = 1) and Eq. 21-22 -> (loss [B], gap [B] = mean |v_fake - v_teacher|).
 
     x, U [B, C, H, W]: of a rollout, x_hat = x - U, gradient in U.  fake, teacher: callables (x_tau, tau) -> velocity,
-    never differentiated.  tau [B] in [0, 1], eps [B, C, H, W] fresh noise.  clip > 0 clamps v_fake - v_teacher to
-    [-clip, clip].
+    never differentiated.  tau [B] in [0, 1], eps [B, C, H, W] fresh noise.  weight: q, "adaptive" or "one".  Mean
+    over elements.  clip > 0 clamps v_fake - v_teacher to [-clip, clip].
     """
+    if weight not in ("adaptive", "one"):
+        raise ValueError(f"weight {weight!r}: expected adaptive or one")
     with torch.no_grad():
         x_hat = x - U
         x_tau = interpolate(x_hat, eps, tau)
         v_fake, v_teacher = fake(x_tau, tau), teacher(x_tau, tau)
-        gap = v_fake - v_teacher                                                        # Eq. 13: x_hat moves along +gap
-        size = gap.flatten(1).abs().mean(1)                                             # [B], for the log
+        delta = v_fake - v_teacher                                                      # Eq. 13: x_hat moves along it
+        gap = delta.flatten(1).abs().mean(1)                                            # [B], for the log
         if clip:
-            gap = gap.clamp(-clip, clip)
+            delta = delta.clamp(-clip, clip)
         q = torch.ones_like(tau)
         if weight == "adaptive":                        # DMD's normaliser in v-space (Eq. 51); 1e-6: as FastGen, no 0/0
             q = 1 / ((v_teacher - (eps - x_hat)).flatten(1).abs().mean(1) + 1e-6)
         if cosine_factor:
             q = q * torch.cos(math.pi / 2 * tau)
-        target = U - gap
-    return q * (U - target).flatten(1).pow(2).mean(1), size                             # Eq. 14, 22
+        target = U - delta
+    return q * (U - target).flatten(1).pow(2).mean(1), gap                              # Eq. 14, 22
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -181,10 +190,10 @@ def train(args):
     compile_blocks(args, net, ema, teacher)
     state = dict(net=net, ema=ema, opt=opt, teacher=teacher)
     features = metric_space(data, args)
-    channels = args.cfg_channels or None                                        # of a plain teacher's CFG
+    channels = args.cfg_channels or None                                        # of a plain teacher's CFG; None: all
     options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
-    guided = args.omega_max > 1                                                 # of a loss on the data
-    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # where none is drawn
+    guided = args.omega_max > 1                                                 # a loss on data draws omega above 1
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) if not drawn
 
     def u(y):
         return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))
@@ -196,7 +205,7 @@ def train(args):
         return lambda x, tau: guided_velocity(teacher or net, x, tau, y, fixed.expand(len(x), 3), channels)
 
     def draw(g, index):
-        """The global batch of one turn and its random numbers."""
+        """The global batch of one step and its random numbers."""
         rows = batch_rows(len(data.x), B, args.seed, index)
         batch = dict(x0=data.x[rows], y=data.y[rows], eps=g.normal(B, *shape))
         batch["t"], batch["s"] = draw_times(g.uniform(B, 2), args.time_law, args.mask_prob)
@@ -236,7 +245,7 @@ def train(args):
                             x, U = b.z[:, 0], b.z[:, 0] - x_hat
                         loss, gap = fsf_dmd_loss(x, U, v_fake(b.y), v_teacher(b.y), b.tau, b.eps_tau,
                                                  args.weight, args.clip, args.cosine_factor)
-                        objective = args.lam * loss                             # Eq. 15; DMD2 + L_CD: 59
+                        objective = args.lam * loss                             # Eq. 15, 59
                     (objective.sum() / B).backward()
                     accumulate(total, B, fsf=loss, gap=gap)
 

@@ -217,7 +217,7 @@ class Features:
     def floor_name(self) -> str:
         return "real images, test part" if self.test else "real images, half against half"
 
-    def definition(self, n: int | None = None, seed: int = EVAL_SEED, weights: str = "EMA") -> str:
+    def definition(self, n: int | None = None, seed: int = EVAL_SEED, weights: str = "EMA weights") -> str:
         """What the numbers are, for n samples, beside which it is printed and kept."""
         right, near = "", ""
         if self.net[-1].out_features == 1:
@@ -232,7 +232,7 @@ class Features:
             near = f" (precision and recall: {len(self.reference.near)} of them, evenly)"
         return (f"fd, is, precision, recall (k=3) and acc in 64 features of a classifier of {self.source} "
                 f"(weights {self.hash}{right}); n={n or self.n} generated, classes in turn, "
-                f"noise by sample index (seed {seed}), against {len(self.real)} real{near}; {weights} weights")
+                f"noise by sample index (seed {seed}), against {len(self.real)} real{near}; {weights}")
 
 
 def compare(real: Reference, fake: torch.Tensor, probs: torch.Tensor, y: torch.Tensor) -> dict[str, float]:

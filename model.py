@@ -75,7 +75,8 @@ def cfg(v_cond: Tensor, v_uncond: Tensor, w: Tensor | float, channels: int | Non
     """Classifier-free guidance v_uncond + w (v_cond - v_uncond): w = 1 is conditional, w = 0 unconditional.
 
     w: float or [B].  channels: guide only the first `channels` channels, the others stay conditional (LightningDiT's 3
-    of 32, inherited from DiT; by the paper worth FID 12.44 -> 3.79 of the teacher, 4.96 -> 4.70 of FSF-DMD from it).
+    of 32, inherited from DiT).  In the paper this takes the FID of the plain teacher from 12.44 to 3.79, and that of
+    FSF-DMD from it from 4.96 to 4.70.
     """
     guided = v_uncond + expand(w, v_cond) * (v_cond - v_uncond)
     if channels is None:
@@ -102,9 +103,9 @@ def total_derivative(u: Callable, x: Tensor, t: Tensor, s: Tensor, tangent: Tens
     """d/dt u(x_t, t, s) along dx/dt = tangent, ds/dt = 0: tangent . grad_x u + d_t u.  -> shape of x, without gradient.
 
     u: callable (x [B, ...], t [B], s [B]).  h: step of the central difference [u(x+ha, t+h, s) - u(x-ha, t-h, s)] / 2h.
-    Its error is O(h^2) in exact arithmetic; rounding adds O(1/h).  At B/1 and h = 0.005 that is as much as the
-    derivative in bf16, hence autocast is off here, and a twelfth of it in TF32 (results/gpu.md).  t +- h may leave
-    [0, 1]: the network is smooth in time.  exact: torch.func.jvp (flash attention has no forward derivative).
+    It errs by O(h^2), and rounding adds O(1/h): at B/1 and h = 0.005 0.98 of the derivative in bf16, so autocast is off
+    here, and 0.09 of it in TF32 (results/gpu.md).  t +- h may leave [0, 1]: the network is smooth in time.
+    exact: torch.func.jvp (flash attention has no forward derivative).
     """
     with torch.autocast(x.device.type, enabled=False):
         if exact:
@@ -148,18 +149,15 @@ def backward_simulation(u: Callable, eps: Tensor, k: int, M: int, noise: str = "
     k in 0 .. M-1, the same for the whole batch; with k = M - 1 it is the M-step sampler of DMD2 and SiD.  noise (SiD):
     a jump's x0 goes back with fresh noise, the noise that the jump implies (ddim, deterministic) or the first (fixed).
     """
+    if not 0 <= k < M:
+        raise ValueError(f"k {k}: expected 0 .. {M - 1}")
     x = eps[:, 0]
     for i in range(k):
         t, s = 1 - i / M, 1 - (i + 1) / M
         with torch.no_grad():
             x0 = x - t * u(x, t, 0.0)
-            if noise == "fresh":
-                back = eps[:, i + 1]
-            elif noise == "ddim":
-                back = (x - (1 - t) * x0) / t
-            else:
-                back = eps[:, 0]
-            x = (1 - s) * x0 + s * back
+            back = dict(fresh=eps[:, i + 1], ddim=(x - (1 - t) * x0) / t, fixed=eps[:, 0])
+            x = (1 - s) * x0 + s * back[noise]
     t = 1 - k / M
     return x - t * u(x, t, 0.0)
 
@@ -360,10 +358,11 @@ class LightningDiT(nn.Module):
     """LightningDiT(size="B/1", conditioning="plain"), or explicit dims as keywords, which override the preset's.
 
     forward(x, t, y, s=None, guidance=None) -> velocity [B, C, H, W]
-        x [B, C, H, W]; t, s times in [0, 1], [B] or float; y [B] int64 labels, num_classes = null; s=None means s = t,
-        the instantaneous velocity; guidance [B, 3] = (omega, t_min, t_max), in_context only, None = (1, 0, 1), no
-        guidance.
-    Raises ValueError on an unknown size or conditioning, on s with a plain network, on guidance without in_context.
+        x [B, C, H, W]; t, s times in [0, 1] (TwinFlow's fake side: negative), [B] or float; y [B] int64 labels,
+        num_classes = null; s=None means s = t, the instantaneous velocity; guidance [B, 3] = (omega, t_min, t_max),
+        in_context only, None = (1, 0, 1), no guidance.
+    Raises ValueError on an unknown size, conditioning or dim, on dims that do not divide, on s with a plain network, on
+    guidance without in_context.
     n_tokens, token_block: n and k of the in_context conditioning (the paper's values are lost; 16 and 4 give its
     parameter count).
     `net.config` rebuilds it: LightningDiT(**net.config).
@@ -379,7 +378,7 @@ class LightningDiT(nn.Module):
         dims = {"n_tokens": 16, "token_block": 4} | SIZES[size] | dims
         unknown = set(dims) - {"depth", "hidden_size", "num_heads", "patch_size", "n_tokens", "token_block"}
         if unknown:
-            raise TypeError(f"unknown dims {sorted(unknown)}")
+            raise ValueError(f"unknown dims {sorted(unknown)}")
         self.config = dict(size=size, conditioning=conditioning, input_size=input_size, in_channels=in_channels,
                            num_classes=num_classes, qk_norm=qk_norm, mlp_ratio=mlp_ratio, **dims)
         depth, D, heads, patch = dims["depth"], dims["hidden_size"], dims["num_heads"], dims["patch_size"]
@@ -510,7 +509,8 @@ class DiscriminatorHead(nn.Module):
 
     def forward(self, trunk, x, t, y):
         features = trunk(x, t, y, until=self.until)                                     # [B, N, D]
-        c_t, c_y = trunk.t_embedder(t), trunk.y_embedder(y)                             # [B, D]
+        with torch.autocast(x.device.type, enabled=False):                              # times stay in fp32
+            c_t, c_y = trunk.t_embedder(t), trunk.y_embedder(y)                         # [B, D]
         of_class, of_image = F.silu(c_t + c_y)[:, None], F.silu(c_t[:, None] + features)
         condition = torch.cat([of_class, of_image], dim=1)                              # [B, 1 + N, D]
         h = torch.cat([self.class_token + c_y[:, None], self.x_embedder(x)], dim=1)

@@ -1,8 +1,8 @@
 """The run folder: whether a run may go on in it, and the Run that writes it: resume, log, save, stop.
 
 Running a command again resumes it.  Every file is written to a temporary name, flushed and renamed (files.py): never
-half a checkpoint.  (Lines are added to metrics.jsonl; half a last one is left out.)  One process a folder; state.pt is
-checked for flipped bytes before it is used.
+half a checkpoint.  (Lines are added to metrics.jsonl; half a last one is left out.)  One process per folder; state.pt
+is checked for flipped bytes before it is used.
 """
 import contextlib
 import os
@@ -28,8 +28,9 @@ RUNTIME_FLAGS = {"vae", "steps", "micro_batch", "device", "compile", "out", "res
 # Of the namespace, but no flags.  wait: whether a folder at which another process is training is waited for.
 NO_FLAGS = {"sources", "wait"}
 
-# What a run writes: only these names are removed by --resume no.
-OWN_FILES = ("args.json", "metrics.jsonl", "state.pt", "model.pt", "result.json")
+# What a run writes, and evaluate.py of its model.pt: only these names are removed by --resume no.
+OWN_FILES = ("args.json", "metrics.jsonl", "state.pt", "model.pt", "result.json", "evaluation.json", "fid.json",
+             "samples.png")
 OWN_PICTURES = ("samples_[0-9]*.png", "health_[0-9]*.png")
 
 # Upper limit of training steps, and of every number of a flag that has no other.
@@ -159,7 +160,7 @@ class Run:
                     taken = True
                 except Locked as error:
                     refusal = error
-            if self.of_first(int(taken)):
+            if self.from_first_process(int(taken)):
                 break
             if not getattr(self.args, "wait", False):
                 raise refusal
@@ -181,7 +182,7 @@ class Run:
                     path.unlink(missing_ok=True)
         barrier()
 
-    def of_first(self, number):
+    def from_first_process(self, number):
         """The first process's integer, given to every process."""
         if world() == 1:
             return number
@@ -209,7 +210,7 @@ class Run:
             refuse_flips(path)
             saved = torch.load(path, map_location="cpu", weights_only=True)
             refuse_odd_history(saved["step"], saved["evaluations"])
-            now = self.of_data()
+            now = self.fingerprint_of_data()
             if any(now.get(name) != value for name, value in saved.get("data", {}).items()):
                 raise BadInput(f"--data {self.data.source}: has changed since {path} was written; "
                                "--resume no starts over")
@@ -221,7 +222,7 @@ class Run:
             self.step, self.evaluations = saved["step"], saved["evaluations"]
         self.refuse_divergence(f"{path} holds it: --resume no starts over")
 
-    def of_data(self):
+    def fingerprint_of_data(self):
         """What a run that goes on has to find in the data again: their statistics, number and labels."""
         labels = zlib.crc32(self.data.y.numpy().tobytes())
         return dict(self.data.meta, rows=len(self.data.x), labels=labels)
@@ -379,7 +380,7 @@ class Run:
         self.flush()
         if self.main:
             parts = {name: part.state_dict() for name, part in self.state.items()}
-            history = dict(step=self.step, evaluations=self.evaluations, data=self.of_data())
+            history = dict(step=self.step, evaluations=self.evaluations, data=self.fingerprint_of_data())
             write_atomic(self.folder / "state.pt", parts | history)
             self.save_model()
         barrier()
@@ -402,8 +403,10 @@ class Run:
             choose = min if k.startswith("fd") else max             # a distance is best low
             at = choose((e for e in self.evaluations if k in e), key=lambda e, k=k: e[k])
             best[k] = dict(value=at[k], step=at["step"])
+        device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
         result = dict(last=last, best=best, evaluations=self.evaluations, definition=definition,
-                      other_sampler=other_sampler or {})
+                      other_sampler=other_sampler or {},
+                      made_with=dict(torch=torch.__version__, device=device, processes=world()))
         if self.main:
             write_atomic(self.folder / "result.json", json_text(result, indent=1))
         return result

@@ -48,8 +48,8 @@ from normuon import NorMuon, param_groups
 from run_folder import Run, check_folder
 from watch import begin, finish, health, watch
 
-# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: as the paper's Table 6, but
-# for the generator's rate and the steps, those that dmd2.py takes from an iMF.
+# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: the paper's Table 6, but
+# for lr, which our copy of it has lost and which is a guess; and for the steps, those of dmd2.py from an iMF.
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=200, lr=3e-4, fake_lr=3e-3, omega=1.0, guide_to=1.0,
@@ -162,7 +162,7 @@ def train(args):
     fake, head, fake_side, opt_fake = new_fake_side(args, net, teacher, device)
     state |= dict(fake=fake, head=head, opt_fake=opt_fake)
     features = metric_space(data, args)
-    channels = args.cfg_channels or None                                        # of a plain teacher's CFG
+    channels = args.cfg_channels or None                                        # of a plain teacher's CFG; None: all
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # of all but the fake side
 
     def u(y):

@@ -281,7 +281,8 @@ def test_initial_output_is_zero_and_patches_go_back_where_they_came_from():
     (dict(size="B/2"), "size 'B/2'"),
     (dict(conditioning="cross"), "conditioning 'cross'"),
     (dict(input_size=9, patch_size=2), "multiple of patch_size"),
-], ids=["size", "conditioning", "input_size"])
+    (dict(deph=3), "unknown dims"),
+], ids=["size", "conditioning", "input_size", "dims"])
 def test_a_network_that_cannot_be_is_refused(bad, words):
     with pytest.raises(ValueError, match=words):
         model.LightningDiT(**bad)
@@ -401,8 +402,10 @@ def test_param_groups_cover_every_trainable_parameter_once():
         "attn.qkv.weight", "attn.proj.weight", "mlp.w12.weight", "mlp.w3.weight", "adaLN_modulation.1.weight"}
     assert "token_embed" in in_adam and "pos_embed" not in in_adam
     assert normuon.NorMuon([muon, adam], lr=6e-4).param_groups[1]["lr"] == pytest.approx(1e-4)
-    with pytest.raises(AssertionError, match="in no group, or in two"):
+    with pytest.raises(ValueError, match="a parameter is in two of these networks"):
         normuon.param_groups(net, net)
+    with pytest.raises(ValueError, match="takes no .name, parameter. pairs"):
+        normuon.NorMuon(net.named_parameters())
 
 
 # ---- the project itself: the code ------------------------------------------------------------------------------------

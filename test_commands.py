@@ -152,6 +152,17 @@ def test_a_dry_run_prints_who_set_what_and_writes_nothing(in_home, capsys):
     assert stop.value.code == 0 and re.search(r"--size +B/1 +given", capsys.readouterr().out)
     assert not (in_home / "dry").exists()
 
+    with pytest.raises(SystemExit):
+        consistency.parse_args("--loss imf --data far/away --dry_run".split())
+    assert "--data far/away: is not there; below is what latents get" in capsys.readouterr().out
+
+
+def test_a_checkpoint_whose_data_are_elsewhere(in_home, tmp_path, monkeypatch, capsys):
+    model = (in_home / "imf" / "model.pt").resolve()
+    monkeypatch.chdir(tmp_path)
+    said = refusal(f"evaluate.py {model}", capsys, monkeypatch)
+    assert "was trained on toy.npz, which is not there (seen from here); pass --data" in said
+
 
 # ---- every flag changes what is trained ------------------------------------------------------------------------------
 
@@ -522,6 +533,7 @@ def test_the_main_command_leaves_a_picture_a_table_and_a_checkpoint(tmp_path):
         assert words in printed
     out, started = tmp_path / "runs" / "fsf_dmd-digits-imf", tmp_path / "runs" / "consistency_imf-digits-scratch"
     result, of_the_start = (json.loads((folder / "result.json").read_text()) for folder in (out, started))
+    assert result["made_with"] == dict(torch=torch.__version__, device="cpu", processes=1)
     last, first = result["last"], result["evaluations"][0]
     assert {"fd_1step", "fd_2step", "is_2step", "precision_2step", "recall_2step", "acc_2step"} <= set(last)
     assert last["step"] == 3
@@ -691,7 +703,7 @@ BAD = [  # command, words of the one line
     ("consistency.py --loss imf --data toy.npz --out mine/thesis.txt/run", "thesis.txt/run: Not a directory"),
     ("fsf_dmd.py --M 0", "--M: 0 is out of range, expected an integer of at least 1"),
     ("fsf_dmd.py --mask_prob 1.5", "--mask_prob: 1.5 is out of range"),
-    ("fsf_dmd.py --lam nan", "--lam: nan is out of range"),
+    ("fsf_dmd.py --lam nan", "--lam: nan is no number, expected a number of at least 0"),
     ("fsf_dmd.py --lr 0", "--lr: 0 is out of range, expected a number above 0"),
     ("fsf_dmd.py --shift -1", "--shift: -1 is out of range"),
     ("fsf_dmd.py --weight cosine", "--weight: invalid choice: 'cosine'"),
@@ -745,6 +757,7 @@ BAD = [  # command, words of the one line
     ("consistency.py --loss isg --init scratch", "distillation needs a teacher"),
     ("consistency.py --loss cd --tangent_norm 0.1 --huber_c 1", "--huber_c: --tangent_norm takes the squared distance"),
     ("dmd2.py --no_gan --lambda_d 1", "--lambda_g 0 builds no discriminator"),
+    ("dmd2.py --no_gan --lambda_g 0.1", "--lambda_g: not allowed with argument --no_gan"),
     ("dmd2.py --ida 1.2", "--ida: 1.2 is out of range"),
     ("consistency.py", "the following arguments are required: --loss"),
     ("consistency.py --loss cd --init scratch", "distillation needs a teacher"),
@@ -754,6 +767,7 @@ BAD = [  # command, words of the one line
     ("evaluate.py imf/model.pt --data digits", "was made for shape [1, 4, 4], but --data digits has [1, 8, 8]"),
     ("evaluate.py imf/model.pt --device tpu", "--device tpu: not usable here"),
     ("evaluate.py imf/model.pt --n 3", "--n: 3 is out of range"),
+    ("evaluate.py --steps 1 2 imf/model.pt", "--steps: imf/model.pt is no number, expected an integer"),
     ("evaluate.py decoupled.pt --omega 2", "--omega: decoupled.pt, sampled so, takes no guidance"),
     ("evaluate.py fm/model.pt --sampler renoised --omega 2", "--omega: fm/model.pt, sampled so, takes no guidance"),
     ("evaluate.py imf/model.pt --pipeline pytorch_fid --batch_size 9", "--pipeline, --batch_size: need --inception"),

@@ -460,7 +460,7 @@ def test_from_images_to_pictures(photos):
     """encode -> pretrain -> fsf_dmd -> sample -> decode -> PNG, from a folder of images and a VAE checkpoint."""
     printed = run(photos, "vae.py check latents")
     assert "4 shards, 24 images, latents [4, 8, 8] float32, both flips, all finite" in printed
-    assert "12 to 12 images a class" in printed
+    assert "12 to 12 images per class" in printed
 
     run(
         photos, "consistency.py --loss imf --data latents --size tiny --precision fp32 --steps 6 --batch_size 16 "
@@ -573,4 +573,5 @@ def test_fid_of_a_checkpoint_and_its_raw_weights(photos, monkeypatch, capsys):
     evaluate_here("grid metric/model.pt --vae vae.pt --out pictures2")
     assert Path("pictures2/samples.png").exists()
     assert not Path("pictures2/evaluation.json").exists()
-    capsys.readouterr()
+    said = refusal("evaluate.py metric/model.pt --vae vae.pt --n 5 --out pictures3", capsys, monkeypatch)
+    assert "--n: nothing of latents is measured without --inception" in said and not Path("pictures3").exists()

@@ -531,6 +531,32 @@ def test_discriminator_has_the_papers_size_and_feeds_the_generator_at_step_0():
     features = h(rand(2, 2, 4, 4), 0.5, torch.tensor([0, 1]), until=2)
     assert features.shape[1] == h.grid ** 2                                             # without in-context tokens
 
+    embedded = []
+    net.t_embedder.register_forward_hook(lambda module, inputs, output: embedded.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        head(net, x, t, y)
+    assert embedded == [torch.float32] * 2                                              # times, of trunk and of head
+
+
+def misspelt():
+    x, t = rand(2, 1, 2, 2), torch.tensor([0.2, 0.4]).double()
+    u, v = (lambda x, t, s: x), (lambda x, t: x)
+    return {
+        "rollout": lambda: fsf_dmd.rollout(u, x, 2, grad="al"),
+        "weight": lambda: fsf_dmd.fsf_dmd_loss(x, x, v, v, t, x, weight="adaptve"),
+        "noise": lambda: model.backward_simulation(u, rand(2, 2, 1, 2, 2), 1, 2, noise="freshh"),
+        "k": lambda: model.backward_simulation(u, rand(2, 2, 1, 2, 2), 2, 2),
+        "law of omega": lambda: consistency.draw_guidance(uniform(2, 3), "log_uniform"),
+        "law of times": lambda: consistency.draw_times(uniform(2, 2), "lognormal"),
+        "law of times with numbers": lambda: consistency.draw_times(uniform(2, 2), "beta:1,1"),
+    }
+
+
+@pytest.mark.parametrize("option", list(misspelt()))
+def test_a_misspelt_option_is_an_error_and_not_another_method(option):
+    with pytest.raises((ValueError, KeyError)):
+        misspelt()[option]()
+
 
 # ---- guidance by network, RCGM, ISG, tangent normalisation -----------------------------------------------------------
 
@@ -597,6 +623,7 @@ def test_rcgm_with_one_jump_and_no_ema_is_meanflow_up_to_delta():
     two = rcgm(0.01, 2)
     assert (two - rcgm(0.01, 1)).abs().max() > 0.1          # two jumps ask more than one of a map that is not exact
     torch.testing.assert_close(rcgm(0.01, 2, 0.25), two.clamp(-0.25, 0.25), rtol=1e-6, atol=1e-7)
+    assert torch.equal(rcgm(0.01, 2, 0), two)               # 0: off
 
 
 def test_rcgm_is_zero_at_the_exact_flow_map_and_flow_matching_on_short_intervals():

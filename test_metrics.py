@@ -21,7 +21,7 @@ import fid
 import inception
 import model
 import watch
-from checkpoints import load_network
+from checkpoints import load_network, weights_hash
 from data import Data, denormalize, load_data, normalize
 from metrics import EVAL_SEED, METRICS, Features, frechet_distance, inception_score, moments, precision_recall, spread
 from test_helpers import HERE, golden, rand, refusal, run, small_net
@@ -206,6 +206,7 @@ def test_samples_are_compared_with_other_data_pixel_by_pixel(in_home, capsys):
     evaluate_here(f"imf/model.pt --data dark.npz --steps {steps} --n {n} --out dark")
     found = json.loads(Path("dark/evaluation.json").read_text())
     assert found["fd_2step"] == pytest.approx(expected["fd"], rel=1e-5)
+    assert f"EMA weights {weights_hash(net)};" in found["definition"]                   # of which network it is
     picture = np.array(Image.open("dark/samples.png"))
     evaluate_here(f"imf/model.pt --steps {steps} --n {n} --out own")
     assert (np.array(Image.open("own/samples.png"))[-60:] == picture[-60:]).mean() > 0.99          # the last samples

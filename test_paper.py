@@ -1,5 +1,6 @@
 """What the paper compares, compared as it does: samplers, presets, teachers, guidance, random numbers."""
 import json
+import re
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ import watch
 from checkpoints import starting_networks
 from data import load_data
 from test_all import golden_gradient
-from test_helpers import golden, rand, small_net, uniform
+from test_helpers import HERE, golden, rand, small_net, uniform
 
 # ---- a generator is sampled as it was trained ----------------------------------------------------------------------
 
@@ -141,6 +142,16 @@ def test_presets_are_what_the_paper_says(sentence, script, flags, values, capsys
     args = script.parse_args([*flags.split(), "--data", "shards"])    # a folder that is not there counts as latents
     assert {name: getattr(args, name) for name in values} == values, sentence
     capsys.readouterr()
+
+
+def test_the_fids_of_the_headers_are_the_papers():
+    paper = json.loads((HERE / "golden" / "paper_tables.json").read_text())
+    cells = [cell for table in paper.values() if "rows" in table for row in table["rows"] for cell in row]
+    fids = {f"{cell:.2f}" for cell in cells if isinstance(cell, float)}
+    for script in (fsf_dmd, dmd2, consistency):
+        sentence = script.__doc__.partition("FID with 2 steps")[2].partition("\n\n")[0]
+        found = set(re.findall(r"\b\d+\.\d\d\b", sentence))
+        assert len(found) >= 3 and found <= fids, (script.__name__, found - fids)
 
 
 def test_rcgm_with_and_without_twinflow_have_one_learning_rate():

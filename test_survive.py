@@ -403,10 +403,12 @@ def test_starting_over_removes_what_a_run_wrote_and_nothing_else(in_home, few_sa
     for name in ("thesis.tex", "samples_of_mine.png"):
         (out / name).write_text("mine")
     (out / "sub").mkdir()
-    (out / "samples_000007.png").write_text("of the run before")
+    of_before = ["samples_000007.png", "samples.png", "evaluation.json", "fid.json"]    # three are evaluate.py's
+    for name in of_before:
+        (out / name).write_text("of the run before")
     train(f"{IMF} --steps 1 --out over --resume no")
     assert {"thesis.tex", "samples_of_mine.png", "sub"} <= {path.name for path in out.iterdir()}
-    assert not (out / "samples_000007.png").exists() and state(in_home, "over")["step"] == 1
+    assert not any((out / name).exists() for name in of_before) and state(in_home, "over")["step"] == 1
 
     (in_home / "link").symlink_to(out)
     before = contents(out)

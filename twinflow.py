@@ -7,9 +7,11 @@ numbers), Table 5 "iMF + TwinFlow" and "RCGM + TwinFlow".
                  or --base rcgm, recursive consistency                                                          [66-67]
     adversarial  x_hat = sg( z - u(z, 1, 0) ),  x_t = (1-t) x_hat + t eps:
                  || u(x_t, -t, -t) - (eps - x_hat) ||^2                                                         [63]
-    rectify      x_tau of the same x_hat,  gap = u(x_tau, -tau, -tau) - u(x_tau, tau, tau)  without gradient    [64]
-                 || u(z, 1, 0) - sg( u(z, 1, 0) - clamp(gap, -1, 1) ) ||^2                                      [65]
+    rectify      x_tau of the same x_hat,  delta = u(x_tau, -tau, -tau) - u(x_tau, tau, tau)  without gradient  [64]
+                 || u(z, 1, 0) - sg( u(z, 1, 0) - clamp(delta, -1, 1) ) ||^2                                    [65]
     total        L_base + lambda_adv L_adv + lambda L_rectify
+
+|| . ||^2 is the mean over elements, in every script: the value of lambda depends on it.
 
 u(x, -t, -t) is the velocity of the generated samples: flow matching trains it as dmd2.py trains its fake network, but
 in the same weights, and the teacher is the same network at positive times.  So nothing is frozen, and no second network
@@ -22,7 +24,6 @@ u(x_tau, tau, 0) instead of training a side.
 Cost in forward passes of one network (backward = 2): base 5.5 (rcgm 7), one generator call 3, L_adv 3, gap 2: 13.5,
 against 10.5 for fsf_dmd.py --init scratch.
 """
-import math
 from collections.abc import Callable
 
 import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
@@ -41,8 +42,8 @@ from normuon import NorMuon, param_groups
 from run_folder import Run, check_folder
 from watch import begin, finish, health, watch
 
-# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: as the paper's Table 6, but
-# for the steps from an iMF.
+# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: the paper's Table 6, but
+# for lr, which our copy of it has lost: 6e-4 is a guess; and for the steps from an iMF.
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=200, lr=3e-3, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
@@ -83,8 +84,8 @@ def twinflow_losses(u: Callable, fake: Callable, teacher: Callable, z: Tensor, t
 
     u: callable (x, t, s) of the flow map, called once, at (z, 1, 0), with gradient.  fake: callable (x_t, t) ->
     u(x_t, -t, -t | y), with gradient in L_adv; teacher: callable (x_tau, tau), never differentiated.  z, eps_t, eps_tau
-    [B, C, H, W] independent noise; t, tau [B] in [0, 1].  clip > 0 clamps the gap to [-clip, clip] (TwinFlow's tutorial
-    does not, its large-scale code and the paper have 1).
+    [B, C, H, W] independent noise; t, tau [B] in [0, 1].  Means over elements.  clip > 0 clamps v_fake - v_teacher to
+    [-clip, clip] (TwinFlow's tutorial does not, its large-scale code and the paper have 1).
     """
     # In z's precision: in bf16 a small gap would be lost in U - target.
     U = u(z, 1.0, 0.0).to(z.dtype)                                                      # [B, C, H, W]
@@ -93,12 +94,12 @@ def twinflow_losses(u: Callable, fake: Callable, teacher: Callable, z: Tensor, t
     adv = error.flatten(1).pow(2).mean(1)                                               # Eq. 63
     with torch.no_grad():
         x_tau = interpolate(x_hat, eps_tau, tau)
-        gap = fake(x_tau, tau) - teacher(x_tau, tau)                                    # Eq. 64
-        size = gap.flatten(1).abs().mean(1)                                             # [B], for the log
+        delta = fake(x_tau, tau) - teacher(x_tau, tau)                                  # Eq. 64
+        gap = delta.flatten(1).abs().mean(1)                                            # [B], for the log
         if clip:
-            gap = gap.clamp(-clip, clip)
-        target = U - gap
-    return adv, (U - target).flatten(1).pow(2).mean(1), size                            # Eq. 65
+            delta = delta.clamp(-clip, clip)
+        target = U - delta
+    return adv, (U - target).flatten(1).pow(2).mean(1), gap                             # Eq. 65
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def parse_args(argv=None):
     rcgm_flags(p)
     p.set_defaults(init="scratch")
     base = p.parse_known_args(argv)[0].base
-    args = resolve(p, argv, PRESETS | PRESETS_OF_RCGM if base == "rcgm" else PRESETS, "twinflow")
+    args = resolve(p, argv, PRESETS | (PRESETS_OF_RCGM if base == "rcgm" else {}), "twinflow")
     refuse(args, ["cfg_channels"], "the augmented network takes omega as an input")
     if args.base == "imf":
         refuse(args, ["delta", "order", "clamp", "target_ema"], "belongs to --base rcgm")
@@ -152,8 +153,8 @@ def train(args):
     state |= dict(target=target)
     features = metric_space(data, args)
     options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
-    guided = args.omega_max > 1                                                 # of a loss on the data
-    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # where none is drawn
+    guided = args.omega_max > 1                                                 # a loss on data draws omega above 1
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) if not drawn
 
     def u(y):
         return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))
@@ -165,7 +166,7 @@ def train(args):
         return lambda x, tau: guided_velocity(net, x, tau, y, fixed.expand(len(x), 3))
 
     def draw(g, index):
-        """The global batch of one turn and its random numbers."""
+        """The global batch of one step and its random numbers."""
         rows = batch_rows(len(data.x), B, args.seed, index)
         batch = dict(x0=data.x[rows], y=data.y[rows], eps=g.normal(B, *shape))
         batch["t"], batch["s"] = draw_times(g.uniform(B, 2), args.time_law, args.mask_prob)
@@ -204,7 +205,7 @@ def train(args):
                                         **options)
                     else:                                                       # Eq. 66-67
                         loss = guided_rcgm_loss(net, target, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided,
-                                                args.delta, args.order, args.clamp or math.inf, c=args.huber_c,
+                                                args.delta, args.order, args.clamp, c=args.huber_c,
                                                 cosine=args.cosine)
                 (loss.sum() / B).backward()
                 accumulate(total, B, **{args.base: loss})

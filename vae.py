@@ -269,7 +269,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 @torch.no_grad()
 def encode(args: argparse.Namespace) -> None:
-    """Both flips of every image through the encoder, sampled, un-normalised, into shards of --shard images a process.
+    """Both flips of every image through the encoder, sampled, un-normalised, into shards of --shard images each.
 
     A shard that is there already is kept, so that the same command goes on where it was stopped.
     """
@@ -481,7 +481,7 @@ def check(args: argparse.Namespace) -> None:
         raise BadInput(f"{args.folder}: labels go up to {len(counts) - 1}, but meta.json names {len(classes)} classes; "
                        "expected shards and meta.json of one encoding")
     print(f"{args.folder}: {len(found)} shards, {len(labels)} images, latents {shape} {dtype}, both flips, all finite")
-    print(f"labels 0 .. {len(counts) - 1}: {counts.min()} to {counts.max()} images a class, "
+    print(f"labels 0 .. {len(counts) - 1}: {counts.min()} to {counts.max()} images per class, "
           f"{(counts == 0).sum()} classes without any")
     print(f"channel means {mean.min():.3f} .. {mean.max():.3f}, "
           f"standard deviations {std.min():.3f} .. {std.max():.3f}")
