@@ -154,6 +154,8 @@ def count(script, argv, steps, forward_of, known=()):
     counted before is not run again.
     """
     UPDATES.update(known)
+    if torch.cuda.is_available():                                     # beside a step that is timed
+        torch.set_num_threads(max(1, os.cpu_count() // 4))
     module = SCRIPTS[script]
     with contextlib.redirect_stdout(io.StringIO()):                   # it prints what its flags resolve to
         args = module.parse_args(argv)
@@ -308,7 +310,7 @@ def paper_seconds():
 def measure(args, setting, entry, folder):
     """A row of runs.json.  entry: of COST; folder: a scratch one."""
     label, start, command = entry
-    script, *flags = shlex.split(command.format(start=folder / f"{start}.pt"))
+    script, *flags = shlex.split(command.format(start=shlex.quote(f"{folder}/{start}.pt")))
     data = received(aside(random_inputs, folder, args.size))
     flags += ["--data", str(data)]
     if start is None:
@@ -436,7 +438,7 @@ def run(args):
 def measure_all(args):
     on_gpu, begun = torch.cuda.is_available(), time.perf_counter()
     setting = dict(
-        device=torch.cuda.get_device_name() if on_gpu else f"{os.cpu_count()} CPU cores",
+        device=torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU cores",
         size=args.size,
         batch=args.batch_size or (PAPER_BATCH if on_gpu else 1),
         precision="bf16" if on_gpu else "fp32",

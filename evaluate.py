@@ -255,7 +255,7 @@ def measure(args: argparse.Namespace) -> None:
 
 def output_folder(args: argparse.Namespace) -> Path:
     """--out, else the run folder of the checkpoint; BadInput if it cannot be written."""
-    folder = Path(args.out or Path(args.what).resolve().parent)
+    folder = Path(args.out or Path(args.what).absolute().parent)    # a link's own folder, not that of its target
     check_writable(folder)
     return folder
 
@@ -296,7 +296,7 @@ def refuse_shift(args: argparse.Namespace, sampler: str) -> None:
 
 
 def named(sampler: str, shift: float) -> str:
-    return sampler if shift == 1 else f"{sampler}, shift {shift:.4g}"
+    return sampler if shift == 1 else f"{sampler}, shift {shift}"
 
 
 def is_guided(conditioning: str, sampler: str) -> bool:
@@ -330,7 +330,7 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[LightningDiT, dict, Dat
     data = load_data(source)
     net, _ = load_network(args.what, data)
     if args.weights == "raw":
-        path = Path(args.what).resolve().with_name("state.pt")
+        path = Path(args.what).absolute().with_name("state.pt")
         if not path.exists():
             raise BadInput(f"--weights raw: {path} is not there, "
                            "expected the run folder's state.pt beside the model.pt")
@@ -473,7 +473,7 @@ def measure_without_inception(args: argparse.Namespace) -> None:
     args.shift_euler = args.shift                          # another name: a run's own --shift is k of tau
     restate = restated(checkpoint, data)
     metrics = evaluate(net, features, args, args.steps, args.n, args.seed, restate=restate)
-    name = Path(args.what).resolve().parent.name[:30]
+    name = Path(args.what).absolute().parent.name[:30]
     out.mkdir(parents=True, exist_ok=True)
     if features is not None:
         print(table([(name, metrics)], features))

@@ -84,17 +84,16 @@ def folder_source(path: str | Path) -> tuple[int, Callable, str]:
     files = images_below(path)
     if not files:
         raise BadInput(f"{path}: holds no images, expected a folder of them or an .npz with arr_0")
+    width, height = read_rgb(files[0]).size
 
     def images(start, stop):
         arrays = []                                              # of uint8 [H, W, 3]
         for file in files[start:stop]:
-            array = np.array(read_rgb(file))
-            arrays.append(array)
-            if array.shape != arrays[0].shape:
-                height, width, _ = array.shape
-                first_height, first_width, _ = arrays[0].shape
-                raise BadInput(f"{file}: is {width} x {height}, others {first_width} x {first_height}; "
+            image = read_rgb(file)
+            if image.size != (width, height):
+                raise BadInput(f"{file}: is {image.width} x {image.height}, others {width} x {height}; "
                                "expected one size")
+            arrays.append(np.array(image))
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
     return len(files), images, listing_hash(files, path)[:8]    # features are kept by it

@@ -124,8 +124,9 @@ def parser(doc, init_help):
 
 
 def data_source(text):
-    """argparse type of --data: a folder is one, with or without a slash at its end."""
-    return text.rstrip("/") or text
+    """argparse type of --data: a folder is one, with or without a slash at its end; digits/ is a folder, no word."""
+    plain = text.rstrip("/") or text
+    return text if plain == "digits" else plain
 
 
 def auto_or_int(text):

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections import namedtuple
 from functools import lru_cache
 from pathlib import Path
@@ -29,9 +30,14 @@ from tqdm import tqdm
 
 from checkpoints import load_checkpoint
 from common import BadInput, world
+from data import hidden
 from files import files_below, json_text, listing_hash, lock, read_json, write_atomic
 
 HERE = Path(__file__).resolve().parent
+
+# Flags of a command that name a file or a folder, and the words after them that do not.
+PATH_FLAGS = ("--out", "--data", "--init", "--teacher")
+NO_PATHS = ("digits", "imf", "fm", "scratch")
 
 # measure: evaluate.py's flags for latents.  start: the Job that has to end first, or None.  counts: of sampling steps,
 # a FID of latents for each; every: training steps between them, 0: at the end only.
@@ -71,9 +77,9 @@ def sources_of(job):
 
 
 def identity(job):
-    """What a kept run has to agree in."""
-    files = [content_hash(word) for word in job.measure if Path(word).exists()]          # the VAE, Inception, reference
-    found = dict(command=list(job.command), measure=[*job.measure, *files], sources=sources_of(job))
+    """What a kept run has to agree in (`changes`).  Of a file that it reads its content counts, not its path."""
+    measure = [content_hash(word) if Path(word).exists() else word for word in job.measure]
+    found = dict(command=list(job.command), absolute=absolute(job.command), measure=measure, sources=sources_of(job))
     if job.every:
         found["every"] = job.every
     inputs = inputs_of(job)
@@ -83,8 +89,20 @@ def identity(job):
 
 
 def inputs_of(job):
-    """{path: hash} of what a job reads from outside."""
-    return {path: content_hash(path) for path in from_outside(job, job.command) if Path(path).exists()}
+    """[hash] of what a job reads from outside."""
+    return [content_hash(path) for path in from_outside(job, job.command) if Path(path).exists()]
+
+
+def absolute(command):
+    """A command with its paths resolved: the same one from another folder, or with a path spelled in another way."""
+    words = list(command)
+    places = [i + 1 for i, word in enumerate(words[:-1]) if word in PATH_FLAGS]
+    if words[0] == "evaluate.py":
+        places.append(1)
+    for i in places:
+        if words[i] not in NO_PATHS:
+            words[i] = str(Path(words[i]).resolve())
+    return words
 
 
 def from_outside(job, command):
@@ -104,11 +122,11 @@ def look_again():
 
 @lru_cache(maxsize=None)
 def content_hash(path):
-    """Of a file its content; of a folder the names, sizes and times of what it holds."""
+    """Of a file its content; of a folder the names, sizes and times of what it holds, without hidden files (locks)."""
     if Path(path).is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    return listing_hash(files_below(path), path)[:12]
+    return listing_hash([file for file in files_below(path) if not hidden(file, path)], path)[:12]
 
 
 def beside(job, suffix):
@@ -136,12 +154,19 @@ def say_once(text):
 
 
 def is_done(job):
-    return record(job) == dict(identity(job), done=True) and has_result(job)
+    known = record(job)
+    return known.get("done") is True and not changes(job) and not trained_on(job, known) and has_result(job)
+
+
+def trained_on(job, known):
+    """Whether a run that was done has been trained further since, by hand."""
+    step = known.get("step")
+    return known.get("done") is True and isinstance(step, int) and (logged_step(job.folder) or 0) > step
 
 
 def has_result(job):
     """Whether a run's files are there and can be read: a kept folder may be removed, or damaged."""
-    if job.command[0] != "evaluate.py" and not (job.folder / "model.pt").is_file():
+    if job.command[0] != "evaluate.py" and not zipfile.is_zipfile(job.folder / "model.pt"):         # not there, or cut
         return False
     if job.measure:
         measured = [*job.folder.glob("fid_*/fid.json")]
@@ -166,8 +191,14 @@ def changes(job):
     if not isinstance(known_sources, dict):
         known_sources = {}
     changed = [file for file, digest in now["sources"].items() if known_sources.get(file) != digest]
-    parts = dict(command="the command", measure="the measure", every="--fid_every", inputs="what it reads")
-    return changed + [name for part, name in parts.items() if known.get(part) != now.get(part)]
+    if known.get("command") != now["command"] and known.get("absolute") != now["absolute"]:
+        changed.append("the command")
+    parts = dict(measure="the measure", inputs="what it reads")
+    changed += [name for part, name in parts.items() if known.get(part) != now.get(part)]
+    measured = known.get("every") or 0                                # more FIDs than are asked for do no harm
+    if job.every and (not measured or job.every % measured):
+        changed.append("--fid_every")
+    return changed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,10 +256,13 @@ class Runner:
         changed, kept = changes(job), record(job)
         if job.folder.exists() and not path.exists():                 # a command of --list that was pasted
             raise BadInput(f"{job.folder}: is there, and this command did not make it; move it, or pass another --runs")
-        read = from_outside(job, kept.get("command", job.command))
-        if read != from_outside(job, job.command):
+        read = from_outside(job, kept.get("absolute") or absolute(kept.get("command") or job.command))
+        if "the command" in changed and read != from_outside(job, now["absolute"]):
             raise BadInput(f"{job.folder}: is a run of the same name that read {' and '.join(read) or 'no file'}; "
                            "pass another --runs")
+        if trained_on(job, kept) and not changed:
+            raise BadInput(f"{job.folder}: has been trained on since, from step {kept.get('step')} to "
+                           f"{logged_step(job.folder)}; move it, or pass another --runs")
         if changed:
             log.unlink(missing_ok=True)
         measured = sorted(job.folder.glob("fid_*"))
@@ -253,7 +287,8 @@ class Runner:
         if changed:
             raise BadInput(f"{job.folder.name}: {', '.join(changed)} changed while it ran; "
                            "the same command runs it again")
-        write_atomic(path, json_text(dict(now, done=True), indent=1))
+        ended = dict(done=True, step=logged_step(job.folder), machine=machine(self.args.jobs))
+        write_atomic(path, json_text(now | ended, indent=1))
 
     def call(self, command, log, held):
         """One command to its end, output into the log.
@@ -362,10 +397,12 @@ def run_all(args, wanted):
             futures[j] = pool.submit(runner.run, j, waits)
         with tqdm(total=len(unique), initial=kept, unit="run", dynamic_ncols=True) as bar:
             return follow(futures, bar)
-    except KeyboardInterrupt:
+    except BaseException as error:                                    # Ctrl-C; or the bar failed: no run goes on unseen
         pool.shutdown(wait=False, cancel_futures=True)
         runner.stop()
         pool.shutdown()
+        if not isinstance(error, KeyboardInterrupt):
+            raise
         print("\nstopped; every run saved its step, the same command goes on", file=sys.stderr)
         sys.exit(130)
     finally:
@@ -392,8 +429,20 @@ def follow(futures, bar):
 
 def last_step(job):
     """How far a running job is, as text."""
-    path = job.folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    if not lines or not lines[-1].endswith("}"):                      # nothing yet, or a line that is being written
-        return ""
-    return f"step {json.loads(lines[-1])['step']}"
+    step = logged_step(job.folder)
+    return "" if step is None else f"step {step}"
+
+
+def logged_step(folder):
+    """The last training step in a run's metrics.jsonl; None: there is none yet, or its line is being written."""
+    try:
+        last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
+        return json.loads(last)["step"]
+    except (OSError, IndexError, ValueError):                         # a run that begins anew removes the file
+        return None
+
+
+def machine(jobs):
+    """Where a run was made, in words."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return f"{device} ({os.cpu_count()} cores, {jobs} runs at a time)"

@@ -14,6 +14,7 @@ is too large, and samples of a good network score below it.
 """
 import contextlib
 import hashlib
+import inspect
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -166,10 +167,11 @@ class Features:
             raise BadInput(f"--data {data.source}: {len(data.x)} images are too few to evaluate against, "
                            "expected at least 8")
         digest = hashlib.sha256(data.x.numpy().tobytes() + data.y.numpy().tobytes()).hexdigest()[:12]
-        path = Path(cache) / f"features-{digest}.pt"
+        name = f"features-{digest}.pt"
+        path = Path(cache) / f"features-{digest}-{recipe()}.pt"
         with torch.random.fork_rng(devices=[]):                  # the first process alone is here: no other may notice
             self.net = classifier(data)
-        if not load_classifier(self.net, OF_RESULTS / path.name) and not load_classifier(self.net, path):
+        if not load_classifier(self.net, OF_RESULTS / name) and not load_classifier(self.net, path):
             train_classifier(self.net, data)
             keep(path, self.net.state_dict())                    # two processes that train it write the same
         self.net.requires_grad_(False).eval()
@@ -290,13 +292,20 @@ def classifier(data) -> nn.Sequential:
 
 def load_classifier(net: nn.Sequential, path: Path) -> bool:
     """Whether `path` holds finite weights of this network, which are then in it: a damaged cache is made again."""
-    with contextlib.suppress(BadInput, OSError):
+    with contextlib.suppress(Exception):                         # missing or damaged
+        refuse_flips(path)
         state, own = read_weights(path), net.state_dict()
         fits = state.keys() == own.keys() and all(state[k].shape == own[k].shape for k in own)
         if fits and all(value.isfinite().all() for value in state.values()):
             net.load_state_dict(state)
             return True
     return False
+
+
+def recipe() -> str:
+    """Of the code that makes a classifier, so that a cache of older code is not taken."""
+    text = inspect.getsource(classifier) + inspect.getsource(train_classifier)
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def train_classifier(net: nn.Sequential, data) -> None:

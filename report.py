@@ -13,6 +13,7 @@ import torch
 from scipy.stats import ttest_rel
 
 from checkpoints import load_checkpoint, load_network
+from common import BadInput
 from data import data_kind, load_data, preview
 from evaluate import decoder, generate, parse_args, sampling
 from files import json_text, read_json, read_lines, write_atomic
@@ -49,15 +50,18 @@ def collect(job, kind):
     kind: of data, as in data_kind.  evaluations: with the sampler that the network was trained for; other_sampler: the
     last one with another.  passes: forward passes a step, None of a row that trains nothing.
     """
-    other = {}
+    other, measured = {}, None
     if kind == "latents":
         evaluations = read_fids(job.folder)
+        for path in job.folder.glob("fid_*/fid.json"):
+            measured = read_json(path, "an evaluation").get("label")
     elif job.command[0] == "evaluate.py":
-        measured = read_json(job.folder / "evaluation.json", "an evaluation")
-        evaluations = [dict(step=0) | {k: v for k, v in measured.items() if k.endswith("step")}]
+        found = read_json(job.folder / "evaluation.json", "an evaluation")
+        evaluations = [dict(step=0) | {k: v for k, v in found.items() if k.endswith("step")}]
+        measured = classifier_of(found)
     else:
         result = read_json(job.folder / "result.json", "the result of a run")
-        evaluations, other = result["evaluations"], result["other_sampler"]
+        evaluations, other, measured = result["evaluations"], result["other_sampler"], classifier_of(result)
     evaluations = [rounded(evaluation) for evaluation in evaluations]
 
     lines = []
@@ -79,7 +83,14 @@ def collect(job, kind):
         sec_per_step=round(float(np.median(seconds)), 4) if seconds else None,
         memory_gb=round(max(memory), 3) if memory else None,
         passes=passes,
+        measured=measured,
     )
+
+
+def classifier_of(result):
+    """In the features of which classifier an evaluation was made, from its definition; None: not said."""
+    found = re.search(r"classifier of .* \(weights (\w+)", result.get("definition", ""))
+    return f"classifier {found[1]}" if found else None
 
 
 def passes_before(job):
@@ -113,6 +124,10 @@ def summary(table_rows, runs):
 
     table_rows: {row number: Row}; runs: {row number: {seed: `collect`}}.
     """
+    used = {run.get("measured") for of_row in runs.values() for run in of_row.values()} - {None}
+    if len(used) > 1:
+        raise BadInput(f"the runs were measured in several ways ({', '.join(sorted(used))}), so their distances do not "
+                       "compare; pass another --runs")
     return {r: summarise(r, row, runs.get(r, {})) for r, row in table_rows.items()}
 
 
@@ -235,8 +250,12 @@ def markdown_line(cells):
     return " ".join(f"| {cell}" if cell != "" else "|" for cell in cells) + " |"
 
 
-def distance_name(kind):
-    return "FID" if kind == "latents" else "distance"
+def distance_name(kind, rows):
+    """What the distances are called: the paper's name is that of 50,000 samples alone."""
+    if kind != "latents":
+        return "distance"
+    names = {run.get("measured") for row in rows.values() for run in row["seeds"].values()} - {None}
+    return " or ".join(sorted(names)) or "FID"
 
 
 def markdown(kind, table, rows):
@@ -245,7 +264,7 @@ def markdown(kind, table, rows):
 
 
 def beside_the_paper(kind, table, rows):
-    name, against = distance_name(kind), f"against row {table.reference}"
+    name, against = distance_name(kind, rows), f"against row {table.reference}"
     one_step = any("fid_1step" in row["paper"] for row in rows.values())        # Table 5: FIDs of 1 step and of 2
     header = ["", table.title, "paper: FID of 1 / 2 steps" if one_step else "paper: FID"]
     if one_step:
@@ -276,7 +295,7 @@ def beside_the_paper(kind, table, rows):
 
 
 def all_metrics(kind, rows):
-    header = ["", "last, all metrics", "steps", distance_name(kind), "IS", "precision", "recall", "accuracy"]
+    header = ["", "last, all metrics", "steps", distance_name(kind, rows), "IS", "precision", "recall", "accuracy"]
     body = []
     for r, row in rows.items():
         counts = [int(name[len("fd_"):-len("step")]) for name in row["last"] if name.startswith("fd_")]
@@ -431,7 +450,7 @@ def page(head, command, tables, rows):
     torch_version = head["sources"]["torch"]
     return f"""# Table {head['table']}, {head['title']}: {head['data']}{regime}
 
-Made by `{command}` on {head['device']} ({head['cores']} cores, {head['jobs']} runs at a time), torch {torch_version}.
+Made by `{command}` on {' and on '.join(head['machines'])}, torch {torch_version}.
 
 Mean ± standard deviation over n seeds. `last`: after the last step; `best`: the best evaluation on the way, at `step`.
 `against row {head['reference']}`: mean of the paired differences over seeds; `*` marks p < 0.05 in a paired t-test,
@@ -467,6 +486,14 @@ def seeds_in(folder):
     path = folder / "runs.json"
     stored = read_json(path, "a table's runs") if path.exists() else {}
     return max((len(row["seeds"]) for row in stored.get("rows", [])), default=0)
+
+
+def refuse_other_data(folder, data):
+    """BadInput if a folder of results is of other data: folders are named by the last part of --data alone."""
+    path = folder / "runs.json"
+    before = read_json(path, "earlier results").get("data") if path.exists() else data
+    if before != data and Path(before).resolve() != Path(data).resolve():
+        raise BadInput(f"{folder}: holds the results of --data {before}; pass another --out")
 
 
 def write(args, table, head, rows, jobs, commands):

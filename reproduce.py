@@ -44,7 +44,7 @@ from evaluate import decoder_for
 from fid import read_reference
 from flags import Parser, data_source, folder_path, number
 from inception import load_inception
-from kept_runs import HERE, Job, chain, is_done, refuse_torchrun, run_all, sources_of
+from kept_runs import HERE, Job, chain, is_done, machine, record, refuse_torchrun, run_all, sources_of
 
 PAPER = json.loads((HERE / "golden" / "paper_tables.json").read_text())
 
@@ -423,6 +423,7 @@ def run(args):
     if report.seeds_in(folder) > args.seeds:
         raise BadInput(f"--seeds {args.seeds}: {folder} holds the table of {report.seeds_in(folder)}; "
                        "pass as many, or another --out")
+    report.refuse_other_data(folder, args.data)
     data = load_data(args.data)                                       # refused now if it is not readable
     if data_kind(args.data) == "latents":
         decoder_for(data, args, torch.device("cpu"))
@@ -475,6 +476,7 @@ def head_of(args, table, jobs):
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         cores=os.cpu_count(),
         jobs=args.jobs,
+        machines=sorted({record(each).get("machine") or machine(args.jobs) for each in jobs}),
         sources=found,
     )
 

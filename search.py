@@ -171,6 +171,7 @@ def run(args):
         methods = {args.method: methods[args.method]}
     folder = folder_of(args)
     stored = read_json(folder / "runs.json", "a search's runs") if (folder / "runs.json").exists() else {}
+    report.refuse_other_data(folder, args.data)
     there = len(stored.get("seeds", []))
     if there > args.seeds:
         raise BadInput(f"--seeds {args.seeds}: {folder} holds the search with {there}; pass as many, or another --out")
@@ -187,7 +188,7 @@ def run(args):
         for setting in best[:FINALISTS]:
             for seed in SEEDS[1:args.seeds]:
                 jobs[method, setting].append(one_run(found, start_command, f"{command} {setting}", seed))
-    failed |= run_all(found, all_of(jobs))
+    failed |= run_all(found, [each for each in all_of(jobs) if each not in failed])
     rows = []
     for (method, setting), each in jobs.items():
         runs = [report.collect(j, "pixels") for j in each if is_done(j)]

@@ -162,6 +162,8 @@ def test_a_checkpoint_whose_data_are_elsewhere(in_home, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     said = refusal(f"evaluate.py {model}", capsys, monkeypatch)
     assert "was trained on toy.npz, which is not there (seen from here); pass --data" in said
+    (tmp_path / "linked").symlink_to(model)                             # as in a hub's cache: not beside its target
+    assert evaluate.output_folder(argparse.Namespace(out=None, what="linked")) == tmp_path
 
 
 # ---- every flag changes what is trained ------------------------------------------------------------------------------

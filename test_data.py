@@ -4,6 +4,7 @@ Data and batches, the autoencoder, latent shards, official weights, and the way 
 """
 import argparse
 import json
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from safetensors.torch import load_file, save_file
 import checkpoints
 import common
 import data
+import flags
+import kept_runs
 import model
 import run_folder
 import vae
@@ -325,6 +328,61 @@ def test_encoding_resumes_and_splits_without_a_trace(photos):
     assert "latents made otherwise: seed 0 (there) 1 (here)" in printed
 
 
+@pytest.mark.slow
+def test_encoding_goes_on_after_a_bad_image_is_skipped_repaired_or_removed(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(photos / "images", "images")
+    bad = Path("images/crops/10.png")                            # in the second shard
+    good = bad.read_bytes()
+    encode = f"vae.py encode --images images --ckpt {photos / 'vae.pt'} --size 16 --shard 7 --workers 0"
+
+    def encoded(out, more=""):
+        vae.run(vae.parse_args(shlex.split(f"{encode} --out {out} {more}")[1:]))
+        return data.load_data(out)
+
+    def raw(found, rows):
+        return data.denormalize(found.x[torch.tensor(rows)], found.mean, found.std)
+
+    whole = data.load_data(str(photos / "latents"))
+    of_bad = [10, 34]                                            # its row, and that of its mirror image
+    others = [row for row in range(48) if row not in of_bad]
+    for out, more, mend in (("skipped", "--skip_bad 1", lambda: None), ("repaired", "", lambda: bad.write_bytes(good)),
+                             ("removed", "", bad.unlink)):
+        bad.write_bytes(good[:200])
+        said = refusal(f"{encode} --out {out}", capsys, monkeypatch)
+        assert "10.png: not a readable image; repair or remove it, or pass --skip_bad 1" in said
+        first = Path(out, "latents_rank00_shard000.safetensors")
+        before = first.stat().st_mtime_ns
+        mend()
+        found = encoded(out, more)
+        assert first.stat().st_mtime_ns == before                # kept
+        rows = list(range(48)) if out == "repaired" else others
+        assert found.y.tolist() == [int(row % 24 >= 12) for row in rows]
+        if out != "removed":                                     # there the noise of the later images is another
+            torch.testing.assert_close(raw(found, list(range(len(rows)))), raw(whole, rows), rtol=1e-5, atol=1e-5)
+
+    # Again: nothing is written, so runs that were kept on these latents stay.
+    before = kept_runs.content_hash("removed")
+    encoded("removed")
+    kept_runs.look_again()
+    assert kept_runs.content_hash("removed") == before
+    # Once it is whole, a folder is of these images only.
+    bad.write_bytes(good)
+    assert "latents made otherwise: n 23 (there) 24 (here)" in refusal(f"{encode} --out removed", capsys, monkeypatch)
+    assert "lies in --images images" in refusal(f"{encode} --out images/latents", capsys, monkeypatch)
+
+
+def test_a_folder_called_digits_is_not_the_digits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for label in "01":
+        Path("digits", label).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(np.full((8, 8, 3), 40 * i, np.uint8)).save(Path("digits", label, f"{i}.png"))
+    found = [len(data.load_data(flags.data_source(text)).x) for text in ("digits", "digits/", "./digits")]
+    assert found == [1797, 6, 6]
+    assert flags.data_source("digits//") != "digits" and flags.data_source("mine/") == "mine"
+
+
 def test_latents_are_both_flips_normalised_once(photos):
     latents = data.load_data(str(photos / "latents"))
     assert len(latents.x) == 48
@@ -395,7 +453,7 @@ BAD_LATENTS = [  # command, words of the one line
     ("vae.py encode --images flat --ckpt vae.pt --out e", "no images in class folders"),
     ("vae.py encode --images nowhere --ckpt vae.pt --out e", "nowhere: no such folder"),
     (f"{ENCODE} --out e --size 17", "needs a multiple of 2"),
-    (f"{ENCODE} --out images", "is not empty"),
+    (f"{ENCODE} --out images", "lies in --images images"),
     ("vae.py", "the following arguments are required: command"),
     (f"{ENCODE} --out e --size 0", "--size: 0 is out of range"),
 ]

@@ -466,6 +466,15 @@ def test_fid_of_images_resumes_and_says_what_it_is(tmp_path, monkeypatch, capsys
         assert words in said, (command, said)
 
 
+def test_images_of_two_sizes_are_refused_whatever_the_batch(tmp_path):
+    for name, side in (("a", 16), ("b", 16), ("c", 8)):
+        Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(tmp_path / f"{name}.png")
+    count, images, _ = fid.image_source(tmp_path)
+    assert count == 3 and images(0, 2).shape == (2, 3, 16, 16)
+    with pytest.raises(common.BadInput, match="c.png: is 8 x 8, others 16 x 16"):
+        images(2, 3)
+
+
 def test_a_reference_of_another_pipeline_or_network_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_fid_networks()

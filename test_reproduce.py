@@ -29,7 +29,8 @@ import report
 import reproduce
 from checkpoints import load_network
 from common import BadInput
-from data import data_kind
+from data import data_kind, load_data
+from metrics import Features
 from model import DiscriminatorHead, LightningDiT, fixed_guidance
 from test_all import HERE, environment, refusal, small_images
 
@@ -273,6 +274,23 @@ def test_a_second_start_of_cost_waits_its_turn_and_fewer_seeds_replace_no_table(
     (tmp_path / "table5-digits" / "runs.json").write_text(kept)
     said = refusal("reproduce.py 5 --seeds 1 --out .", capsys, monkeypatch)
     assert "--seeds 1: table5-digits holds the table of 5; pass as many, or another --out" in said
+    said = refusal("reproduce.py 5 --data mine/digits --out .", capsys, monkeypatch)    # a folder of that name
+    assert "table5-digits: holds the results of --data digits; pass another --out" in said
+
+
+def test_runs_that_were_measured_in_two_ways_make_no_table():
+    """Another classifier, or FIDs of other numbers of samples; a FID of few samples is not called as the paper's."""
+    def of(*measured):
+        runs = [dict(evaluations=[dict(step=1, fd_2step=5.0)], sec_per_step=None, memory_gb=None, measured=way)
+                for way in measured]
+        return report.summary({1: reproduce.TABLES["2"].rows[0]}, {1: dict(enumerate(runs))})
+
+    for ways in (("classifier 1234", "classifier 5678"), ("FID", "FID5K")):
+        with pytest.raises(BadInput, match="were measured in several ways"):
+            of(*ways)
+    assert report.distance_name("pixels", of("classifier 1234", None)) == "distance"
+    assert [report.distance_name("latents", of(way, way)) for way in ("FID", "FID1K")] == ["FID", "FID1K"]
+    assert report.classifier_of(dict(definition=Features(load_data("digits")).definition())) == "classifier e837f4d7"
 
 
 def test_the_samples_of_a_row_are_made_with_its_own_flags(inputs, tmp_path, monkeypatch):
@@ -388,11 +406,12 @@ def test_another_measure_keeps_the_network(inputs, tmp_path):
     before = dict(kept_runs.identity(job), measure=["--n", "50000"], done=True)
     network, measured = job.folder / "model.pt", job.folder / "fid_004000_2step"
     measured.mkdir(parents=True)
-    network.write_bytes(b"kept")
+    torch.save("kept", network)
+    kept = network.read_bytes()
     kept_runs.beside(job, ".json").write_text(json.dumps(before))
     with open(tmp_path / "lock", "w") as lock, pytest.raises(BadInput, match="fsf_dmd.py"):
         kept_runs.Runner(args).do(job, lock)
-    assert network.read_bytes() == b"kept" and not measured.exists()
+    assert network.read_bytes() == kept and not measured.exists()
 
     # It is done with a FID of every number of sampling steps, and FIDs on the way need another training.
     measured.mkdir()
@@ -401,6 +420,10 @@ def test_another_measure_keeps_the_network(inputs, tmp_path):
     assert job.counts == (2,) and kept_runs.has_result(job._replace(counts=(2,)))
     kept_runs.beside(job, ".json").write_text(json.dumps(dict(kept_runs.identity(job), done=True)))
     assert kept_runs.is_done(job) and kept_runs.changes(job._replace(every=2000)) == ["--fid_every"]
+    with_every = dict(kept_runs.identity(job._replace(every=1000)), done=True)        # more FIDs than are asked for
+    kept_runs.beside(job, ".json").write_text(json.dumps(with_every))
+    assert all(kept_runs.is_done(job._replace(every=every)) for every in (0, 1000, 2000))
+    assert kept_runs.changes(job._replace(every=1500)) == ["--fid_every"]
     shutil.rmtree(measured)
     assert not kept_runs.is_done(job)
 
@@ -491,12 +514,12 @@ def test_what_the_discriminator_adds_to_a_step_of_dmd2(start, inputs, tmp_path, 
 @pytest.mark.slow
 def test_cost_measures_a_step_of_a_method(tmp_path):
     """The first row of cost.py, of a small network: seconds and memory of a process of its own, and counted passes."""
-    command = "cost.py --size tiny --row 1 2 --minutes 1e-9 --batch_size 2 --runs kept --out ."
-    words = [sys.executable, str(HERE / "cost.py"), *command.split()[1:]]
+    command = "cost.py --size tiny --row 1 2 --minutes 1e-9 --batch_size 2 --runs 'kept here' --out ."
+    words = [sys.executable, str(HERE / "cost.py"), *shlex.split(command)[1:]]
     env = environment() | dict(CUDA_VISIBLE_DEVICES="")
-    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept here").mkdir()
     other = {"imf: FSF-DMD M=1": dict(identity=dict(size="B/1"), row=dict(label="of another setting"))}     # left out
-    (tmp_path / "kept" / "cost.json").write_text(json.dumps(other))  # its time is over before the second row: left out
+    (tmp_path / "kept here" / "cost.json").write_text(json.dumps(other))     # its time is over before the second row
     printed = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
     found = json.loads((tmp_path / "cost-cpu-tiny" / "runs.json").read_text())
     [row] = found["rows"]

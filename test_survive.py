@@ -585,13 +585,15 @@ def test_a_kept_run_that_is_gone_or_damaged_runs_again(tmp_path, capsys):
     def keep():
         shutil.rmtree(job.folder, ignore_errors=True)
         job.folder.mkdir(parents=True)
-        (job.folder / "model.pt").write_bytes(b"weights")
+        torch.save({}, job.folder / "model.pt")
         (job.folder / "result.json").write_text("{}")
-        files.write_atomic(record, files.json_text(dict(kept_runs.identity(job), done=True)))
+        (job.folder / "metrics.jsonl").write_text('{"step": 400}\n')
+        files.write_atomic(record, files.json_text(dict(kept_runs.identity(job), done=True, step=400)))
         assert kept_runs.is_done(job) and not kept_runs.changes(job)
 
     for damage in (lambda: shutil.rmtree(job.folder), lambda: (job.folder / "result.json").write_text("{"),
-                   lambda: (job.folder / "model.pt").unlink(), lambda: record.write_text('{"command": ['),
+                   lambda: (job.folder / "model.pt").unlink(), lambda: (job.folder / "model.pt").write_bytes(b"P"),
+                   lambda: record.write_text('{"command": ['),
                    lambda: record.write_text("[]"), lambda: record.write_text('{"sources": 3}')):
         keep()
         damage()
@@ -599,6 +601,41 @@ def test_a_kept_run_that_is_gone_or_damaged_runs_again(tmp_path, capsys):
         kept_runs.changes(job)                                          # can be asked whatever is in the record
     said = capsys.readouterr().out
     assert "not the record of a run" in said and "runs again" in said
+
+    # Trained on by hand, with its own command and more --steps: neither taken for the run of the table, nor removed.
+    keep()
+    (job.folder / "metrics.jsonl").write_text('{"step": 400}\n{"step": 600}\n')
+    assert not kept_runs.is_done(job)
+    with pytest.raises(common.BadInput, match="has been trained on since, from step 400 to 600; move it"):
+        kept_runs.Runner(args).run(job)
+    assert (job.folder / "model.pt").exists()
+
+
+def test_a_path_that_is_spelled_otherwise_is_no_other_run(tmp_path, monkeypatch):
+    """From another folder, or with ./ before it: the same command, the same data, the same measure."""
+    small_images(tmp_path / "set.npz", 60)
+    (tmp_path / "vae.pt").write_text("a network")
+    monkeypatch.chdir(tmp_path)
+
+    def of(runs, data):
+        args = argparse.Namespace(data=data, init=None, start="weak", jobs=1, table="2", runs=Path(runs))
+        start = reproduce.job(args, reproduce.STARTS["imf"], 0)
+        return start, reproduce.job(args, reproduce.CD_MASKED, 0, start)
+
+    for j in of("runs", "set.npz"):
+        j.folder.mkdir(parents=True)
+        torch.save({}, j.folder / "model.pt")
+        (j.folder / "result.json").write_text("{}")
+        files.write_atomic(kept_runs.beside(j, ".json"), files.json_text(dict(kept_runs.identity(j), done=True)))
+    ways = [of("runs", "set.npz"), of(tmp_path / "runs", "./set.npz"), of("./runs", str(tmp_path / "set.npz"))]
+    for jobs in ways:
+        assert [kept_runs.changes(j) for j in jobs] == [[], []] and all(kept_runs.is_done(j) for j in jobs)
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    assert all(kept_runs.is_done(j) for j in of("../runs", "../set.npz"))
+    both = ("../vae.pt", tmp_path / "vae.pt")
+    by_name = [kept_runs.Job(Path("run"), ("sid.py",), ("--vae", vae), None) for vae in both]
+    assert kept_runs.identity(by_name[0])["measure"] == kept_runs.identity(by_name[1])["measure"]
 
 
 def test_kept_runs_of_other_data_and_of_another_start_are_neither_taken_nor_removed(tmp_path):
@@ -612,8 +649,8 @@ def test_kept_runs_of_other_data_and_of_another_start_are_neither_taken_nor_remo
 
     runner, start, distilled = of("a")
     start.folder.mkdir(parents=True)
-    for file in ("model.pt", "result.json"):
-        (start.folder / file).write_text("{}")
+    torch.save({}, start.folder / "model.pt")
+    (start.folder / "result.json").write_text("{}")
     record = dict(kept_runs.identity(start), done=True)
     files.write_atomic(kept_runs.beside(start, ".json"), files.json_text(record))
     assert kept_runs.is_done(start)

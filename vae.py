@@ -11,6 +11,7 @@ Reading data, latents among them, is data.py's work.
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -280,6 +281,9 @@ def encode(args: argparse.Namespace) -> None:
     if args.size % vae.downscale:
         raise BadInput(f"--size {args.size}: the {name} needs a multiple of {vae.downscale}")
     out = Path(args.out)
+    if out.resolve().is_relative_to(Path(args.images).resolve()):
+        raise BadInput(f"--out {out}: lies in --images {args.images}, where it would be read as images; "
+                       "pass --out elsewhere")
     identity = dict(
         images=str(Path(args.images).resolve()), n=len(files),
         files=listing_hash([path for path, _ in files], args.images, times=False)[:12],
@@ -296,33 +300,50 @@ def encode(args: argparse.Namespace) -> None:
         encode_shards(out, vae.to(device), name, files, args, device)
         barrier()
         if rank() == 0:
+            wanted = {shard for process in range(world()) for shard, _ in shards_of(process, len(files), args.shard)}
+            for path in out.glob("latents_rank*.safetensors"):   # of images that were taken away since it was stopped
+                if path.name not in wanted:
+                    path.unlink()
             finish_encoding(out, identity, classes)
 
 
+def shards_of(process: int, count: int, size: int) -> list[tuple[str, range]]:
+    """[(file name, the images in it)] of one process, of `count` images in shards of `size`."""
+    low, high = process * count // world(), (process + 1) * count // world()
+    return [(f"latents_rank{process:02d}_shard{shard:03d}.safetensors", range(start, min(start + size, high)))
+            for shard, start in enumerate(range(low, high, size))]
+
+
 def encode_shards(out: Path, vae: VAE, name: str, files: list, args: argparse.Namespace, device: torch.device) -> None:
-    """The shards of this process that are not there yet, or damaged."""
-    low = rank() * len(files) // world()
-    high = (rank() + 1) * len(files) // world()
-    hidden = rank() > 0
-    with tqdm(total=high - low, desc=f"encode {name}", unit=" images", disable=hidden, dynamic_ncols=True) as bar:
-        for shard, start in enumerate(range(low, high, args.shard)):
-            path = out / f"latents_rank{rank():02d}_shard{shard:03d}.safetensors"
-            rows = range(start, min(start + args.shard, high))
-            if is_whole(path):
+    """The shards of this process that are not there yet, or damaged, or of other files."""
+    mine, hidden = shards_of(rank(), len(files), args.shard), rank() > 0
+    total = sum(len(rows) for _, rows in mine)
+    with tqdm(total=total, desc=f"encode {name}", unit=" images", disable=hidden, dynamic_ncols=True) as bar:
+        for shard, rows in mine:
+            of_files = hash_of(files, rows, args.images)
+            if is_whole(out / shard, of_files):
                 bar.update(len(rows))
             else:
-                encode_shard(path, vae, files, rows, args, device, bar)
+                encode_shard(out / shard, vae, files, rows, of_files, args, device, bar)
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a shard is there, with the sums that `finish_encoding` needs."""
+def hash_of(files: list, rows: range, folder: str) -> str:
+    """Of the names, sizes and labels of files [(path, label)] at `rows`."""
+    listing = listing_hash([files[i][0] for i in rows], folder, times=False)
+    labels = [files[i][1] for i in rows]
+    return hashlib.sha256(f"{listing} {labels}".encode()).hexdigest()[:12]
+
+
+def is_whole(path: Path, of_files: str) -> bool:
+    """Whether a shard of these files is there, with the sums that `finish_encoding` needs."""
     if not path.exists():
         return False
     try:
         shard_sums(path)
+        with open_shard(path) as shard:
+            return shard.metadata().get("files") == of_files
     except BadInput:
         return False
-    return True
 
 
 def shard_sums(path: Path) -> tuple[dict, int, list]:
@@ -341,7 +362,11 @@ def claim_folder(out: Path, identity: dict) -> None:
     saved = out / "encode.json"
     if saved.exists():
         before = read_json(saved, "the encode.json of this command", repair="choose another --out")
-        differ = [f"{k} {v} (there) {identity[k]} (here)" for k, v in before.items() if identity.get(k) != v]
+        free = set()
+        if not (out / "meta.json").exists():                     # stopped, at a bad image perhaps: it may be repaired,
+            free = {"n", "files", "skip_bad"}                    # removed or skipped; a shard knows its own files
+        differ = [f"{k} {v} (there) {identity.get(k)} (here)" for k, v in before.items()
+                  if identity.get(k) != v and k not in free]
         if differ:
             raise BadInput(f"--out {out}: holds latents made otherwise: {', '.join(differ)}; choose another folder")
         if before == identity:
@@ -357,8 +382,8 @@ def is_leftover(path: Path) -> bool:
     return path.name.startswith(".encode.json.") and path.suffix == ".tmp"
 
 
-def encode_shard(path: Path, vae: VAE, files: list, rows: range, args: argparse.Namespace, device: torch.device,
-                 bar: tqdm) -> None:
+def encode_shard(path: Path, vae: VAE, files: list, rows: range, of_files: str, args: argparse.Namespace,
+                 device: torch.device, bar: tqdm) -> None:
     """Encode images `rows` of `files` into one shard; the sums behind the statistics go into its metadata."""
     tensors, bad = encode_rows(vae, files, rows, args, device, bar)
     both = torch.cat([tensors["latents"], tensors["latents_flip"]]).double()           # [2 n, C, h, w]
@@ -369,7 +394,7 @@ def encode_shard(path: Path, vae: VAE, files: list, rows: range, args: argparse.
     )
     metadata = dict(
         total_size=str(len(both) // 2), dtype=args.dtype, device=str(device), sums=json.dumps(sums),
-        bad=json.dumps(bad),
+        bad=json.dumps(bad), files=of_files,
     )
     write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
@@ -440,12 +465,23 @@ def finish_encoding(out: Path, identity: dict, classes: list) -> None:
         bad += unreadable
     mean, std = mean_and_std(count, total, square)
     stats = dict(mean=mean.float().view(1, -1, 1, 1), std=std.float().view(1, -1, 1, 1))
-    write_atomic(out / "latents_stats.pt", stats)
     meta = {k: identity[k] for k in ("vae", "vae_hash", "size")} | dict(n=n, classes=classes, bad=bad)
-    write_atomic(out / "meta.json", json.dumps(meta, indent=1))
+    if not is_finished(out, stats, meta):                        # kept runs know the latents by these files' times
+        write_atomic(out / "latents_stats.pt", stats)
+        write_atomic(out / "meta.json", json.dumps(meta, indent=1))
     print(f"{out}: {n} images in {len(classes)} classes, both flips, {len(bad)} unreadable left out")
     for path in bad[:20]:
         print(f"  {path}")
+
+
+def is_finished(out: Path, stats: dict, meta: dict) -> bool:
+    """Whether the folder has these statistics and this meta.json already."""
+    try:
+        mean, std = read_stats(out, stats["mean"].numel())
+        return (mean, std) == (stats["mean"].flatten().tolist(), stats["std"].flatten().tolist()) and \
+            read_json(out / "meta.json", "a meta.json") == meta
+    except BadInput:
+        return False
 
 
 def mean_and_std(count: int, total: torch.Tensor, square: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

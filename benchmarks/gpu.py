@@ -92,7 +92,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if not args.rehearse and not torch.cuda.is_available():
         raise BadInput("no CUDA device here; --rehearse 1 runs the same code on the CPU, at tiny size")
-    if args.rehearse and args.out == p.get_default("out"):
+    if args.rehearse and args.out.resolve() == p.get_default("out").resolve():
         raise BadInput("--rehearse 1: its numbers mean nothing, give them an --out of their own")
     args.device = torch.device("cpu" if args.rehearse else "cuda")
     args.size = "tiny" if args.rehearse else "B/1"
@@ -285,8 +285,9 @@ def profiled(args):
         folder = Path(folder)
         cost.random_inputs(folder, args.size)
         batch, precision = (2, "fp32") if args.rehearse else (args.batch_size, "bf16")
-        flags = shlex.split(f"--init {folder}/imf.pt --data {folder}/latents --out {folder}/run --health_every 0 "
-                            f"--device {args.device.type} --batch_size {batch} --precision {precision}")
+        flags = shlex.split(f"--health_every 0 --device {args.device.type} --batch_size {batch} "
+                            f"--precision {precision}")
+        flags += ["--init", f"{folder}/imf.pt", "--data", f"{folder}/latents", "--out", f"{folder}/run"]
         activities = [ProfilerActivity.CPU] + ([] if args.rehearse else [ProfilerActivity.CUDA])
         profiler, last = profile(activities=activities), 3 if args.rehearse else 12
         begun = [0.0]

@@ -278,8 +278,9 @@ def a_method(args, folder, name, forward, flops, rate):
     """The parts of a step, and its ratios.  forward: seconds of a pass; flops: of a pass of one image."""
     module, script, flags = METHODS[name]
     out = folder / name.replace(" ", "")
-    words = shlex.split(f"{flags} --init {folder}/imf.pt --data {folder}/latents --out {out} --device {args.device} "
-                        f"--batch_size {args.batch_size} --precision fp32 --steps {STEPS + 1} --log_every 1")
+    words = shlex.split(f"{flags} --device {args.device} --batch_size {args.batch_size} --precision fp32 "
+                        f"--steps {STEPS + 1} --log_every 1")
+    words += ["--init", f"{folder}/imf.pt", "--data", f"{folder}/latents", "--out", str(out)]
     parsed, clock = module.parse_args(words), Clock(args.device)
     with watched(module, clock), contextlib.suppress(Done):
         module.train(parsed)

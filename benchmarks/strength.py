@@ -29,7 +29,7 @@ from common import BadInput, main  # noqa: E402
 from data import data_kind, load_data, preset_kind  # noqa: E402
 from files import json_text, read_json, write_atomic  # noqa: E402
 from flags import Parser, data_source, folder_path, number  # noqa: E402
-from kept_runs import refuse_torchrun, run_all  # noqa: E402
+from kept_runs import refuse_torchrun, run_all, sources_of  # noqa: E402
 from reproduce import CD_MASKED, FSF, STARTS, job  # noqa: E402
 
 SHOWN = ("fd_1step", "fd_2step", "precision_2step", "recall_2step")
@@ -65,7 +65,10 @@ def run(args):
     failed = run_all(args, list(jobs.values()))
     if failed:
         raise BadInput(f"{len(failed)} runs failed: {'; '.join(j.folder.name for j in failed)}")
-    write(args, differences(args, jobs))
+    made_of = {}
+    for each in jobs.values():
+        made_of |= sources_of(each)
+    write(args, differences(args, jobs), made_of)
 
 
 def planned(args):
@@ -108,7 +111,8 @@ def with_earlier(path, stored):
     if not path.is_file():
         return stored
     earlier = read_json(path, "an earlier call's runs")
-    if any(earlier.get(name) != stored.get(name) for name in ("data", "seeds", "steps", "cd_steps", "omega", "torch")):
+    alike = ("data", "seeds", "steps", "cd_steps", "omega", "sources")
+    if any(earlier.get(name) != stored.get(name) for name in alike):
         return stored
     measured = {(row["start_steps"], row["lam"]) for row in stored["rows"]}
     kept = [row for row in earlier["rows"] if (row["start_steps"], row["lam"]) not in measured]
@@ -117,11 +121,11 @@ def with_earlier(path, stored):
     return dict(stored, rows=rows, commands=commands if kept else stored["commands"])
 
 
-def write(args, rows):
+def write(args, rows, made_of):
     args.out.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "benchmarks/strength.py", *sys.argv[1:]])
     head = dict(data=args.data, seeds=args.seeds, steps=args.steps, cd_steps=args.cd_steps, omega=args.omega,
-                torch=torch.__version__)
+                torch=torch.__version__, sources=made_of)
     stored = with_earlier(args.out / "runs.json", dict(head, commands=[command], rows=rows))
     rows, commands = stored["rows"], " and ".join(f"`{command}`" for command in stored["commands"])
     write_atomic(args.out / "runs.json", json_text(stored, indent=1) + "\n")

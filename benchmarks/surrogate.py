@@ -17,6 +17,7 @@ each with the class mean; and cosines over tau = k r / (1 + (k-1) r) for k = 1 a
 Leaves README.md, runs.json and surrogate.png in --out.
 """
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -65,6 +66,8 @@ def run(args):
         if not path:
             raise BadInput(f"{start}: expected NAME=MODEL")
         net, checkpoint = load_network(path, conditioning=("in_context",))
+        if not checkpoint["data"]:
+            raise BadInput(f"{path}: official weights do not say on which data they were trained; expected a model.pt")
         data = load_data(checkpoint["data"]["source"])
         net = net.to(device).requires_grad_(False).eval()
         for omega in args.omega:
@@ -94,7 +97,7 @@ def look(net, data, omega, args, device):
     """One flow map at one guidance scale -> dict of numbers."""
     generator = Generator(net, omega, data.x.shape[1:], device)
     (fake, losses), (second, _) = (train_fake(generator, args.steps, seed) for seed in (0, 1))
-    means = torch.stack([data.x[data.y == c].mean(0) for c in range(data.num_classes)]).to(device)
+    means = torch.stack([data.x[(data.y == c).nonzero()[:, 0]].mean(0) for c in range(data.num_classes)]).to(device)
     x_hat, y, g = generator.sample("surrogate", 0, args.n)
     eps, r = g.normal(*x_hat.shape).to(device), g.uniform(args.n).to(device)
 
@@ -172,10 +175,12 @@ def write(args, found, source):
     write_atomic(args.out / "runs.json", json_text(dict(head, rows=found), indent=1) + "\n")
     write_atomic(args.out / "surrogate.png", lambda path: figure(found).savefig(path, format="png", dpi=100))
     text = "\n".join(table(found))
+    command = shlex.join(["python", "benchmarks/surrogate.py", *sys.argv[1:]])
     write_atomic(args.out / "README.md", f"""# The surrogate fake velocity against an explicit one: {source}
 
-Made by `python benchmarks/surrogate.py`, torch {torch.__version__}, {args.n} samples, explicit fake networks of
-{args.steps} steps.  [runs.json](runs.json): every bin of tau, and the fake network's loss on held-out samples.
+Made by `{command}`, torch {torch.__version__};
+{args.n} samples, explicit fake networks of {args.steps} steps.  [runs.json](runs.json): every bin of tau, and the
+fake network's loss on held-out samples.
 
 {text}
 
