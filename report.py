@@ -448,9 +448,11 @@ def page(head, command, tables, rows):
         cost = ", distance also against passes"
     regime = f", {head['start']} start" if head["start"] else ""
     torch_version = head["sources"]["torch"]
+    here = f"{head['device']} ({head['cores']} cores, {head['jobs']} runs at a time)"
+    machines = " and on ".join(head.get("machines") or [here])        # older results do not say where each run was made
     return f"""# Table {head['table']}, {head['title']}: {head['data']}{regime}
 
-Made by `{command}` on {' and on '.join(head['machines'])}, torch {torch_version}.
+Made by `{command}` on {machines}, torch {torch_version}.
 
 Mean ± standard deviation over n seeds. `last`: after the last step; `best`: the best evaluation on the way, at `step`.
 `against row {head['reference']}`: mean of the paired differences over seeds; `*` marks p < 0.05 in a paired t-test,

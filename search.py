@@ -124,7 +124,7 @@ FROM_SCRATCH_OF_IMAGES = {                                            # two sett
     "iMF":                ("consistency.py --loss imf --mask_prob 0.5 --steps 750", ["--lr 0.004", "--lr 0.008"]),
     "RCGM":               ("consistency.py --loss rcgm --steps 750", ["--lr 0.004", "--lr 0.008"]),
     "FSF-DMD":            ("fsf_dmd.py --init scratch --lr 0.004 --steps 750",          # the iMF preset's rate
-                           ["--lam 0.01 --shift 1", "--lam 0.01 --shift 10"]),
+                           ["--lam 0.01 --shift 1", "--lam 0.001 --shift 10"]),
 }
 # start: (the start's command, or None from scratch; its methods)
 SEARCHES = {
