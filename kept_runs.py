@@ -438,7 +438,7 @@ def logged_step(folder):
     try:
         last = (folder / "metrics.jsonl").read_text().splitlines()[-1]
         return json.loads(last)["step"]
-    except (OSError, IndexError, ValueError):                         # a run that begins anew removes the file
+    except (OSError, LookupError, ValueError, TypeError):             # a run that begins anew removes the file
         return None
 
 

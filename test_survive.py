@@ -609,6 +609,9 @@ def test_a_kept_run_that_is_gone_or_damaged_runs_again(tmp_path, capsys):
     with pytest.raises(common.BadInput, match="has been trained on since, from step 400 to 600; move it"):
         kept_runs.Runner(args).run(job)
     assert (job.folder / "model.pt").exists()
+    for odd in ("", "{", "[1]", "{}", "3"):                             # a line that is being written
+        (job.folder / "metrics.jsonl").write_text(odd)
+        assert kept_runs.logged_step(job.folder) is None and kept_runs.last_step(job) == ""
 
 
 def test_a_path_that_is_spelled_otherwise_is_no_other_run(tmp_path, monkeypatch):
