@@ -605,7 +605,7 @@ def test_what_is_said_of_the_strength_of_the_start_on_fashion_mnist_is_in_the_nu
     starts = [f"{statistics.mean(found[steps, 0.03]['start_distance']):.1f}" for steps in (1500, 300)]
     assert f"(distance {starts[0]};" in text and f"300 steps ({starts[1]})" in text
     for name, masked, ours in (("table2-digits-weak", 9, (7, 8)), ("table2-digits-strong", 9, (7, 8)),
-                               ("table2-fashion-mnist-weak-row1-2-3-4-7-8-9-10-11-12", 9, (7, 8)),
+                               (FASHION_2, 9, (7, 8)), (FASHION_STRONG, 9, (7,)),
                                ("table4-digits", 8, (6,)), ("table4-fashion-mnist-row1-3-4-5-6-7-8", 8, (6,))):
         told = Told(name)
         for row in ours:
@@ -652,6 +652,19 @@ def test_what_is_said_of_more_guidance_is_in_the_numbers(monkeypatch):
         assert scipy.stats.ttest_1samp(found, 0).pvalue < p
     assert min(row["difference"]["fd_2step"]) > 0 > min(row["difference"]["fd_1step"])
     assert sum(d < 0 for d in row["difference"]["fd_1step"]) == 1
+    strong = json.loads((KEPT / "strength-fashion-mnist-strong-omega3" / "runs.json").read_text())
+    [row] = strong["rows"]
+    assert (strong["omega"], strong["steps"], strong["cd_steps"], strong["seeds"]) == (3, 174, None, 3)
+    assert "\n".join(strength.table([row])) in (KEPT / "strength-fashion-mnist-strong-omega3" / "README.md").read_text()
+    for name, words, p in (
+        ("fd_2step", "+29.3 ± 2.3 at 2 steps (p 0.0021)", 0.00215), ("fd_1step", "+61.4 ± 6.1 at 1 (p 0.0033)", 0.00335),
+        ("precision_2step", "precision -0.063 ± 0.015", 0.02), ("recall_2step", "recall -0.048 ± 0.007", 0.02),
+    ):
+        found = row["difference"][name]
+        assert strength.signed(found, 1 if name.startswith("fd") else 3) in words and words in text, words
+        assert scipy.stats.ttest_1samp(found, 0).pvalue < p and (np.sign(found) == np.sign(found[0])).all()
+    assert [f"{np.mean(row[name]):.1f}" for name in ("start_distance", "cd")] == ["73.6", "73.9"]
+    assert "(distance 73.6 at omega 3;" in text and "gains nothing in distance (73.9)" in text
     [weak] = json.loads((KEPT / "strength-fashion-mnist-weak" / "runs.json").read_text())["rows"]
     assert f"({strength.signed(weak['difference']['precision_2step'], 3)}, six seeds)" in text
 
