@@ -50,10 +50,10 @@ def number(kind, low, high=STEPS, open_low=False):
         try:
             value = kind(text)
         except ValueError:
-            value = math.nan
-        if math.isnan(value):
-            raise argparse.ArgumentTypeError(f"{text[:40]} is no number, expected {noun} {limit}")
-        in_range = low <= value <= high
+            if not text.isdecimal():                                # so many digits that int() refuses them
+                raise argparse.ArgumentTypeError(f"{text[:40]} is not {noun}, expected one {limit}") from None
+            value = math.inf
+        in_range = low <= value <= high                             # False for nan
         if not in_range or (open_low and value == low):
             raise argparse.ArgumentTypeError(f"{text[:40]} is out of range, expected {noun} {limit}")
         return value

@@ -526,7 +526,7 @@ def test_cost_measures_a_step_of_a_method(tmp_path):
     assert row["label"] == "imf: Consistency distillation" and row["paper_sec_per_step"] == 0.23
     assert 4.9 < row["passes"] <= 5
     assert 0 < row["sec_per_step"] < 60 and 0.1 < row["memory_gb"] < 20 and found["batch"] == 2
-    left = {path.name for path in (tmp_path / "kept").iterdir()}
+    left = {path.name for path in (tmp_path / "kept here").iterdir()}
     assert left == {"cost.json", "cost.lock"}                         # its random inputs are gone
     gflop = 40_000 * (128 * row["gflop_per_image"] + row["gflop_optimizer"])
     assert row["hours_modelled"] == pytest.approx(gflop * 1e9 / found["flop_per_second_modelled"] / 3600)

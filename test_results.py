@@ -657,7 +657,8 @@ def test_what_is_said_of_more_guidance_is_in_the_numbers(monkeypatch):
     assert (strong["omega"], strong["steps"], strong["cd_steps"], strong["seeds"]) == (3, 174, None, 3)
     assert "\n".join(strength.table([row])) in (KEPT / "strength-fashion-mnist-strong-omega3" / "README.md").read_text()
     for name, words, p in (
-        ("fd_2step", "+29.3 ± 2.3 at 2 steps (p 0.0021)", 0.00215), ("fd_1step", "+61.4 ± 6.1 at 1 (p 0.0033)", 0.00335),
+        ("fd_2step", "+29.3 ± 2.3 at 2 steps (p 0.0021)", 0.00215),
+        ("fd_1step", "+61.4 ± 6.1 at 1 (p 0.0033)", 0.00335),
         ("precision_2step", "precision -0.063 ± 0.015", 0.02), ("recall_2step", "recall -0.048 ± 0.007", 0.02),
     ):
         found = row["difference"][name]
