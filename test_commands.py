@@ -243,6 +243,7 @@ def test_pretraining_flags_and_the_other_losses(in_home, few_samples, monkeypatc
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_cosine_and_guided_channels_reach_multi_channel_data(tmp_path, few_samples, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     images = np.random.default_rng(0).integers(0, 256, (60, 4, 4, 3)).astype(np.uint8)
@@ -872,6 +873,7 @@ def test_the_benchmark_of_a_step_compares_like_with_like(in_home):
         assert {"backward", "optimizer", "EMA", "finite difference", "logging"} <= m["parts"].keys() and name in lines
 
 
+@pytest.mark.slow
 def test_the_picture_of_several_networks_shows_what_they_generate(in_home):
     """benchmarks/picture.py: under its caption stands the sample that `generate` makes, not another one's."""
     run(in_home, "benchmarks/picture.py start=consistency.py:imf/model.pt v=fm/model.pt --steps 2 --out three.png")

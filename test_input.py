@@ -124,6 +124,7 @@ def odd_states(good):
         yield f"no {own}", good | dict(opt=opt | dict(state=opt["state"] | {i: state}))
 
 
+@pytest.mark.slow
 def test_odd_states(in_home, monkeypatch, capsys, few_samples):
     """Refused before a step, in a line that names the file; nothing of the run is written."""
     shutil.copytree("imf", "odd")
@@ -517,6 +518,7 @@ def test_damaged_features_are_computed_again(tmp_path):
         collect(dict(n=5))
 
 
+@pytest.mark.slow
 def test_a_damaged_classifier_is_trained_again(tmp_path, monkeypatch):
     x = torch.randn(16, 1, 4, 4, generator=torch.Generator().manual_seed(0))
     toy = data.Data(x, torch.arange(16) % 2, 2, [0.5], [0.2], "toy")

@@ -475,6 +475,7 @@ def test_images_of_two_sizes_are_refused_whatever_the_batch(tmp_path):
         images(2, 3)
 
 
+@pytest.mark.slow
 def test_a_reference_of_another_pipeline_or_network_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_fid_networks()

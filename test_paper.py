@@ -182,6 +182,7 @@ def test_from_flow_matching_dmd2_and_sid_keep_the_plain_student(home, monkeypatc
         assert (net.conditioning, teacher.conditioning) == (conditioning, "plain")
 
 
+@pytest.mark.slow
 def test_teacher_and_student_may_come_from_different_files(home, monkeypatch, capsys, few_samples):
     """--teacher: DMD2 trained from a distilled student with the original teacher."""
     monkeypatch.chdir(home)

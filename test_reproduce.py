@@ -397,6 +397,7 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
     assert f"| {report.spread([fd], 1)} |" in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_another_measure_keeps_the_network(inputs, tmp_path):
     """--n, --ref and the like make its FID again, not the training."""
     args = argparse.Namespace(data=str(inputs / "latents"), vae="V", inception="W", ref="R", n=2000, fid_every=0,
