@@ -14,7 +14,7 @@ Lee, Park, arXiv 2605.19256 (bracketed numbers): Table 2 rows 4-6, Table 3 row 8
     --ida A      after a generator update: fake <- A fake + (1 - A) generator                                 [60]
     --cd 1       the generator's loss becomes L_CD + lambda (all of the above) (rCM)                          [59]
 
-|| . ||^2 is the mean over elements, in every script: the value of lambda depends on it.
+|| . ||^2 is the mean over elements: the value of lambda depends on it.
 
 One step is ONE generator update and R = --ttur fake updates (TTUR 1:R counted as DMD2 does): the first fake update has
 the samples of the generator turn, the others their own rollouts.  Discriminator: two DDT blocks and a class token on

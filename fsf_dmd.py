@@ -14,7 +14,7 @@ v_fake(x_tau, tau) ~ u(x_tau, tau, 0) [10-13].
                q = 1 / mean | v_teacher - (eps' - x_hat) |  (--weight adaptive),  or 1  (--weight one)
     total      L = L_CD + lambda L_FSF,   L_CD: consistency distillation from the same frozen teacher        [15, 16]
 
-|| . ||^2 is the mean over elements, in every script: the value of lambda depends on it.
+|| . ||^2 is the mean over elements: the value of lambda depends on it.
 
 L_FSF alone does not have the data as its fixed point: it compares a sample, f(x_tau, tau, 0), with a posterior mean,
 so it contracts (on N(0, 1) to a deviation of 0.46..0.58; test_methods.py).  L_CD holds it up; without L_CD the

@@ -45,10 +45,11 @@ def rounded(evaluation):
 
 
 def collect(job, kind):
-    """One run: dict(evaluations=[{step, fd_2step, ...}], other_sampler, sec_per_step, memory_gb, passes).
+    """One run: dict(evaluations=[{step, fd_2step, ...}], other_sampler, sec_per_step, memory_gb, passes, measured).
 
     kind: of data, as in data_kind.  evaluations: with the sampler that the network was trained for; other_sampler: the
-    last one with another.  passes: forward passes a step, None of a row that trains nothing.
+    last one with another.  passes: forward passes a step, None of a row that trains nothing.  measured: by which
+    classifier, or of latents what its FID is called.
     """
     other, measured = {}, None
     if kind == "latents":

@@ -3,8 +3,10 @@
 The fast tests run in this process; the slow ones start commands as a user does.  benchmarks/soak.py kills for longer.
 """
 import argparse
+import copy
 import errno
 import json
+import math
 import os
 import platform
 import shutil
@@ -783,6 +785,20 @@ def test_a_run_whose_data_have_changed_is_not_resumed(tmp_path, monkeypatch, cap
         np.savez("set.npz", **changed)
         said = refusal("consistency.py --loss imf --data set.npz --steps 4 --out labelled", capsys, monkeypatch)
         assert "--data set.npz: has changed since labelled/state.pt was written" in said
+
+
+def test_another_number_of_threads_is_no_other_data(in_home, few_samples):
+    """The sums behind mean and deviation are taken in another order then: their last bits differ."""
+    shutil.copytree(in_home / "imf", in_home / "threads")
+    saved = torch.load(in_home / "threads" / "state.pt", weights_only=True)
+    before, step = copy.deepcopy(saved["data"]), saved["step"]
+    saved["data"]["std"] = [math.nextafter(value, 9) for value in before["std"]]
+    torch.save(saved, in_home / "threads" / "state.pt")
+    train(f"{IMF} --steps {step + 1} --out threads")
+    assert state(in_home, "threads")["step"] == step + 1
+    assert run_folder.same_data(before, before)
+    for name, value in (("std", [1.001 * std for std in before["std"]]), ("mean", before["mean"] * 2), ("rows", 7)):
+        assert not run_folder.same_data(before, before | {name: value})
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):

@@ -11,7 +11,7 @@ numbers), Table 5 "iMF + TwinFlow" and "RCGM + TwinFlow".
                  || u(z, 1, 0) - sg( u(z, 1, 0) - clamp(delta, -1, 1) ) ||^2                                    [65]
     total        L_base + lambda_adv L_adv + lambda L_rectify
 
-|| . ||^2 is the mean over elements, in every script: the value of lambda depends on it.
+|| . ||^2 is the mean over elements: the value of lambda depends on it.
 
 u(x, -t, -t) is the velocity of the generated samples: flow matching trains it as dmd2.py trains its fake network, but
 in the same weights, and the teacher is the same network at positive times.  So nothing is frozen, and no second network

@@ -10,7 +10,7 @@ with each lambda, for as many steps, so that they differ in lambda L_FSF alone. 
 Shown is the paired difference over seeds, at 1 and 2 sampling steps, of distance, precision and recall, against the
 start's own distance at 2 steps.
 Runs are kept, stopped and continued as reproduce.py's.  Leaves README.md, runs.json and strength.png in --out; other
-starts and lambdas of an earlier call into the same --out, with the same data, steps and seeds, stay in them.
+starts and lambdas of an earlier call into the same --out, with the same data, steps, seeds and code, stay in them.
 """
 import argparse
 import os
