@@ -75,7 +75,7 @@ PRESETS = {
         save_every=100, eval_every=25, health_every=25),
     ("images", "scratch"): dict(
         size="small", steps=1500, lr=4e-3, M=1, cd=1, ttur=1, lam=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
-        save_every=100, health_every=100),
+        save_every=100, eval_every=500, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=15_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2,
         omega=6.0, guide_to=0.9, cd_guidance="drawn", omega_max=8.0, omega_law="truncexp",
@@ -221,7 +221,7 @@ def train(args):
     trunk = frozen_view(net) if args.disc_trunk == "generator" else dict(fake=fake, teacher=teacher)[args.disc_trunk]
     state |= dict(fake=fake, head=head, opt_fake=opt_fake)
     features = metric_space(data, args)
-    channels = args.cfg_channels or None                                        # of a plain teacher's CFG; None: all
+    channels = args.cfg_channels                                                # of a plain teacher's CFG; 0: all
     options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
     guided = args.omega_max > 1                                                 # a loss on data draws omega above 1
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) if not drawn

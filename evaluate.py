@@ -85,6 +85,8 @@ def few_steps(net, sampler, eps, y, steps, guidance, channels, shift):
     if sampler == "euler":
         return euler_sample(lambda x, t, y: guided_velocity(net, x, t, y, guidance, channels), eps, y, steps, shift)
     if sampler == "flow_map":
+        if net.conditioning == "plain":
+            raise ValueError("a plain LightningDiT is no flow map: sample it with euler or renoised")
         return sample(lambda x, t, y, s: guided_map(net, x, t, s, y, guidance), eps, y, steps)
     noise = sampler.removeprefix("renoised").removeprefix("_") or "fresh"
     return backward_simulation(lambda x, t, s: guided_map(net, x, t, s, y, guidance), eps, steps - 1, steps, noise)
@@ -109,7 +111,7 @@ def evaluate(net: LightningDiT, features: Features | None, args: argparse.Namesp
         return {}
     found, sampler, n = {}, sampler or args.sampler, n or features.n
     for N in sampler_steps(sampler, steps):
-        x, y = generate(net, n, features.shape, N, args.omega, args.guide_to, args.cfg_channels or None, seed,
+        x, y = generate(net, n, features.shape, N, args.omega, args.guide_to, args.cfg_channels, seed,
                         sampler=sampler, shift=getattr(args, "shift_euler", 1.0))
         for name, value in features.metrics(restate(x), y).items():
             found[f"{name}_{N}step"] = value
@@ -146,7 +148,7 @@ def show(path: Path, nets: list, data: Data, args: argparse.Namespace, steps: li
     for caption, net, sampler in nets:
         for N in sampler_steps(sampler, steps, few=(1, 2)):
             x, _ = generate(net, PER_CLASS * shown, data.x.shape[1:], N, args.omega, args.guide_to,
-                            args.cfg_channels or None, seed, classes=shown, sampler=sampler,
+                            args.cfg_channels, seed, classes=shown, sampler=sampler,
                             shift=getattr(args, "shift_euler", 1.0))
             bands.append((f"{caption}: {N}-step samples", restate(x)))
     device = next(nets[0][1].parameters()).device
@@ -371,7 +373,7 @@ def sampling(args: argparse.Namespace, checkpoint: dict) -> tuple[float, float, 
     omega, guide_to = chosen("omega", 1.0, float, 1, STEPS), chosen("guide_to", 1.0, float, 0, 1)
     say_unlearned(args.what, checkpoint["args"], conditioning, omega)
     channels = chosen("cfg_channels", 0, int, 0, checkpoint["config"]["in_channels"])
-    return omega, guide_to, channels or None, sampler
+    return omega, guide_to, channels, sampler
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -400,7 +402,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "with --inception 50,000, or all of a folder)")
     p.add_argument("--omega", type=number(float, 1), help="CFG scale (default: the run's)")
     p.add_argument("--guide_to", type=number(float, 0, 1),
-                   help="guidance acts for t in [0, guide_to] (default: the run's)")
+                   help="guidance acts for t in [0, guide_to]; to a flow map that takes it as an input it is one, "
+                   "trained on [0.5, 1] (default: the run's)")
     p.add_argument("--cfg_channels", type=number(int, 0),
                    help="CFG of a plain network on this many first channels, 0: all (default: the run's)")
     p.add_argument("--seed", type=number(int, 0, SEED), default=EVAL_SEED,

@@ -99,10 +99,11 @@ def parser(doc, init_help):
     add("--micro_batch", type=number(int, 0, BATCH), default=0,
         help="rows per forward pass; saves memory, changes no result (0: all at once)")
     add("--lr", type=number(float, 0, open_low=True),
-        help="NorMuon learning rate, official scale (6e-4 acts like AdamW at 1e-4)")
+        help="NorMuon learning rate, official scale (at B/1 6e-4 acts like AdamW at 1e-4)")
     add("--seed", type=number(int, 0, SEED), default=0, help="of the weights, the data order and all noise")
     add("--precision", choices=["fp32", "bf16"], default="fp32",
-        help="bf16: autocast; weights, losses and the finite differences of du/dt stay fp32 (TF32 on CUDA)")
+        help="bf16: autocast; weights, losses and the finite differences of du/dt stay fp32 (TF32 on CUDA); RCGM's "
+        "recursion is in bf16, as its code's")
 
     p.method = p.add_argument_group("method")
 
@@ -172,7 +173,8 @@ def flow_map_flags(p):
         help="probability of the null label in the consistency loss (Table 6)")
     add("--omega", type=number(float, 1), default=6.0,
         help="CFG scale omega of teacher and samples, and of FSF-DMD's fake side (Table 6)")
-    add("--guide_to", type=number(float, 0, 1), default=0.9, help="guidance acts for t in [0, guide_to] (Table 6: 0.9)")
+    add("--guide_to", type=number(float, 0, 1), default=0.9, help="guidance acts for t in [0, guide_to] (Table 6: "
+        "0.9); to a flow map that takes it as an input it is one, trained on [0.5, 1]")
     add("--cfg_channels", type=number(int, 0), default=0,
         help="CFG of a plain teacher on this many first channels; 0: all (Table 4: 3 of 32)")
     add("--omega_max", type=number(float, 1), default=8.0, help="iMF draws omega on [1, omega_max]")

@@ -73,7 +73,7 @@ PRESETS = {
         omega_max=4.0, save_every=100, eval_every=105, health_every=105),
     ("images", "scratch"): dict(
         size="small", steps=1500, lr=4e-3, M=1, lam=0.01, shift=1.0, omega=1.5, guide_to=1.0, omega_max=4.0,
-        save_every=100, health_every=100),
+        save_every=100, eval_every=500, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=4_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2, lam=0.05, shift=10.0,
         omega=6.0, guide_to=0.9, cd_guidance="drawn", omega_max=8.0, omega_law="truncexp",
@@ -96,9 +96,9 @@ def rollout(u: Callable, eps: Tensor, M: int, grad: str = "all") -> tuple[Tensor
     u: callable (x, t, s), times as floats.  Inputs are detached, so no gradient runs from step to step; with grad="all"
     every step keeps its own, with "last" only the last.  M = 1 is the one-step generator of Eq. 14.
     """
-    if grad not in ("all", "last"):
-        raise ValueError(f"grad {grad!r}: expected all or last")
-    x, U = eps, torch.zeros_like(eps)
+    if M < 1 or grad not in ("all", "last"):
+        raise ValueError(f"M {M}, grad {grad!r}: expected M >= 1 and all or last")
+    x, U = eps.detach(), torch.zeros_like(eps)
     for i in range(M):
         t, s = 1 - i / M, 1 - (i + 1) / M
         wanted = grad == "all" or i == M - 1
@@ -117,8 +117,8 @@ def fsf_dmd_loss(x: Tensor, U: Tensor, fake: Callable, teacher: Callable, tau: T
     never differentiated.  tau [B] in [0, 1], eps [B, C, H, W] fresh noise.  weight: q, "adaptive" or "one".  Mean
     over elements.  clip > 0 clamps v_fake - v_teacher to [-clip, clip].
     """
-    if weight not in ("adaptive", "one"):
-        raise ValueError(f"weight {weight!r}: expected adaptive or one")
+    if weight not in ("adaptive", "one") or tau.shape != x.shape[:1]:
+        raise ValueError(f"weight {weight!r}, tau {list(tau.shape)}: expected adaptive or one, and [{len(x)}]")
     with torch.no_grad():
         x_hat = x - U
         x_tau = interpolate(x_hat, eps, tau)
@@ -190,7 +190,7 @@ def train(args):
     compile_blocks(args, net, ema, teacher)
     state = dict(net=net, ema=ema, opt=opt, teacher=teacher)
     features = metric_space(data, args)
-    channels = args.cfg_channels or None                                        # of a plain teacher's CFG; None: all
+    channels = args.cfg_channels                                                # of a plain teacher's CFG; 0: all
     options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
     guided = args.omega_max > 1                                                 # a loss on data draws omega above 1
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) if not drawn

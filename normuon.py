@@ -12,8 +12,9 @@ bias correction:
 Everything that is not a hidden matrix (biases, norm gains, embeddings, the first and the last layer) goes to AdamW in
 the same optimizer.
 
-WHICH LR?  The convention changes its meaning by a factor of about 6, the commonest reason for a "wrong" learning rate:
-    scale="aspect"  official code: the line above.  One step moves W by 0.02..0.036 lr (RMS); 6e-4 is AdamW's 1e-4
+WHICH LR?  The convention changes its meaning, the commonest reason for a "wrong" learning rate; at width 768 by 6:
+    scale="aspect"  official code: the line above.  One step moves W by about lr / sqrt(width) (RMS): at width 768 by
+                    0.02..0.036 lr, so 6e-4 is AdamW's 1e-4; at width 48 by 0.13 lr
     scale="rms"     the update has RMS 0.2 lr whatever the shape: lr 1e-4 means about what it means to AdamW
 Each group has its own `lr`, so any scheduler of torch works on both.  The AdamW group starts at adam_lr; left out, that
 is lr / 6 under "aspect" and lr under "rms", so that both groups move alike.

@@ -5,6 +5,7 @@ The formulas are those of the file headers.  A test compares them with FLOPs cou
 
 # One pass of DMD2's discriminator (some of the trunk's blocks, two of its own) in passes of its network, counted: of an
 # in-context network, and of a plain one.  Small networks have few blocks, so there it costs more than the network.
+# The trunk is the fake network, which learns; another --disc_trunk has no gradient, at B/1 and 1:5 some 8 passes less.
 DISCRIMINATOR = {
     "tiny": (1.04, 1.26),
     "small": (1.16, 1.24),
@@ -26,7 +27,8 @@ def consistency_passes(args: dict, teacher: bool) -> float:
 def velocity_passes(args: dict) -> int:
     """The frozen teacher's guided velocity: CFG of a plain network takes two passes.
 
-    A --teacher of another kind than --init's network is not looked at.
+    Counted by --init's name alone: a --teacher of another kind, or the network of a file that `args` has as "fm" and
+    that is a flow map by now (one pass), is not looked at.
     """
     return 2 if args["start"] == "fm" else 1
 

@@ -98,6 +98,8 @@ def sid_loss(x_hat: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps:
     tau [B] in (0, 1), eps fresh noise.  w: a key of WEIGHTS, or "sid".  With alpha = 1 the loss swings around 0 and
     says nothing; watch the gap.
     """
+    if tau.shape != x_hat.shape[:1]:
+        raise ValueError(f"tau {list(tau.shape)}: expected [{len(x_hat)}]")
     x_tau = interpolate(x_hat, eps, tau)                                # gradient stays
     v_fake, v_teacher = fake(x_tau, tau), teacher(x_tau, tau)
     delta = v_fake - v_teacher                                          # (f_teacher - f_fake) / tau
@@ -162,7 +164,7 @@ def train(args):
     fake, head, fake_side, opt_fake = new_fake_side(args, net, teacher, device)
     state |= dict(fake=fake, head=head, opt_fake=opt_fake)
     features = metric_space(data, args)
-    channels = args.cfg_channels or None                                        # of a plain teacher's CFG; None: all
+    channels = args.cfg_channels                                                # of a plain teacher's CFG; 0: all
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # of all but the fake side
 
     def u(y):

@@ -207,6 +207,7 @@ def test_guidance_and_shift():
     guided = model.cfg(c, u, w, channels=3)
     torch.testing.assert_close(guided[:, :3], (u + w.view(3, 1, 1, 1) * (c - u))[:, :3])
     assert torch.equal(guided[:, 3:], c[:, 3:])
+    assert torch.equal(model.cfg(c, u, w, channels=0), model.cfg(c, u, w))              # as of the flags: all
     r = uniform(1000)
     torch.testing.assert_close(model.shift_time(r, 1), r)
     torch.testing.assert_close(model.shift_time(model.shift_time(r, 10), 0.1), r)       # k and 1/k are inverse

@@ -408,6 +408,10 @@ def test_an_omega_that_was_not_learned_is_said(in_home, capsys):
         train(f"{distil} {flags}")
         lines = [line for line in capsys.readouterr().out.splitlines() if "has to guess" in line]
         assert len(lines) == (said is not None) and (said or "") in "".join(lines), (flags, lines)
+    args = dmd2.parse_args("--init wide/model.pt --omega 2 --data toy.npz --out guess".split())
+    args.cd_guidance, args.omega_max = "drawn", 8.0                                     # as the preset of latents
+    checkpoints.starting_networks(args, data.load_data("toy.npz"), torch.device("cpu"), None)
+    assert "has to guess" not in capsys.readouterr().out                                # nothing is drawn without L_CD
 
 
 def test_a_loss_of_some_steps_alone_is_logged_as_their_mean(in_home):

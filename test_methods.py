@@ -10,6 +10,7 @@ import torch
 import common
 import consistency
 import dmd2
+import evaluate
 import fsf_dmd
 import model
 import sid
@@ -381,10 +382,11 @@ def one_parameter_a_step(M):
 
 @pytest.mark.parametrize("mode, alive", [("all", [True, True, True]), ("last", [False, False, True])])
 def test_rollout_keeps_the_gradient_of_every_step_or_of_the_last(mode, alive):
-    eps, M = rand(4, 2), 3
+    eps, M = rand(4, 2).requires_grad_(), 3
     theta, u = one_parameter_a_step(M)
     x, U = fsf_dmd.rollout(u, eps, M, mode)
-    grad = torch.autograd.grad(U.sum(), theta)[0]
+    grad, on_eps = torch.autograd.grad(U.sum(), [theta, eps], materialize_grads=True)
+    assert not on_eps.any()                                                             # nor into what made the noise
     assert [bool(g) for g in grad] == alive
     torch.testing.assert_close(grad[-1], torch.tensor(8 / 3).double())                  # dU/dtheta_i = t_i - t_{i+1}
     if mode == "all":                                                                   # none runs on
@@ -541,11 +543,20 @@ def test_discriminator_has_the_papers_size_and_feeds_the_generator_at_step_0():
 def misspelt():
     x, t = rand(2, 1, 2, 2), torch.tensor([0.2, 0.4]).double()
     u, v = (lambda x, t, s: x), (lambda x, t: x)
+    y, plain = torch.tensor([0, 1]), small_net("plain")
     return {
         "rollout": lambda: fsf_dmd.rollout(u, x, 2, grad="al"),
+        "no step": lambda: fsf_dmd.rollout(u, x, 0),
         "weight": lambda: fsf_dmd.fsf_dmd_loss(x, x, v, v, t, x, weight="adaptve"),
+        "times in a column": lambda: fsf_dmd.fsf_dmd_loss(x, x, v, v, t[:, None], x, weight="one"),  # would be [B, B]
+        "times in a column, SiD": lambda: sid.sid_loss(x, v, v, t[:, None], x),
         "noise": lambda: model.backward_simulation(u, rand(2, 2, 1, 2, 2), 1, 2, noise="freshh"),
+        "noise that is not used": lambda: model.backward_simulation(u, rand(2, 2, 1, 2, 2), 0, 2, noise="freshh"),
+        "noise of one step for two": lambda: model.backward_simulation(u, x, 1, 2),
         "k": lambda: model.backward_simulation(u, rand(2, 2, 1, 2, 2), 2, 2),
+        "no square": lambda: plain(rand(2, 2, 2, 8), t, y),                 # 4 tokens, as many as of 4 x 4 pixels
+        "larger images": lambda: plain(rand(2, 2, 5, 5), t, y),
+        "jumps of a plain network": lambda: evaluate.generate(plain.float(), 2, (2, 4, 4), 1, sampler="flow_map"),
         "law of omega": lambda: consistency.draw_guidance(uniform(2, 3), "log_uniform"),
         "law of times": lambda: consistency.draw_times(uniform(2, 2), "lognormal"),
         "law of times with numbers": lambda: consistency.draw_times(uniform(2, 2), "beta:1,1"),

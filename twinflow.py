@@ -56,7 +56,7 @@ PRESETS = {
         save_every=100, eval_every=150, health_every=150),
     ("images", "scratch"): dict(
         size="small", steps=1500, lr=4e-3, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
-        save_every=100, health_every=100),
+        save_every=100, eval_every=500, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=40_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", lam=1.0, lam_adv=0.1,
         omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500, health_every=500),
@@ -72,7 +72,7 @@ PRESETS_OF_RCGM = {
         omega_max=1.0, save_every=100, eval_every=100, health_every=100),
     ("images", "scratch"): dict(
         size="small", steps=1500, lr=4e-3, target_ema=0.5, delta=0.05, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0,
-        omega_max=4.0, save_every=100, health_every=100),
+        omega_max=4.0, save_every=100, eval_every=500, health_every=100),
 }
 
 
