@@ -227,12 +227,34 @@ def new_network(args, data, conditioning):
         raise BadInput(f"--size {args.size}: {error}") from None
 
 
+def has_state(args):
+    """Whether the run of these flags has begun, and goes on from its own weights."""
+    return args.resume != "no" and (Path(args.out) / "state.pt").exists()
+
+
+def networks_of_state(path):
+    """(student, frozen teacher or None) with the configurations in a state.pt, whose weights a Run loads; None: older.
+
+    So a run that goes on needs its own folder, not that of its start.
+    """
+    with reading(path, "the state of this run", "it cannot be resumed, --resume no starts over"):
+        configs = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("configs")
+        if configs is None:
+            return None
+        teacher = build(configs["teacher"]).requires_grad_(False).eval() if "teacher" in configs else None
+        return build(configs["net"]).train(), teacher
+
+
 def starting_networks(args, data, device, pretrained, conditioning="in_context", flow_map=True):
     """--init and --teacher -> (student, frozen teacher; None from scratch) on the device.
 
-    Fresh, or of a model.pt, or of `consistency.py --loss imf` or `fm`.  pretrained: callable (args, loss) -> path of
-    that one's model.pt.  flow_map: see load_start.
+    Fresh, or of a model.pt, or of `consistency.py --loss imf` or `fm`; of a run that goes on as its state.pt has them.
+    pretrained: callable (args, loss) -> path of that one's model.pt.  flow_map: see load_start.
     """
+    if has_state(args):
+        found = networks_of_state(Path(args.out) / "state.pt")
+        if found:
+            return [net and net.to(device) for net in found]
     if getattr(args, "cfg_channels", 0) > data.x.shape[1]:
         raise BadInput(f"--cfg_channels {args.cfg_channels}: --data {data.source} has {data.x.shape[1]} channels")
     if args.init == "scratch":

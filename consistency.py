@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints import load_checkpoint, starting_networks
+from checkpoints import has_state, load_checkpoint, starting_networks
 from common import (BadInput, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     gradient_norm, main, micro_batches, rank, setup, sync_gradients, target_decay, update_ema)
 from data import load_data
@@ -45,7 +45,7 @@ from evaluate import metric_space
 from flags import checked, flow_map_flags, number, parser, rcgm_flags, refuse, refuse_idle, resolve, teacher_flag
 from model import expand, flow_map, gate_guidance, guided_map, guided_velocity, interpolate, total_derivative
 from normuon import NorMuon, param_groups
-from run_folder import Run, check_folder, has_state
+from run_folder import Run, check_folder
 from watch import begin, finish, watch
 
 # pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: the paper's Table 6, but

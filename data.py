@@ -131,6 +131,12 @@ def preset_kind(source: str) -> str:
     return "images" if side >= 24 else "pixels"
 
 
+def data_name(source: str) -> str:
+    """What the folders of runs and tables on a --data are named after: its file or folder, without the path."""
+    path = Path(source)
+    return path.resolve().name if path.is_dir() else path.stem
+
+
 def normalize(x: torch.Tensor, mean: list, std: list) -> torch.Tensor:
     """Per-channel (x - mean) / std.  x [N, C, H, W]; mean, std [C]."""
     return (x - per_channel(mean, x)) / per_channel(std, x)
@@ -164,6 +170,8 @@ def npz_headers(path: str | Path, shown: str) -> dict[str, tuple[tuple, np.dtype
 
     shown: the file as messages name it, with its flag.
     """
+    if Path(path).is_fifo():                                         # opening one waits for ever
+        raise BadInput(f"{shown}: is a pipe, expected an .npz")
     with reading(shown, "a readable .npz without pickled objects"), zipfile.ZipFile(path) as archive:
         headers = {}
         for member in archive.namelist():

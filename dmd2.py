@@ -147,7 +147,7 @@ def parse_args(argv=None):
     add("--M", type=number(int, 1, 1000),
         help="M of Eq. 17, steps of the backward simulation; 1: single-step simulation (Table 3)")
     add("--lam", type=number(float, 0, open_low=True), default=0.01, help="lambda of Eq. 59, with --cd 1")
-    add("--cd", type=int, choices=[0, 1], default=0,
+    add("--cd", type=number(int, 0, 1), default=0,
         help="1: generator loss L_CD + lambda L_DMD (Eq. 59); scratch: L_CT + lambda L_DMD; latents: pass --steps "
         "54000 (imf) or 33000 (fm), the paper's peaks")
     add("--cd_guidance", choices=["fixed", "drawn"], default="fixed",

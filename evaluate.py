@@ -417,7 +417,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--ref", help="with --inception: reference statistics, .npz (ADM's, or of `ref`)")
     p.add_argument("--pipeline", choices=["adm", "pytorch_fid"], default="adm",
                    help="resizing and scaling before Inception (default: adm, as torch-fidelity and NVIDIA)")
-    p.add_argument("--few", type=int, choices=[0, 1], default=0, help="1: compute FID of 2,048 images and fewer")
+    p.add_argument("--few", type=number(int, 0, 1), default=0, help="1: compute FID of 2,048 images and fewer")
     p.add_argument("--batch_size", type=number(int, 1, BATCH), default=50,
                    help="images per forward pass of Inception (changes nothing but speed)")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")

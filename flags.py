@@ -11,7 +11,7 @@ from pathlib import Path
 
 from checkpoints import load_checkpoint
 from common import BadInput, rank
-from data import preset_kind
+from data import data_name, preset_kind
 from model import SIZES
 from run_folder import RUNTIME_FLAGS, STEPS, check_writable
 
@@ -28,13 +28,15 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are BadInput, so that they end like every other one."""
 
     def error(self, message):
+        if message.startswith("unrecognized"):
+            message += "; --help lists the flags"
         raise BadInput(message)
 
     def parse_known_args(self, args=None, namespace=None):
         """Refuse an empty value, mostly a shell variable that is not set, instead of taking the default."""
         words = list(sys.argv[1:] if args is None else args)
         for i, word in enumerate(words):
-            if not word or (word.startswith("--") and word.endswith("=")):
+            if not word or (word.startswith("--") and word.partition("=")[1:] == ("=", "")):
                 raise BadInput(f"{words[i - 1] if i and not word else word}: has an empty value, expected one; "
                                "leave the flag out where you mean its default")
         return super().parse_known_args(words, namespace)
@@ -89,7 +91,7 @@ def parser(doc, init_help):
     add("--size", default="tiny", choices=list(SIZES),
         help="network size; the preset sets tiny for pixels, small for images of 24 pixels or more, B/1 for latents")
     add("--ema", type=number(float, 0, 1), default=0.99995, help="EMA decay (0.99995, Table 6)")
-    add("--ema_warmup", type=int, choices=[0, 1], default=1, help="1: decay min(ema, (1 + n) / (10 + n)); 0: constant")
+    add("--ema_warmup", type=number(int, 0, 1), default=1, help="1: decay min(ema, (1 + n) / (10 + n)); 0: constant")
 
     p.optimisation = p.add_argument_group("optimisation")
     add = p.optimisation.add_argument
@@ -112,7 +114,7 @@ def parser(doc, init_help):
     add("--out", help="run folder (default: runs/<script>-<data>-<init> and the flags that differ from the preset)")
     add("--resume", choices=["auto", "no"], default="auto", help="auto: continue the run folder; no: start over in it")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--compile", type=auto_or_int, choices=["auto", 0, 1], default="auto",
+    add("--compile", type=auto_or_switch, default="auto",
         help="1: torch.compile every transformer block; auto: of latents on CUDA, and of images of 24 pixels or more "
         "in runs of 50 steps or more, where a C++ compiler is")
     add("--log_every", type=number(int, 1), default=10, help="steps between lines of metrics.jsonl")
@@ -130,8 +132,10 @@ def data_source(text):
     return text if plain == "digits" else plain
 
 
-def auto_or_int(text):
-    """argparse type."""
+def auto_or_switch(text):
+    """argparse type: auto, 0 or 1."""
+    if text not in ("auto", "0", "1"):
+        raise argparse.ArgumentTypeError(f"{text} is none of auto, 0 and 1")
     return text if text == "auto" else int(text)
 
 
@@ -167,7 +171,7 @@ def flow_map_flags(p):
     add("--fd_h", type=number(float, 0, 0.5, open_low=True), default=0.005, help="h of the central difference")
     add("--huber_c", type=number(float, 0, open_low=True), default=1e-3,
         help="c of the pseudo-Huber distance sqrt(mean e^2 + c^2) - c")
-    add("--cosine", type=int, choices=[0, 1], default=1,
+    add("--cosine", type=number(int, 0, 1), default=1,
         help="1: add 1 - cosine over the channels to the distance (needs two channels or more)")
     add("--label_drop", type=number(float, 0, 1), default=0.1,
         help="probability of the null label in the consistency loss (Table 6)")
@@ -300,9 +304,7 @@ def folder_name(script, values, given, preset_values, init_kind):
         init = Path(init).parent.name or Path(init).stem
     not_named = RUNTIME_FLAGS | {"data", "init", "loss"}
     differs = [f"{k}{given[k]}" for k in sorted(given) if k not in not_named and given[k] != preset_values.get(k)]
-    data = Path(values["data"])
-    of_data = data.resolve().name if data.is_dir() else data.stem
-    name = "-".join([script, of_data, init, *differs])
+    name = "-".join([script, data_name(values["data"]), init, *differs])
     return str(Path("runs") / name.replace("/", ""))
 
 

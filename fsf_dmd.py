@@ -156,7 +156,7 @@ def parse_args(argv=None):
     add("--weight", choices=["adaptive", "one"], default="adaptive", help="q of Eq. 14 (Table 9)")
     add("--clip", type=number(float, 0), default=0.0,
         help="clamp v_fake - v_teacher to [-clip, clip]; 0: off (Table 9: 1, with --weight one)")
-    add("--cosine_factor", type=int, choices=[0, 1], default=0, help="1: q times cos(pi tau / 2) (App. B.1)")
+    add("--cosine_factor", type=number(int, 0, 1), default=0, help="1: q times cos(pi tau / 2) (App. B.1)")
     add("--rollout", choices=["flow_map", "dmd2"], default="flow_map",
         help="Eq. 18-20, or DMD2's renoised Eq. 17 (Table 3 row 3)")
     add("--rollout_grad", choices=["all", "last"], default="all", help="steps of Eq. 20 that carry gradient")

@@ -196,11 +196,11 @@ class Features:
     def metrics(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
         """The metrics of the file header for generated x [n, C, H, W] asked to be of classes y [n].
 
-        BadInput if x holds NaN or infinity.
+        BadInput if x holds NaN or infinity, or numbers so large that its features do.
         """
-        if not x.isfinite().all():
-            raise BadInput("the samples hold NaN or infinity: the network has diverged; take an earlier checkpoint")
         features, probs = self(x)
+        if not x.isfinite().all() or not features.isfinite().all():
+            raise BadInput("the samples hold NaN or infinity: the network has diverged; take an earlier checkpoint")
         return compare(self.reference, features, probs, y)
 
     @cached_property

@@ -14,7 +14,7 @@ from scipy.stats import ttest_rel
 
 from checkpoints import load_checkpoint, load_network
 from common import BadInput
-from data import data_kind, load_data, preview
+from data import data_kind, data_name, load_data, preview
 from evaluate import decoder, generate, parse_args, sampling
 from files import json_text, read_json, read_lines, write_atomic
 from passes import passes_a_step, passes_until
@@ -480,7 +480,7 @@ def runs_json(head, rows, commands):
 def folder_of(args, start):
     """The folder in args.out of a table; start: weak, strong, the name of --init, or ""."""
     some = "row" + "-".join(map(str, args.row)) if args.row else ""  # a few rows do not replace the whole table
-    parts = [f"table{args.table}", Path(args.data).stem, start, some]
+    parts = [f"table{args.table}", data_name(args.data), start, some]
     return args.out / "-".join(part for part in parts if part)
 
 

@@ -39,7 +39,7 @@ import torch
 import report
 from checkpoints import load_checkpoint
 from common import BadInput, main
-from data import data_kind, load_data, preset_kind
+from data import data_kind, data_name, load_data, preset_kind
 from evaluate import decoder_for
 from fid import read_reference
 from flags import Parser, data_source, folder_path, number
@@ -280,7 +280,7 @@ def job(args, command, seed, start=None, via=None):
     joined = "".join(flag for flag in flags if flag not in ("--init", "START", "--teacher", "VIA"))
     if joined:
         name.append(joined.replace("--", "-").replace("/", "_").removeprefix("-"))
-    folder = args.runs / Path(args.data).stem / "-".join([*name, f"seed{seed}"])
+    folder = args.runs / data_name(args.data) / "-".join([*name, f"seed{seed}"])
 
     models = {}
     if start:

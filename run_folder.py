@@ -76,9 +76,14 @@ def check_folder(args):
     Scripts ask before any pretraining; a Run asks again.
     """
     folder, data = Path(args.out), Path(args.data)
+    elsewhere, over = "pass --out elsewhere", "choose another --out, or --resume no to start over"
+    if getattr(args, "wait", False):                                # the flags of the run that wants it do not reach it
+        elsewhere = over = (
+            f"the start is trained there: run `python consistency.py --loss {args.loss} --data ... --out NEW`, "
+            "then pass --init NEW/model.pt")
     check_writable(folder, "--out ")
     if data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
-        raise BadInput(f"--out {folder}: lies in --data {data}, where it would be read as data; pass --out elsewhere")
+        raise BadInput(f"--out {folder}: lies in --data {data}, where it would be read as data; {elsewhere}")
     for path in own_paths(folder):
         if path.exists() and not path.is_file():
             raise BadInput(f"--out {folder}: {path.name} in it is no file; nothing was touched")
@@ -93,20 +98,22 @@ def check_folder(args):
     elif args.resume != "no":
         before = read_json(path, "the configuration of a run", repair="--resume no starts over")
         now = identity(args)
-        names = [k for k in now if before.get(k) != now[k]]
+        names = [k for k in now if not same_value(k, before.get(k), now[k])]
+        names = [k for k in names if k in before or args.sources.get(k) != "default"]   # a flag that is newer than it
         names = [k for k in names if k in args.sources] or names    # start and sampler follow from flags
         differ = [f"--{k} {before.get(k)} (there) {now[k]} (here)" for k in names]
         if differ:
-            raise BadInput(f"{folder} holds another configuration: {', '.join(differ)}; "
-                           "choose another --out, or --resume no to start over")
+            raise BadInput(f"{folder} holds another configuration: {', '.join(differ)}; {over}")
         if (folder / "model.pt").exists() and not (folder / "state.pt").exists():       # the first is written last
             raise BadInput(f"{folder}: has a model.pt but no state.pt to go on from; --init {folder}/model.pt starts "
                            "another run from it, --resume no starts over")
 
 
-def has_state(args):
-    """Whether the run of these flags has begun, and goes on from its own weights."""
-    return args.resume != "no" and (Path(args.out) / "state.pt").exists()
+def same_value(flag, before, now):
+    """Whether a flag means the same in both: a file may be spelled otherwise, ./toy.npz for toy.npz."""
+    if flag in ("data", "init", "teacher") and before and now:
+        return Path(before).resolve() == Path(now).resolve()
+    return before == now
 
 
 def refuse_odd_history(step, evaluations):
@@ -124,6 +131,8 @@ def refuse_odd_history(step, evaluations):
 def same_data(before, now):
     """Whether two fingerprints are of the same data.  The last bits of mean and std depend on the number of threads."""
     for name, value in before.items():
+        if name == "source":                                        # check_folder has compared it
+            continue
         if name in ("mean", "std"):
             alike = len(value) == len(now[name])
             if not alike or not all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(value, now[name])):
@@ -350,12 +359,15 @@ class Run:
                 raise BadInput(f"{bad[0]} is not finite at step {step} ({', '.join(spans)}); "
                                "the last state.pt is untouched: lower --lr, or look at the data")
         self.refuse_divergence()
-        seconds = (time.perf_counter() - self.clock) / max(1, self.step - self.clock_step)
         steps_with = torch.tensor([sum(name in losses for _, losses, _, _ in self.pending) for name in names])
         line = dict(zip(names, (values.sum(0) / steps_with).tolist()))
-        line |= dict(grad_norm=norms.mean().item(), sec_per_step=seconds)
-        shown = {k: f"{v:.3g}" for k, v in line.items() if k != "grad_norm"}
-        line |= dict(images_per_sec=self.args.batch_size / seconds, memory_gb=peak_memory() / 1e9)
+        line |= dict(grad_norm=norms.mean().item())
+        timed = self.step - self.clock_step
+        if timed:                                                   # none where a picture came after the last step
+            line["sec_per_step"] = seconds = (time.perf_counter() - self.clock) / timed
+            line["images_per_sec"] = self.args.batch_size / seconds
+        shown = {k: f"{v:.3g}" for k, v in line.items() if k not in ("grad_norm", "images_per_sec")}
+        line["memory_gb"] = peak_memory() / 1e9
         self.write(line)
         if self.evaluations:
             shown |= {k: f"{v:.1f}" for k, v in self.evaluations[-1].items() if k.startswith("fd_")}
@@ -392,7 +404,9 @@ class Run:
         self.flush()
         if self.main:
             parts = {name: part.state_dict() for name, part in self.state.items()}
-            history = dict(step=self.step, evaluations=self.evaluations, data=self.fingerprint_of_data())
+            configs = {name: part.config for name, part in self.state.items() if hasattr(part, "config")}
+            history = dict(step=self.step, evaluations=self.evaluations, data=self.fingerprint_of_data(),
+                           configs=configs)
             write_atomic(self.folder / "state.pt", parts | history)
             self.save_model()
         barrier()

@@ -29,7 +29,7 @@ import torch
 
 import report
 from common import BadInput, main
-from data import load_data, preset_kind
+from data import data_name, load_data, preset_kind
 from files import json_text, read_json, write_atomic
 from flags import Parser, data_source, folder_path, number
 from kept_runs import is_done, refuse_torchrun, run_all
@@ -217,7 +217,7 @@ def one_run(args, start_command, command, seed):
 
 def folder_of(args):
     """Where the search is left."""
-    name = f"search-{Path(args.data).stem}-{args.start}"
+    name = f"search-{data_name(args.data)}-{args.start}"
     if args.method:                                                   # does not replace the whole search
         name += "-" + re.sub(r"\W+", "_", args.method)
     return args.out / name
@@ -235,7 +235,7 @@ def write(args, rows):
     finals, bold = f", the best two of\na method on seed {SEEDS[1]} too", "the lower mean of the two"
     if args.seeds == 1:
         finals, bold = " alone", "the lowest of a method"
-    write_atomic(folder / "README.md", f"""# Search on {Path(args.data).stem}, start: {args.start}
+    write_atomic(folder / "README.md", f"""# Search on {data_name(args.data)}, start: {args.start}
 
 Made by `{args.command}`, torch {torch.__version__}.  Every setting on seed {SEEDS[0]}{finals}; no table reports
 these seeds.  The distance is after the last step, with the sampler

@@ -10,6 +10,7 @@ Facts, not shapes: outputs of the official implementations (golden/), closed for
 resume, real command lines in a subprocess.
 """
 import ast
+import copy
 import importlib
 import inspect
 import io
@@ -392,6 +393,16 @@ def test_normuon_takes_bfloat16_parameters_and_keeps_float32_states():
         o.step()
     assert all(torch.equal(a, b) for a, b in zip(p16, clone))                           # it goes on exactly
     assert is_float32(fresh)
+    clone = copies(p32)
+    live = normuon.NorMuon(clone, lr=0.05, adam_lr=0.05)
+    live.load_state_dict(opts[0].state_dict())                                          # of an optimizer in memory,
+    before = copy.deepcopy(opts[0].state_dict()["state"])
+    for p in clone:
+        p.grad = torch.ones_like(p)
+    live.step()
+    for name, moments in opts[0].state_dict()["state"].items():                         # which keeps its own moments
+        for k, v in moments.items():
+            assert torch.equal(torch.as_tensor(v), torch.as_tensor(before[name][k])), (name, k)
 
 
 def test_param_groups_cover_every_trainable_parameter_once():

@@ -460,6 +460,8 @@ def test_bad_references_and_images_for_fid(tmp_path, monkeypatch, capsys):
     content[9000] ^= 1                                           # in mu: the CRC differs
     (tmp_path / "crc.npz").write_bytes(content)
     (tmp_path / "zero.npz").write_bytes(b"")
+    os.mkfifo("pipe.npz")                                        # opening it would wait for ever
+    cases.append((f"{command} --from_images images.npz --ref pipe.npz", "--ref pipe.npz: is a pipe"))
     for name in ("cut", "crc", "zero", "images.png"):
         words = "not a readable .npz" if name != "images.png" else "no such file"
         cases.append((f"{command} --from_images images.npz --ref {name}.npz", words))

@@ -221,6 +221,13 @@ def test_a_single_class_is_said_to_teach_the_classifier_nothing(tmp_path):
         assert re.search(r"\(weights \w{8}" + re.escape(words), definition)
 
 
+def test_numbers_too_large_for_the_features_are_one_line(in_home):
+    features = Features(load_data("toy.npz"))
+    x, y = torch.full((8, 1, 4, 4), 1e38), torch.arange(8) % 3
+    with pytest.raises(common.BadInput, match="the network has diverged"):
+        features.metrics(x, y)
+
+
 def test_a_picture_follows_the_seed_and_the_shift(in_home):
     pictures = []
     for flags in ("", "--seed 5", "--shift 3"):

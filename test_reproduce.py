@@ -311,7 +311,7 @@ def test_the_samples_of_a_row_are_made_with_its_own_flags(inputs, tmp_path, monk
     args = argparse.Namespace(data="digits", vae=None)
     report.samples(args, {1: row}, {1: {0: job}}, tmp_path / "samples.png")
     [(positional, flags)] = seen
-    assert positional[3:7] == (3, 2.0, 1.0, None) and flags["sampler"] == "euler" and flags["shift"] == 3.3333
+    assert positional[3:7] == (3, 2.0, 1.0, 0) and flags["sampler"] == "euler" and flags["shift"] == 3.3333
 
 
 # ---------------------------------------------------------------------------------------------------------------------

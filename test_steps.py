@@ -150,8 +150,21 @@ class Steps:
         return consistency.imf_loss(self.net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance)
 
 
+def check_independence(turn):
+    """Of the noises, and of the times, of an update no two are the same draw."""
+    noises = [v for name, v in turn.items() if name.startswith("eps")]
+    if "z" in turn:                                                     # [B, M, C, H, W]; TwinFlow's [B, C, H, W]
+        noises += [turn["z"]] if turn["z"].ndim == 4 else list(turn["z"].unbind(1))
+    times = [v for name, v in turn.items() if name.startswith("t") and name != "t"]     # of isg the s of t is no draw
+    for draws in (noises, [turn["t"], *times] if "t" in turn else times):
+        for i, draw in enumerate(draws):
+            assert not any(torch.equal(draw, other) for other in draws[:i])
+
+
 def check_draws(turns):
     """No row comes twice in an epoch; fewer than half of the labels are dropped, the others are the images'."""
+    for turn in turns:
+        check_independence(turn)
     x0 = torch.cat([turn["x0"] for turn in turns]).flatten(1)
     assert len(x0.unique(dim=0)) == len(x0) <= 90
     for turn in turns:
@@ -263,7 +276,26 @@ def test_a_step_of_sid(random_starts, monkeypatch, capsys):
     assert n.updates == ["fake", "net"] * 2
     x0 = torch.cat([turn["x0"] for turn in n.turns]).flatten(1)
     assert len(x0.unique(dim=0)) == 4 * B                                               # no row twice in an epoch
+    for turn in n.turns:
+        check_independence(turn)
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("command", ["dmd2 --ttur 1 --lambda_g 0", "sid --lambda_g 0", "fsf_dmd --rollout dmd2"])
+def test_the_last_jump_of_a_rollout_is_drawn(random_starts, monkeypatch, command):
+    """k of Eq. 17 takes each of 0 .. M - 1."""
+    name, _, flags = command.partition(" ")
+    module, found = importlib.import_module(name), set()
+    real = module.backward_simulation
+
+    def seen(u, eps, k, *rest):
+        found.add(k)
+        return real(u, eps, k, *rest)
+
+    monkeypatch.setattr(module, "backward_simulation", seen)
+    run = RUN.replace("--steps 2 --batch_size 20 --micro_batch 12", "--steps 12 --batch_size 4")
+    module.train(module.parse_args(f"{flags} --init a.pt --M 4 {run} --preview_every 0 --out k-{name}".split()))
+    assert found == {0, 1, 2, 3}
 
 
 # ---- TwinFlow --------------------------------------------------------------------------------------------------------

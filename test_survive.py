@@ -3,8 +3,10 @@
 The fast tests run in this process; the slow ones start commands as a user does.  benchmarks/soak.py kills for longer.
 """
 import argparse
+import contextlib
 import copy
 import errno
+import itertools
 import json
 import math
 import os
@@ -32,6 +34,7 @@ import kept_runs
 import metrics
 import reproduce
 import run_folder
+import watch
 from data import load_data
 from test_helpers import HERE, assert_same, environment, refusal, run, small_images, small_net, start, state, train
 
@@ -66,6 +69,15 @@ def stop(path):
 
 def full(path):
     raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (done.append(name), real(*args)))
+    files.write_atomic(tmp_path / "file", "new")
+    assert done == ["fsync", "replace"] and contents(tmp_path) == {"file": b"new"}
 
 
 @pytest.mark.parametrize("content, raised", [(cut_short, RuntimeError), (stop, KeyboardInterrupt), (full, OSError)])
@@ -838,6 +850,100 @@ def test_a_distillation_goes_on_after_its_start_was_trained_further(tmp_path, fe
     assert_same(went_on["teacher"], teacher)
     with pytest.raises(common.BadInput, match=f"for {2 * args.steps} steps, not {args.steps}: pass --init {folder}"):
         train(f"{command} --steps 1 --out other")
+    shutil.rmtree(folder)
+    train(f"{command} --steps 3 --out begun")                   # its own folder is enough: nothing is trained again
+    assert state(tmp_path, "begun")["step"] == 3 and not folder.exists()
+
+
+def test_a_folder_of_another_start_says_how_to_train_this_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small_images("set.npz", 60)
+    args = consistency.parse_args("--loss imf --data set.npz".split())
+    args.data = "elsewhere/set.npz"
+    Path(args.out).mkdir(parents=True)
+    files.write_atomic(Path(args.out) / "args.json", files.json_text(run_folder.identity(args)))
+    said = refusal("fsf_dmd.py --init imf --data set.npz --out mine", capsys, monkeypatch)
+    assert "the start is trained there: run `python consistency.py --loss imf --data ... --out NEW`" in said
+
+
+def test_the_same_file_spelled_otherwise_and_a_newer_flag_are_the_same_run(in_home, few_samples, monkeypatch, capsys):
+    command = "consistency.py --loss imf --out spelled --steps"
+    train(f"{command} 1 --data toy.npz")
+    train(f"{command} 2 --data ./toy.npz")
+    path = in_home / "spelled" / "args.json"
+    stored = json.loads(path.read_text())
+    del stored["tangent_norm"]                                  # of before this flag was
+    path.write_text(json.dumps(stored))
+    train(f"{command} 3 --data {in_home / 'toy.npz'}")
+    assert state(in_home, "spelled")["step"] == 3
+    said = refusal(f"{command} 4 --data toy.npz --tangent_norm 0.1", capsys, monkeypatch)
+    assert "--tangent_norm None (there) 0.1 (here)" in said
+
+
+def test_what_happens_beside_the_steps_is_not_in_their_seconds(in_home, few_samples, monkeypatch):
+    """By a clock that ticks when it is read, and 1000 times in an evaluation or a picture."""
+    ticks = itertools.count()
+    monkeypatch.setattr(run_folder, "time", SimpleNamespace(perf_counter=lambda: next(ticks), sleep=time.sleep))
+
+    def slow(real):
+        def wrapped(*args, **flags):
+            for _ in range(1000):
+                next(ticks)
+            return real(*args, **flags)
+        return wrapped
+
+    for name in ("evaluate", "show"):
+        monkeypatch.setattr(watch, name, slow(getattr(watch, name)))
+    command = f"{IMF} --steps 6 --eval_every 2 --preview_every 3"
+    train(f"{command} --log_every 1 --out clock")
+    assert [line["sec_per_step"] < 100 for line in lines_of(in_home / "clock")] == [True] * 6
+
+    def stopping(real):
+        def wrapped(*args, **flags):
+            real(*args, **flags)
+            signal.raise_signal(signal.SIGTERM)
+        return wrapped
+
+    monkeypatch.setattr(watch, "show", stopping(watch.show))
+    with pytest.raises(SystemExit):
+        train(f"{IMF} --steps 6 --preview_every 3 --log_every 10 --out clock2")
+    [line] = lines_of(in_home / "clock2")                       # the picture came between the last step and the stop
+    assert line["step"] == 3 and "sec_per_step" not in line and "images_per_sec" not in line
+
+
+def lines_of(folder):
+    """The lines of training in a metrics.jsonl."""
+    return [line for line in files.read_lines(folder / "metrics.jsonl") if "grad_norm" in line]
+
+
+def test_a_loss_is_checked_before_what_came_of_it_is_measured(in_home, few_samples):
+    with pytest.raises(common.BadInput, match="has diverged: a weight of net|not finite at step"):
+        train(f"{IMF} --steps 4 --eval_every 2 --log_every 100 --lr 1e9 --out burst")
+
+
+def test_a_folder_is_looked_at_again_once_it_is_ours(in_home, few_samples, monkeypatch, capsys):
+    """Another run may have begun in it between the first look and the lock."""
+    real, path = run_folder.lock, in_home / "raced" / "args.json"
+
+    @contextlib.contextmanager
+    def raced(*args, **flags):
+        with real(*args, **flags):
+            path.write_text(json.dumps(dict(data="other.npz")))
+            yield
+
+    monkeypatch.setattr(run_folder, "lock", raced)
+    said = refusal(f"{IMF} --steps 1 --out raced", capsys, monkeypatch)
+    assert "holds another configuration" in said and json.loads(path.read_text()) == dict(data="other.npz")
+
+
+def test_the_best_of_a_run_is_its_lowest_distance_and_its_highest_score(tmp_path):
+    run = object.__new__(run_folder.Run)
+    run.main, run.folder = True, tmp_path
+    run.evaluations = [dict(step=i, fd_2step=fd, is_2step=score)
+                       for i, (fd, score) in enumerate([(3.0, 1.0), (1.0, 3.0), (2.0, 2.0)])]
+    found = run.result("of a test")
+    assert found["best"] == dict(fd_2step=dict(value=1.0, step=1), is_2step=dict(value=3.0, step=1))
+    assert found["last"] == run.evaluations[-1]
 
 
 def test_the_pretrained_start_waits_and_its_folder_says_nothing_of_it(in_home):

@@ -592,7 +592,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     e.add_argument("--seed", type=number(int, 0, SEED), default=0, help="of the sampled latents")
     e.add_argument("--workers", type=number(int, 0, 1024), default=min(8, os.cpu_count() or 1),
                    help="processes that read images")
-    e.add_argument("--skip_bad", type=int, choices=[0, 1], default=0,
+    e.add_argument("--skip_bad", type=number(int, 0, 1), default=0,
                    help="1: leave unreadable images out and list them")
     e.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     c = commands.add_parser("check", help="read a folder of latents: shapes, finite values, labels, statistics, "

@@ -49,17 +49,18 @@ def finish(run, features):
         run.save()
     if not run.main:
         return
+    picture = f"samples_{run.step:06d}.png"
+    pictures = [picture] if (run.folder / picture).exists() else []             # none where a stop cut a run short
     if features is None:
         run.result("no metric of latents while training")
-        print(f"{run.folder}: model.pt, metrics.jsonl, samples_{run.step:06d}.png; "
+        print(f"{run.folder}: {', '.join(['model.pt', 'metrics.jsonl', *pictures])}; "
               "no metric of latents is computed while training")
         return
     first, last = run.evaluations[0], run.evaluations[-1]
     result = run.result(f"{features.definition()}; sampler {run.args.sampler}", other_sampler(run, features))
     rows = [("at step 0", first)] if first["step"] == 0 else []
     print(table([*rows, (f"after {last['step']} steps", last)], features))
-    picture = f"samples_{run.step:06d}.png"
-    files = ["model.pt", "result.json", "metrics.jsonl", *([picture] if (run.folder / picture).exists() else [])]
+    files = ["model.pt", "result.json", "metrics.jsonl", *pictures]
     print(f"{result['definition']}\n{run.folder}: {', '.join(files)}")
 
 

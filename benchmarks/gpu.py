@@ -83,8 +83,8 @@ KINDS = [
 def parse_args(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--block", nargs="+", choices=list(BLOCKS), default=list(BLOCKS), help="these blocks only")
-    p.add_argument("--again", type=int, choices=[0, 1], default=0, help="1: measure what is measured already")
-    p.add_argument("--rehearse", type=int, choices=[0, 1], default=0, help="1: on the CPU, at tiny size")
+    p.add_argument("--again", type=number(int, 0, 1), default=0, help="1: measure what is measured already")
+    p.add_argument("--rehearse", type=number(int, 0, 1), default=0, help="1: on the CPU, at tiny size")
     p.add_argument("--out", type=folder_path, default=HERE / "results", help="where gpu.md and gpu/ are written")
     p.add_argument("--minutes", type=number(float, 0), default=8,
                    help="cost begins no method after so many minutes (0: measures all); the next call goes on")

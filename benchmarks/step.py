@@ -59,7 +59,7 @@ def parse_args(argv=None):
     p.add_argument("--size", default="B/1", choices=list(SIZES))
     p.add_argument("--batch_size", type=number(int, 2), default=4)
     p.add_argument("--repeats", type=number(int, 1), default=5, help="of the backbone and the products; medians")
-    p.add_argument("--compile", type=int, choices=[0, 1], default=1, help="0: without the compiled backbone")
+    p.add_argument("--compile", type=number(int, 0, 1), default=1, help="0: without the compiled backbone")
     p.add_argument("--device", default="auto")
     p.add_argument("--out", type=folder_path, default=Path("runs/step"), help="folder of the results")
     return p.parse_args(argv)
