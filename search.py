@@ -125,7 +125,7 @@ THREE_RATES = ["--lr 0.004", "--lr 0.008", "--lr 0.016"]
 FROM_SCRATCH_OF_IMAGES = {                                            # for half of the presets' steps
     "iMF":                ("consistency.py --loss imf --mask_prob 0.5 --steps 750", THREE_RATES),
     "RCGM":               ("consistency.py --loss rcgm --steps 750", THREE_RATES),
-    "FSF-DMD":            ("fsf_dmd.py --init scratch --lr 0.004 --steps 750",          # the iMF preset's rate
+    "FSF-DMD":            ("fsf_dmd.py --init scratch --lr 0.016 --steps 750",          # the best of iMF
                            ["--lam 0.01 --shift 1", "--lam 0.001 --shift 10"]),
 }
 # start: (the start's command, or None from scratch; its methods)

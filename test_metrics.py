@@ -148,8 +148,11 @@ def test_the_feature_classifier_generalises_and_is_deterministic(tmp_path):
     even = Data(digits.x[::2], digits.y[::2], 10, digits.mean, digits.std, "even digits")
     torch.manual_seed(0)
     drawn = torch.get_rng_state()
+    torch.set_num_threads(2)
     first, cached = Features(even, tmp_path / "a"), Features(even, tmp_path / "a")
     again = Features(even, tmp_path / "b")
+    assert torch.get_num_threads() == 2                          # it is trained in one, and gives the others back
+    torch.set_num_threads(1)
     assert first.hash == cached.hash == again.hash
     # The first of several processes alone makes one: afterwards all must still draw the same initial weights.
     assert torch.equal(torch.get_rng_state(), drawn)

@@ -20,8 +20,8 @@ import twinflow
 from test_helpers import randomize
 
 B = 20
-RUN = ("--data toy.npz --steps 2 --batch_size 20 --micro_batch 12 --health_every 0 --ema 0.5 --ema_warmup 0 "
-       "--omega 3 --guide_to 0.6")
+RUN = ("--data toy.npz --steps 2 --batch_size 20 --micro_batch 12 --health_every 0 --ema 0.5 --omega 3 "
+       "--guide_to 0.6")
 
 
 @pytest.fixture
@@ -41,10 +41,12 @@ class Steps:
 
     def __init__(self, monkeypatch, name, flags, **wanted):
         self.wanted, self.turns, self.parts, self.rollouts, self.copies, self.updates = wanted, [], [], [], [], []
+        self.decays = []
         self.module = module = importlib.import_module(name)
         monkeypatch.setattr(module, "starting_networks", self.starting(module.starting_networks))
         monkeypatch.setattr(module, "frozen_copy", self.copied(module.frozen_copy))
         monkeypatch.setattr(module, "micro_batches", self.parted(module.micro_batches))
+        monkeypatch.setattr(module, "update_ema", self.averaged(module.update_ema))
         if hasattr(module, "backward_simulation"):
             monkeypatch.setattr(module, "backward_simulation", self.simulated(module.backward_simulation))
         if hasattr(module, "new_fake_side"):
@@ -52,6 +54,7 @@ class Steps:
         for of in {module, dmd2}:
             monkeypatch.setattr(of, "NorMuon", self.watched(of.NorMuon))
         module.train(module.parse_args(flags.split()))
+        assert self.decays == [1 / 10, 2 / 11]                                          # of the EMA: its warm-up
 
     def starting(self, real):
         def wrapped(*args, **kwargs):
@@ -66,6 +69,13 @@ class Steps:
             self.copies.append(real(net))
             self.ema, self.target = self.copies[0], self.copies[-1]
             return self.copies[-1]
+        return wrapped
+
+    def averaged(self, real):
+        def wrapped(ema, net, decay):
+            if ema is self.ema:
+                self.decays.append(decay)
+            real(ema, net, decay)
         return wrapped
 
     def with_fake(self, real):

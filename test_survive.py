@@ -364,6 +364,11 @@ def a_number(path):
 def of_an_earlier_save(path):
     saved = torch.load(path, weights_only=True)
     saved["step"] -= 1
+    torch.save(saved, path)
+
+
+def of_other_weights(path):
+    saved = torch.load(path, weights_only=True)
     saved["weights"]["final_layer.linear.bias"] += 1
     torch.save(saved, path)
 
@@ -379,15 +384,16 @@ def test_a_damaged_state_is_refused_and_kept(in_home, monkeypatch, capsys, damag
     assert contents(out) == before
 
 
-@pytest.mark.parametrize("damage", [gone, flip, cut, empty, of_an_earlier_save])
+@pytest.mark.parametrize("damage", [gone, flip, cut, empty, of_an_earlier_save, of_other_weights])
 def test_the_next_start_makes_model_pt_good_from_state_pt(in_home, few_samples, damage):
     """A kill between the two renames leaves an older model.pt, or none."""
     out = in_home / f"model-{damage.__name__}"
     shutil.copytree(in_home / "imf", out)
     damage(out / "model.pt")
     train(f"{IMF} --steps 8 --out {out.name}")
-    found, expected = (checkpoints.load_checkpoint(path)["weights"] for path in (out / "model.pt", "imf/model.pt"))
-    assert_same(found, expected)
+    found, expected = (checkpoints.load_checkpoint(path) for path in (out / "model.pt", "imf/model.pt"))
+    assert_same(found["weights"], expected["weights"])
+    assert found["step"] == expected["step"] == 8
 
 
 def test_leftovers_of_a_kill_are_removed_and_a_cut_line_is_survived(in_home, few_samples):
