@@ -328,10 +328,11 @@ def frozen_copy(net):
 
 
 def frozen_view(net):
-    """A network with the same weights, now and after every update, through which they get no gradient."""
-    same = {id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()}
-    view = copy.deepcopy(net, same).eval()
-    for block, original in zip(view.blocks, net.blocks):
-        if original._compiled_call_impl:                            # a copy is not compiled
-            block.compile()
+    """A network with the same weights, now and after every update, through which they get no gradient.
+
+    Its blocks are not compiled.
+    """
+    view = frozen_copy(net)
+    for of_view, p in zip(view.parameters(), net.parameters()):
+        of_view.data = p.data                                       # the same memory
     return view

@@ -58,7 +58,7 @@ SCRIPTS = {
     "twinflow.py": twinflow,
 }
 
-CD = "consistency.py --loss cd --init {start}"
+CD_MASKED = "consistency.py --loss cd --init {start}"                 # a masked row needs no finite difference
 FSF = "fsf_dmd.py --init {start}"
 DMD2 = "dmd2.py --init {start}"
 DMD2_CD = "dmd2.py --init {start} --cd 1"
@@ -66,7 +66,7 @@ DMD2_CD = "dmd2.py --init {start} --cd 1"
 # label, start (imf, fm, or None: from scratch), command.
 # fm: FSF-DMD is what comes after its 20,000 steps of L_CD alone (Table 6).
 COST = [
-    ("imf: Consistency distillation", "imf", CD),
+    ("imf: Consistency distillation", "imf", CD_MASKED),
     ("imf: FSF-DMD M=1",              "imf", FSF + " --M 1"),
     ("imf: FSF-DMD M=2",              "imf", FSF + " --M 2"),
     ("imf: DMD2 1:1, no GAN",         "imf", DMD2 + " --ttur 1 --no_gan"),
@@ -76,7 +76,7 @@ COST = [
     ("imf: DMD2 + IDA",               "imf", DMD2 + " --ida 0.97"),
     ("imf: DMD2 + L_CD",              "imf", DMD2_CD + " --steps 54000"),        # its peak in the paper
     ("imf: SiD",                      "imf", "sid.py --init {start}"),
-    ("fm: Consistency distillation",  "fm",  CD),
+    ("fm: Consistency distillation",  "fm",  CD_MASKED),
     ("fm: DMD2 1:5",                  "fm",  DMD2),
     ("fm: DMD2 + L_CD",               "fm",  DMD2_CD + " --steps 33000"),
     ("fm: FSF-DMD",                   "fm",  FSF + " --warmup 0 --steps 6000"),
@@ -96,7 +96,7 @@ PAPER_LABEL = {
     "FSF-DMD from scratch": "FSF-DMD",
 }
 
-# FLOP/s assumed for hours on an H100: a fifth of its 989e12 in bf16.  In the paper iMF has 22% of an A100's 312e12, and
+# FLOP/s assumed for hours on an H100: a fifth of its 989e12 in bf16.  In the paper iMF has 18% of an A100's 312e12, and
 # FSF-DMD 12% of a B200's 2250e12.
 RATE = 2e14
 PAPER_BATCH = 128
@@ -393,7 +393,8 @@ Made by `{command}` on {found['device']}, torch {found['torch']}.
 
 Random latents and weights. Seconds and memory: of a process per method, at the batch in the table's head.
 FLOPs: of matrix products, counted at batch {counted}. Hours: modelled, not measured; the preset's steps at batch {B},
-at {rate} FLOP/s. [runs.json](runs.json) holds the numbers unrounded.
+at {rate} FLOP/s. CD and L_CD have random masking, the presets'; the paper's rows of this table have none.
+[runs.json](runs.json) holds the numbers unrounded.
 
 {markdown(found)}
 """

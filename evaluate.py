@@ -56,6 +56,9 @@ def generate(net: LightningDiT, n: int, shape: tuple[int, ...], steps: int, omeg
     start: index of the first sample; noise and class of sample i depend on (seed, i) alone.  shift: of euler's times.
     """
     sampler = sampler or default_sampler(net)
+    if sampler not in SAMPLERS or steps < 1 or (classes or 1) > net.num_classes:
+        raise ValueError(f"sampler {sampler!r}, steps {steps}, classes {classes}: expected one of "
+                         f"{', '.join(SAMPLERS)}; 1 or more; at most {net.num_classes}")
     device = next(net.parameters()).device
     was_training = net.training
     net.eval()
@@ -101,18 +104,19 @@ def sampler_steps(sampler: str, steps: list | None = None, few: tuple = (1, 2, 4
 
 def evaluate(net: LightningDiT, features: Features | None, args: argparse.Namespace, steps: list | None = None,
              n: int | None = None, seed: int = EVAL_SEED, sampler: str | None = None, *,
-             restate: Callable = lambda x: x) -> dict[str, float]:
+             restate: Callable = lambda x: x, shift: float = 1.0) -> dict[str, float]:
     """{"fd_1step": ..., "fd_2step": ..., ...}: every metric at every number of sampling steps (see `sampler_steps`).
 
-    args: anything with omega, guide_to, cfg_channels and sampler: how to sample.  sampler: another one than args'.
-    n: samples, by default features.n.  restate: see `restated`.  features None (latents): {}.
+    args: anything with omega, guide_to, cfg_channels and sampler, as argparse.Namespace(**checkpoint["args"]): how to
+    sample.  sampler: another one than args'; shift: of euler's times.  n: samples, by default features.n.
+    restate: see `restated`.  features None (latents): {}.
     """
     if features is None:
         return {}
     found, sampler, n = {}, sampler or args.sampler, n or features.n
     for N in sampler_steps(sampler, steps):
         x, y = generate(net, n, features.shape, N, args.omega, args.guide_to, args.cfg_channels, seed,
-                        sampler=sampler, shift=getattr(args, "shift_euler", 1.0))
+                        sampler=sampler, shift=shift)
         for name, value in features.metrics(restate(x), y).items():
             found[f"{name}_{N}step"] = value
     return found
@@ -130,10 +134,10 @@ def restated(checkpoint: dict, data: Data) -> Callable:
 
 
 def show(path: Path, nets: list, data: Data, args: argparse.Namespace, steps: list | None = None,
-         seed: int = EVAL_SEED, restate: Callable = lambda x: x) -> None:
+         seed: int = EVAL_SEED, restate: Callable = lambda x: x, shift: float = 1.0) -> None:
     """A picture: real images, then samples of each (caption, network, sampler) in `nets`, from the same noise.
 
-    A row holds the first ten classes, a band PER_CLASS rows.  args, restate: as in `evaluate`, and args.vae.
+    A row holds the first ten classes, a band PER_CLASS rows.  args, restate, shift: as in `evaluate`, and args.vae.
     """
     shown = min(data.num_classes, 10)
     rows_of = [(data.y == c).nonzero()[:, 0] for c in range(shown)]
@@ -148,8 +152,7 @@ def show(path: Path, nets: list, data: Data, args: argparse.Namespace, steps: li
     for caption, net, sampler in nets:
         for N in sampler_steps(sampler, steps, few=(1, 2)):
             x, _ = generate(net, PER_CLASS * shown, data.x.shape[1:], N, args.omega, args.guide_to,
-                            args.cfg_channels, seed, classes=shown, sampler=sampler,
-                            shift=getattr(args, "shift_euler", 1.0))
+                            args.cfg_channels, seed, classes=shown, sampler=sampler, shift=shift)
             bands.append((f"{caption}: {N}-step samples", restate(x)))
     device = next(nets[0][1].parameters()).device
     preview(path, bands, data.meta, decoder_for(data, args, device))
@@ -473,9 +476,8 @@ def measure_without_inception(args: argparse.Namespace) -> None:
         raise BadInput("--n: nothing of latents is measured without --inception; leave that out")
     net = net.to(pick_device(args.device))
     features = None if args.grid else metric_space(data, args)
-    args.shift_euler = args.shift                          # another name: a run's own --shift is k of tau
     restate = restated(checkpoint, data)
-    metrics = evaluate(net, features, args, args.steps, args.n, args.seed, restate=restate)
+    metrics = evaluate(net, features, args, args.steps, args.n, args.seed, restate=restate, shift=args.shift)
     name = Path(args.what).absolute().parent.name[:30]
     out.mkdir(parents=True, exist_ok=True)
     if features is not None:
@@ -487,7 +489,7 @@ def measure_without_inception(args: argparse.Namespace) -> None:
         print(definition)
         write_atomic(out / "evaluation.json", json_text(metrics | dict(definition=definition), indent=1))
     show(out / "samples.png", [(name, net, args.sampler)], data, args, sampler_steps(args.sampler, args.steps),
-         args.seed, restate)
+         args.seed, restate, args.shift)
     wrote = f"wrote {out / 'samples.png'}"
     if features is not None:
         wrote += f" and {out / 'evaluation.json'}"

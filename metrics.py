@@ -81,6 +81,8 @@ def inception_score(probs: torch.Tensor, splits: int = 10, shuffle: bool = True)
     split.
     """
     probs = torch.as_tensor(probs).double()
+    if not ((probs.sum(1) - 1).abs() < 1e-3).all():                  # False for nan
+        raise ValueError("inception_score: rows of probs do not sum to 1; pass probabilities, not logits")
     if shuffle:
         probs = probs[np.random.RandomState(2020).permutation(len(probs))]
     scores, splits = [], min(splits, len(probs))

@@ -16,8 +16,9 @@ WHICH LR?  The convention changes its meaning, the commonest reason for a "wrong
     scale="aspect"  official code: the line above.  One step moves W by about lr / sqrt(width) (RMS): at width 768 by
                     0.02..0.036 lr, so 6e-4 is AdamW's 1e-4; at width 48 by 0.13 lr
     scale="rms"     the update has RMS 0.2 lr whatever the shape: lr 1e-4 means about what it means to AdamW
-Each group has its own `lr`, so any scheduler of torch works on both.  The AdamW group starts at adam_lr; left out, that
-is lr / 6 under "aspect" and lr under "rms", so that both groups move alike.
+Each group has its own `lr`, so a scheduler of torch moves both (OneCycleLR and CyclicLR: pass a list of two rates).
+The AdamW group starts at adam_lr; left out, that is lr / 6 under "aspect" and lr under "rms", so that both groups move
+alike.
 FSF-DMD's Table 6 gives momentum 0.95, b2 0.95, weight decay 0, a constant schedule; its learning rate did not survive
 in our copy.
 
@@ -85,11 +86,6 @@ class NorMuon(torch.optim.Optimizer):
     def __init__(self, params, lr: float = 6e-4, momentum: float = 0.95, beta2: float = 0.95, weight_decay: float = 0.0,
                  scale: str = "aspect", ns_steps: int = 5, ns_dtype: torch.dtype | None = None,
                  adam_lr: float | None = None, adam_betas: tuple[float, float] = (0.9, 0.95), adam_eps: float = 1e-10):
-        if not (lr > 0 and math.isfinite(lr)) or not 0 <= momentum < 1 or not 0 <= beta2 < 1 or weight_decay < 0:
-            raise ValueError(f"NorMuon: lr {lr}, momentum {momentum}, beta2 {beta2} or weight_decay {weight_decay} "
-                             "is out of range")
-        if scale not in ("aspect", "rms"):
-            raise ValueError(f"NorMuon: scale {scale!r}, expected 'aspect' or 'rms'")
         params = list(params)
         if params and isinstance(params[0], tuple):
             raise ValueError("NorMuon: takes no (name, parameter) pairs; pass param_groups(net)")
@@ -103,6 +99,13 @@ class NorMuon(torch.optim.Optimizer):
                         adam_eps=adam_eps, muon=True)
         params = [group if group.get("muon", True) else dict(lr=adam_lr) | group for group in params]
         super().__init__(params, defaults)
+        for g in self.param_groups:
+            in_range = g["lr"] > 0 and math.isfinite(g["lr"]) and g["weight_decay"] >= 0
+            if not in_range or not 0 <= g["momentum"] < 1 or not 0 <= g["beta2"] < 1:
+                raise ValueError(f"NorMuon: lr {g['lr']}, momentum {g['momentum']}, beta2 {g['beta2']} or weight_decay "
+                                 f"{g['weight_decay']} is out of range")
+            if g["scale"] not in ("aspect", "rms"):
+                raise ValueError(f"NorMuon: scale {g['scale']!r}, expected 'aspect' or 'rms'")
         if any(p.ndim != 2 for group in self.param_groups if group["muon"] for p in group["params"]):
             raise ValueError("NorMuon orthogonalises matrices only: put other parameters into a group with muon=False")
 

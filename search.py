@@ -74,10 +74,10 @@ FOUR_OF_RCGM = [
     "--target_ema 0.99 --delta 0.01 --lr 0.012",
 ]
 
-CD = "consistency.py --loss cd --init {start}"                        # masking is the preset; plain CD has its rate
+CD_MASKED = "consistency.py --loss cd --init {start}"                 # masking is the preset; plain CD has its rate
 SID = "sid.py --init {start}"
 FROM_WEAK = {
-    "CD with masking":    (CD, SIX_RATES),
+    "CD with masking":    (CD_MASKED, SIX_RATES),
     "FSF-DMD, M = 2":     (FSF + " --M 2", SIX_LAMBDAS),
     "FSF-DMD, M = 1":     (FSF + " --M 1", SIX_LAMBDAS),
     "DMD2":               (DMD2, TWO_SIDES),
@@ -85,7 +85,7 @@ FROM_WEAK = {
     "SiD":                (SID, ["--lr 0.00003 --fake_lr 0.001", *TWO_SIDES[:5]]),
 }
 FROM_STRONG = {
-    "CD with masking":    (CD, ["--lr 0.0005", "--lr 0.001", "--lr 0.002", "--lr 0.004"]),
+    "CD with masking":    (CD_MASKED, ["--lr 0.0005", "--lr 0.001", "--lr 0.002", "--lr 0.004"]),
     "FSF-DMD, M = 2":     (FSF + " --M 2 --lr 0.002", FOUR_LAMBDAS),
     "FSF-DMD, M = 1":     (FSF + " --M 1 --lr 0.002", FOUR_LAMBDAS),
     "DMD2":               (DMD2, FOUR_OF_TWO_SIDES),
@@ -93,7 +93,7 @@ FROM_STRONG = {
     "SiD":                (SID, FOUR_OF_TWO_SIDES),
 }
 FROM_FM = {
-    "CD with masking":    (CD, ["--lr 0.0015", "--lr 0.003", "--lr 0.006", "--lr 0.012"]),
+    "CD with masking":    (CD_MASKED, ["--lr 0.0015", "--lr 0.003", "--lr 0.006", "--lr 0.012"]),
     "FSF-DMD, M = 2":     (FSF + " --M 2 --lr 0.003", FOUR_LAMBDAS_FM),
     "DMD2":               (DMD2, FOUR_OF_TWO_SIDES),
     "DMD2 + L_CD":        (DMD2_CD, FOUR_OF_BOTH_LOSSES),
@@ -109,13 +109,13 @@ FROM_SCRATCH = {
     "FSF-DMD":            ("fsf_dmd.py --init scratch", FOUR_LAMBDAS_SCRATCH),
 }
 FROM_FM_OF_IMAGES = {
-    "CD with masking":    (CD, ["--lr 0.002", "--lr 0.004", "--lr 0.008", "--lr 0.016"]),
+    "CD with masking":    (CD_MASKED, ["--lr 0.002", "--lr 0.004", "--lr 0.008", "--lr 0.016"]),
     "DMD2":               (DMD2, [TWO_SIDES[i] for i in (1, 2, 4, 5)]),
     "FSF-DMD, M = 2":     (FSF + " --M 2 --lr 0.008",                 # the best of CD's first three rates
                            [f"--lam {lam} --shift 10" for lam in (0.001, 0.01, 0.05, 0.2)]),
 }
 FROM_WEAK_OF_IMAGES = {
-    "CD with masking":    (CD, ["--lr 0.001", "--lr 0.002", "--lr 0.004", "--lr 0.008"]),
+    "CD with masking":    (CD_MASKED, ["--lr 0.001", "--lr 0.002", "--lr 0.004", "--lr 0.008"]),
     "DMD2":               (DMD2, [TWO_SIDES[i] for i in (1, 2, 4, 5)]),
     "FSF-DMD, M = 2":     (FSF + " --M 2 --lr 0.004",                 # CD's best rate
                            [f"--lam {lam} --shift 10" for lam in (0.0003, 0.003, 0.015, 0.05)]),

@@ -98,8 +98,8 @@ def sid_loss(x_hat: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps:
     tau [B] in (0, 1), eps fresh noise.  w: a key of WEIGHTS, or "sid".  With alpha = 1 the loss swings around 0 and
     says nothing; watch the gap.
     """
-    if tau.shape != x_hat.shape[:1]:
-        raise ValueError(f"tau {list(tau.shape)}: expected [{len(x_hat)}]")
+    if w not in (*WEIGHTS, "sid") or tau.shape != x_hat.shape[:1]:
+        raise ValueError(f"w {w!r}, tau {list(tau.shape)}: expected {', '.join(WEIGHTS)} or sid, and [{len(x_hat)}]")
     x_tau = interpolate(x_hat, eps, tau)                                # gradient stays
     v_fake, v_teacher = fake(x_tau, tau), teacher(x_tau, tau)
     delta = v_fake - v_teacher                                          # (f_teacher - f_fake) / tau

@@ -561,6 +561,7 @@ def test_the_table_of_losses_to_paste_names_all_that_a_copy_needs():
     written = (HERE / "METHODS.md").read_text()
     rows = re.findall(r"^\| (`\w+\(.*)\|(.*)\|(.*)\|(.*)\|$", written[written.index("## Losses to paste"):], re.M)
     assert len(rows) == 9
+    imports = re.search(r"under these lines:\n\n```python\n(.*?)```", written, re.S)[1]
     for what, _, _, beside in rows:
         functions, listed = re.findall(r"`(\w+)\(", what), set(re.findall(r"`(\w+)`", beside))
         needed = set()
@@ -568,6 +569,17 @@ def test_the_table_of_losses_to_paste_names_all_that_a_copy_needs():
             [function] = {getattr(module, name) for module in modules if hasattr(module, name)}
             needed |= names_needed(function)
         assert needed - set(functions) <= listed <= needed | set(functions), what
+        names = {}
+        exec(imports, names)
+        for name in {*functions, *listed}:                                              # pasted, and nothing is missing
+            found = next(getattr(module, name) for module in modules if hasattr(module, name))
+            if inspect.isfunction(found):
+                exec(inspect.getsource(found), names)
+            else:
+                names[name] = found                                                     # a table
+        for name in functions:
+            unbound = inspect.getclosurevars(inspect.unwrap(names[name])).unbound       # attributes are among them
+            assert not [each for each in unbound if any(hasattr(module, each) for module in modules)], name
 
 
 # ---- the project itself: the texts -----------------------------------------------------------------------------------

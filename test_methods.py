@@ -12,9 +12,12 @@ import consistency
 import dmd2
 import evaluate
 import fsf_dmd
+import metrics
 import model
+import normuon
 import sid
 import twinflow
+import vae
 from test_helpers import gaussian_u, gaussian_v, rand, randomize, small_net, spread, uniform
 
 
@@ -556,6 +559,15 @@ def misspelt():
         "k": lambda: model.backward_simulation(u, rand(2, 2, 1, 2, 2), 2, 2),
         "no square": lambda: plain(rand(2, 2, 2, 8), t, y),                 # 4 tokens, as many as of 4 x 4 pixels
         "larger images": lambda: plain(rand(2, 2, 5, 5), t, y),
+        "weight of SiD": lambda: sid.sid_loss(x, v, v, t, x, w="1-tt"),
+        "sampler": lambda: evaluate.generate(plain.float(), 2, (2, 4, 4), 1, sampler="eulr"),
+        "no step of a sampler": lambda: evaluate.generate(plain.float(), 2, (2, 4, 4), 0),
+        "more classes than there are": lambda: evaluate.generate(plain.float(), 2, (2, 4, 4), 1, classes=4),
+        "autoencoder": lambda: vae.VAE("vaave"),
+        "dim of an autoencoder": lambda: vae.VAE(chh=3),
+        "scores of no probabilities": lambda: metrics.inception_score(rand(8, 3)),
+        "rate of a group": lambda: normuon.NorMuon([dict(params=[torch.nn.Parameter(rand(2, 2))], lr=-5.0)]),
+        "scale of a group": lambda: normuon.NorMuon([dict(params=[torch.nn.Parameter(rand(2, 2))], scale="rsm")]),
         "jumps of a plain network": lambda: evaluate.generate(plain.float(), 2, (2, 4, 4), 1, sampler="flow_map"),
         "law of omega": lambda: consistency.draw_guidance(uniform(2, 3), "log_uniform"),
         "law of times": lambda: consistency.draw_times(uniform(2, 2), "lognormal"),

@@ -56,11 +56,15 @@ class VAE(nn.Module):
     decode(z [B, C, h, w]) -> images [B, 3, f h, f w], about [-1, 1], not clamped.
 
     Source: CompVis/latent-diffusion's AutoencoderKL as in hustvl/LightningDiT `tokenizer/autoencoder.py`
-    (golden/vae.npz).
+    (golden/vae.npz).  Raises ValueError on an unknown preset or dim.
     """
 
     def __init__(self, preset: str = "vavae", **dims):
         super().__init__()
+        unknown = dims.keys() - VAES["vavae"].keys()
+        if preset not in VAES or unknown:
+            raise ValueError(f"VAE({preset!r}, {', '.join(sorted(unknown))}): expected {' or '.join(VAES)}, and dims "
+                             f"among {', '.join(VAES['vavae'])}")
         self.config = VAES[preset] | dims
         self.downscale = 2 ** (len(self.config["ch_mult"]) - 1)              # f
         C = self.config["z_channels"]
@@ -552,6 +556,10 @@ def decode(args: argparse.Namespace) -> None:
     device = pick_device("auto")
     vae = vae.to(device)
     out = Path(args.out)
+    own = {f"{i:06d}.png" for i in range(len(latents))}
+    others = sorted(path.name for path in out.glob("*.png") if path.name not in own)
+    if others:
+        raise BadInput(f"--out {out}: holds {others[0]}, which is none of these {len(latents)} images; pass another")
     out.mkdir(parents=True, exist_ok=True)
     for i, z in enumerate(tqdm(latents, desc=f"decode {name}", unit=" images", dynamic_ncols=True)):
         image = Image.fromarray(latents_to_uint8(vae, z[None].to(device))[0])

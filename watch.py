@@ -133,7 +133,7 @@ def health(run, generator, v_fake, v_teacher, dm=None, gan=None, n=100):
         dm_norm, gan_norm = (gradient_norms(loss, x_hat, tau, eps, y) for loss in (dm, gan))
         numbers["gan_dm_ratio"] = (gan_norm / dm_norm).median().item()
     run.write(numbers)
-    draw(run, pictures, [line for line in read_lines(run.folder / "metrics.jsonl") if "x_hat_std" in line])
+    draw_panel(run, pictures, [line for line in read_lines(run.folder / "metrics.jsonl") if "x_hat_std" in line])
 
 
 def gradient_norms(loss, x_hat, tau, eps, y):
@@ -143,7 +143,7 @@ def gradient_norms(loss, x_hat, tau, eps, y):
     return gradient.flatten(1).norm(dim=1)
 
 
-def draw(run, pictures, lines):
+def draw_panel(run, pictures, lines):
     """health_NNNNNN.png: rows of images on the left, the curves of the panels so far on the right.
 
     pictures: [(caption, x [n, C, H, W])]; lines: the panels' lines of metrics.jsonl.
