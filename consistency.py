@@ -90,7 +90,7 @@ PRESETS_OF_LOSS = {                                  # from scratch, two losses 
             size="tiny", steps=400, lr=2.4e-2, target_ema=0.5, delta=0.05, omega=1.0, guide_to=1.0, omega_max=1.0,
             save_every=100, eval_every=100),
         ("images", "scratch"): dict(
-            size="small", steps=1500, lr=4e-3, target_ema=0.5, delta=0.05, omega=1.5, guide_to=1.0, omega_max=4.0,
+            size="small", steps=1500, lr=1.6e-2, target_ema=0.5, delta=0.05, omega=1.5, guide_to=1.0, omega_max=4.0,
             save_every=100, eval_every=500),
     },
 }

@@ -72,7 +72,7 @@ PRESETS = {
         size="small", steps=210, warmup=100, lr=8e-3, M=2, lam=0.001, shift=10.0, omega=1.5, guide_to=1.0,
         omega_max=4.0, save_every=100, eval_every=105, health_every=105),
     ("images", "scratch"): dict(
-        size="small", steps=1500, lr=4e-3, M=1, lam=0.01, shift=1.0, omega=1.5, guide_to=1.0, omega_max=4.0,
+        size="small", steps=1500, lr=1.6e-2, M=1, lam=0.001, shift=10.0, omega=1.5, guide_to=1.0, omega_max=4.0,
         save_every=100, eval_every=500, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=4_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2, lam=0.05, shift=10.0,

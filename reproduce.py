@@ -75,7 +75,7 @@ FLAGS = {
     "fsf":    ("", "", ""),
     "dmd2":   ("", "", ""),
     # the iMF of Table 5, where it is no start
-    "imf":    (" --mask_prob 0.5 --lr 0.012 --eval_every 100", " --mask_prob 0.5", ""),
+    "imf":    (" --mask_prob 0.5 --lr 0.012 --eval_every 100", " --mask_prob 0.5 --lr 0.016", ""),
     # iMF and RCGM for the passes that TwinFlow on them has (passes.py)
     "long":   (" --steps 1100", " --steps 3680 --eval_every 736", " --steps 982000"),
     "rlong":  (" --steps 1040", " --steps 3210 --eval_every 642", " --steps 857000"),

@@ -55,7 +55,7 @@ PRESETS = {
         size="small", steps=300, lr=2e-3, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
         save_every=100, eval_every=150, health_every=150),
     ("images", "scratch"): dict(
-        size="small", steps=1500, lr=4e-3, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
+        size="small", steps=1500, lr=1.6e-2, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
         save_every=100, eval_every=500, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=40_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", lam=1.0, lam_adv=0.1,
@@ -71,7 +71,7 @@ PRESETS_OF_RCGM = {
         size="tiny", steps=400, lr=2.4e-2, target_ema=0.5, delta=0.05, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0,
         omega_max=1.0, save_every=100, eval_every=100, health_every=100),
     ("images", "scratch"): dict(
-        size="small", steps=1500, lr=4e-3, target_ema=0.5, delta=0.05, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0,
+        size="small", steps=1500, lr=1.6e-2, target_ema=0.5, delta=0.05, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0,
         omega_max=4.0, save_every=100, eval_every=500, health_every=100),
 }
 
