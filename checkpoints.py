@@ -6,8 +6,8 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 
-from common import rank
 from files import BadInput, first_line, is_out_of_memory, reading, refuse_flips
 from model import CONDITIONINGS, SIZES, LightningDiT, build, load_official, refuse_differences
 
@@ -167,13 +167,17 @@ def refuse_other_data(path, checkpoint, data):
         raise BadInput(f"{path}: was trained on latents of another VAE ({vae}) than --data {data.source} ({data.vae})")
 
 
+def first_process():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def say_other_data(path, checkpoint, data):
     """Print a line if a network was trained on images of another mean or deviation: it takes these for its own."""
     made_for = checkpoint["data"]
     if made_for is None or data.kind == "latents":
         return
     found, here = torch.tensor([*made_for["mean"], *made_for["std"]]), torch.tensor([*data.mean, *data.std])
-    if (found - here).abs().max() > 1e-3 and rank() == 0:
+    if (found - here).abs().max() > 1e-3 and first_process():
         print(f"{path}: was trained on {made_for['source']}, of other mean and deviation than {data.source}, and takes "
               "images as normalised by these")
 
@@ -189,7 +193,7 @@ def say_unlearned(what, args, conditioning, omega):
     sampled_only = args.get("loss") in ("imf", "rcgm")              # --omega of these is the sampler's
     learned = [args.get("omega_max"), None if sampled_only else args.get("omega")]
     learned = [v for v in learned if isinstance(v, (int, float))]
-    if conditioning == "in_context" and learned and omega > max(learned) and rank() == 0:
+    if conditioning == "in_context" and learned and omega > max(learned) and first_process():
         print(f"{what}: was trained with omega up to {max(learned):g}; at omega {omega:g} the network has to guess")
 
 

@@ -327,12 +327,10 @@ def frozen_copy(net):
     return copy.deepcopy(net).requires_grad_(False).eval()
 
 
-def frozen_view(net):
-    """A network with the same weights, now and after every update, through which they get no gradient.
-
-    Its blocks are not compiled.
-    """
+def frozen_view(args, net):
+    """A network with the same weights, now and after every update, through which they get no gradient."""
     view = frozen_copy(net)
     for of_view, p in zip(view.parameters(), net.parameters()):
         of_view.data = p.data                                       # the same memory
+    compile_blocks(args, view)                                      # a copy is not compiled
     return view

@@ -218,10 +218,7 @@ def train(args):
     compile_blocks(args, net, ema, teacher)
     state = dict(net=net, ema=ema, opt=opt, teacher=teacher)
     fake, head, fake_side, opt_fake = new_fake_side(args, net, teacher, device)
-    trunk = dict(fake=fake, teacher=teacher).get(args.disc_trunk)
-    if args.disc_trunk == "generator":
-        trunk = frozen_view(net)
-        compile_blocks(args, trunk)
+    trunk = dict(fake=fake, teacher=teacher).get(args.disc_trunk) or frozen_view(args, net)
     state |= dict(fake=fake, head=head, opt_fake=opt_fake)
     features = metric_space(data, args)
     channels = args.cfg_channels                                                # of a plain teacher's CFG; 0: all

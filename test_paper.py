@@ -1,4 +1,5 @@
 """What the paper compares, compared as it does: samplers, presets, teachers, guidance, random numbers."""
+import argparse
 import json
 import re
 
@@ -217,7 +218,7 @@ def test_the_discriminator_may_read_the_generator(home, monkeypatch, capsys, few
     """B.1's literal reading: its trunk is the generator as it is now, and gets no gradient through it."""
     monkeypatch.chdir(home)
     net = small_net("in_context", dtype=torch.float32)
-    view = common.frozen_view(net)
+    view = common.frozen_view(argparse.Namespace(compile=0), net)
     x, t, y = rand(3, 2, 4, 4, dtype=torch.float32), uniform(3).float(), torch.tensor([0, 1, 2])
     optimizer = normuon.NorMuon(normuon.param_groups(net), lr=0.1)
     before = net(x, t, y).detach()

@@ -287,7 +287,17 @@ def test_the_verdicts_of_the_readme_are_in_the_numbers():
         assert told.gain(masked, ours, "fd_2step", all_five=False).mean() > -0.01       # level, or behind
     assert max(fashion_fm.gain(CD_4, FSF_4, "fd_2step")) < 0                            # ahead in all three seeds
     assert max(fashion_fm.gain(FSF_4, MASKED_4, "fd_2step")) < 0                        # CD with masking further
-    assert max(fashion_strong.gain(DMD2, M2, "fd_2step")) < 0
+    ahead = [told.gain(dmd2, ours, "fd_2step", all_five=False).mean() < 0 for told, dmd2, ours in (
+        (digits, DMD2, M2), (strong, DMD2, M2), (fm, 4, FSF_4), (fashion, DMD2, M2), (fashion_strong, DMD2, M2),
+        (fashion_fm, 4, FSF_4))]
+    assert ahead == [True, True, True, False, True, True]                               # five starts of six
+    assert max(strong.gain(DMD2, M2, "fd_2step", p=0.015)) < 0
+    for told, dmd2, ours in ((digits, DMD2, M2), (fm, 4, FSF_4), (fashion, DMD2, M2), (fashion_fm, 4, FSF_4)):
+        assert told.last[ours][0]["passes"] < told.last[dmd2][0]["passes"]
+    masking = [told.gain(CD, masked, "fd_2step", all_five=False).mean() < 0 for told, masked in (
+        (digits, MASKED), (strong, MASKED), (fm, MASKED_4), (fashion, MASKED), (fashion_strong, MASKED),
+        (fashion_fm, MASKED_4))]
+    assert sum(masking) == 3                                                            # three better, three worse
     for told in (digits, strong, fashion, fashion_strong):                              # masking: none after Holm
         assert told.differences("fd")[MASKED][1] > 0.05
     for told in (fm, fashion_fm):
@@ -672,6 +682,10 @@ def test_what_is_said_of_more_guidance_is_in_the_numbers(monkeypatch):
 
 def test_what_is_said_of_table_2_from_the_strong_start_is_in_the_numbers():
     told = Told("table2-digits-strong")
+    told.gain(4, 7, "fd_2step", "2.504 ± 1.365", p=0.015)
+    told.gain(4, 7, "fd_4step", "20.336 ± 5.241")
+    assert not (told.gain(4, 7, "fd_1step", "2.432 ± 3.733", all_five=False) < 0).all()
+    assert [f"{told.last[row][0]['passes']:,.0f}" for row in (7, 4)] == ["2,600", "5,978"]
     gain, mean = told.gain, told.mean
     START, TEACHER, CD, DMD2, IDA, BOTH, M2, M1, MASKED, SID, CONTROL, FROM_CD = range(1, 13)
     means = [mean(row, "fd_2step", 1) for row in (START, CD, DMD2, BOTH, M2, MASKED, SID, CONTROL, FROM_CD)]
@@ -728,6 +742,9 @@ def test_what_is_said_of_table_3_is_in_the_numbers():
 
 def test_what_is_said_of_table_4_is_in_the_numbers():
     told = Told("table4-digits")
+    told.gain(4, 6, "fd_2step", "3.503 ± 3.762", p=0.11)
+    told.gain(4, 6, "fd_4step", "37.793 ± 18.055")
+    told.gain(4, 6, "fd_1step", "10.671 ± 7.775", p=0.038)
     gain, mean = told.gain, told.mean
     TEACHER, ONE_CHANNEL, CD, DMD2, BOTH, FSF, FROM_CD, MASKED = range(1, 9)
     assert mean(TEACHER, "fd_25step", 4) == mean(ONE_CHANNEL, "fd_25step", 4)
