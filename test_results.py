@@ -1074,6 +1074,33 @@ def test_presets_of_images_from_an_imf_are_the_best_of_their_search():
     assert best["FSF-DMD, M = 2"] == f"--lam {fsf['lam']} --shift {fsf['shift']:.0f}"
     assert best["DMD2"] == f"--lr {both['lr']} --fake_lr {both['fake_lr']}"
     told_of_search("weak", "fashion-mnist", seeds=1)
+    of_sid = sid.PRESETS["images", "imf"]
+    [(setting, lowest)] = best_of_search("weak-SiD", "fashion-mnist", seeds=1).values()
+    assert setting == f"--lr {of_sid['lr']} --fake_lr {of_sid['fake_lr']}"
+    told_of_search("weak-SiD", "fashion-mnist", seeds=1)
+    assert lowest < min(value for _, value in best_of_search("weak", "fashion-mnist", seeds=1).values())
+    rows = json.loads((KEPT / "search-fashion-mnist-weak-SiD" / "runs.json").read_text())["rows"]
+    assert [f"{row['distance'][0]:.1f}" for row in rows] == ["28.7", "26.1", "30.2", "52.2"]
+
+
+def test_presets_of_images_from_scratch_are_the_best_of_their_search():
+    """The additions to iMF and RCGM have the rate of these."""
+    rows = json.loads((KEPT / "search-fashion-mnist-scratch" / "runs.json").read_text())["rows"]
+    found = {(row["method"], row["setting"]): row["distance"][0] for row in rows}
+    best = {method: min((distance, setting) for (of, setting), distance in found.items() if of == method)[1]
+            for method in ("iMF", "RCGM", "FSF-DMD")}
+    preset = fsf_dmd.PRESETS["images", "scratch"]
+    assert best["FSF-DMD"] == f"--lam {preset['lam']} --shift {preset['shift']:.0f}"
+    assert reproduce.FLAGS["imf"][1].endswith(best["iMF"]) and best["iMF"] == best["RCGM"] == f"--lr {preset['lr']}"
+    others = [dmd2.PRESETS, twinflow.PRESETS, twinflow.PRESETS_OF_RCGM, consistency.PRESETS_OF_LOSS["rcgm"]]
+    assert all(presets["images", "scratch"]["lr"] == preset["lr"] for presets in others)
+    of = {method: [f"{distance:.1f}" for (each, _), distance in found.items() if each == method] for method in best}
+    text = words_of_the_texts()
+    for words in (f"iMF has {of['iMF'][0]}, {of['iMF'][1]} and {of['iMF'][2]}",
+                  f"RCGM {of['RCGM'][0]}, {of['RCGM'][1]} and {of['RCGM'][2]}",
+                  f"{of['FSF-DMD'][0]} with the paper's lambda of 0.01 and k = 1",
+                  f"{of['FSF-DMD'][1]} with 0.001 and k = 10"):
+        assert words in text, words
 
 
 def test_presets_from_scratch_are_the_best_of_their_search():
