@@ -289,13 +289,13 @@ def test_the_verdicts_of_the_readme_are_in_the_numbers():
         assert told.gain(masked, ours, "fd_2step", all_five=False).mean() > -0.01       # level, or behind
     assert max(fashion_fm.gain(CD_4, FSF_4, "fd_2step")) < 0                            # ahead in all three seeds
     assert max(fashion_fm.gain(FSF_4, MASKED_4, "fd_2step")) < 0                        # CD with masking further
-    ahead = [told.gain(dmd2, ours, "fd_2step", all_five=False).mean() < 0 for told, dmd2, ours in (
+    ahead = [told.gain(theirs, ours, "fd_2step", all_five=False).mean() < 0 for told, theirs, ours in (
         (digits, DMD2, M2), (strong, DMD2, M2), (fm, 4, FSF_4), (fashion, DMD2, M2), (fashion_strong, DMD2, M2),
         (fashion_fm, 4, FSF_4))]
     assert ahead == [True, True, True, False, True, True]                               # five starts of six
     assert max(strong.gain(DMD2, M2, "fd_2step", p=0.015)) < 0
-    for told, dmd2, ours in ((digits, DMD2, M2), (fm, 4, FSF_4), (fashion, DMD2, M2), (fashion_fm, 4, FSF_4)):
-        assert told.last[ours][0]["passes"] < told.last[dmd2][0]["passes"]
+    for told, theirs, ours in ((digits, DMD2, M2), (fm, 4, FSF_4), (fashion, DMD2, M2), (fashion_fm, 4, FSF_4)):
+        assert told.last[ours][0]["passes"] < told.last[theirs][0]["passes"]
     masking = [told.gain(CD, masked, "fd_2step", all_five=False).mean() < 0 for told, masked in (
         (digits, MASKED), (strong, MASKED), (fm, MASKED_4), (fashion, MASKED), (fashion_strong, MASKED),
         (fashion_fm, MASKED_4))]
