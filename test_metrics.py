@@ -231,6 +231,17 @@ def test_numbers_too_large_for_the_features_are_one_line(in_home):
         features.metrics(x, y)
 
 
+def test_the_lines_for_python_in_methods_run(in_home):
+    """Of another run and its data."""
+    written = (HERE / "METHODS.md").read_text()
+    code = re.search(r"From Python, in the repository's folder:\n```python\n(.*?)```", written, re.S)[1]
+    names = {}
+    exec(code.replace("runs/fsf_dmd-digits-imf/", "imf/").replace("digits", "toy.npz"), names)
+    assert names["images"].dtype == np.uint8 and names["images"].std() > 0
+    assert names["y"].tolist() == [i % 3 for i in range(16)]
+    assert names["numbers"].keys() == {"fd", "is", "precision", "recall", "acc"}
+
+
 def test_a_picture_follows_the_seed_and_the_shift(in_home):
     pictures = []
     for flags in ("", "--seed 5", "--shift 3"):
