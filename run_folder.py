@@ -111,8 +111,8 @@ def check_folder(args):
 
 def same_value(flag, before, now):
     """Whether a flag means the same in both: a file may be spelled otherwise, ./toy.npz for toy.npz."""
-    if flag in ("data", "init", "teacher") and before and now:
-        return Path(before).resolve() == Path(now).resolve()
+    if flag in ("data", "init", "teacher") and isinstance(before, str) and isinstance(now, str):
+        return os.path.abspath(before) == os.path.abspath(now)
     return before == now
 
 

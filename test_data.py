@@ -619,8 +619,8 @@ def test_fid_of_a_checkpoint_and_its_raw_weights(photos, monkeypatch, capsys):
 
     def fid_of(weights):
         evaluate_here("metric/model.pt --vae vae.pt --inception inception.pth --ref refs/reference.npz "
-                      f"--n 5 --few 1 --steps 2 --weights {weights} --out {weights}")
-        return json.loads(Path(weights, "fid.json").read_text())
+                      f"--n 5 --few 1 --steps 2 --weights {weights} --out fid-{weights}")
+        return json.loads(Path(f"fid-{weights}", "fid.json").read_text())
 
     ema, raw = fid_of("ema"), fid_of("raw")
     assert ema["fid"] > 0
