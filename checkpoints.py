@@ -254,7 +254,8 @@ def starting_networks(args, data, device, pretrained, conditioning="in_context",
     if has_state(args):
         found = networks_of_state(Path(args.out) / "state.pt")
         if found:
-            return [net and net.to(device) for net in found]
+            net, teacher = found
+            return net.to(device), teacher and teacher.to(device)
     if getattr(args, "cfg_channels", 0) > data.x.shape[1]:
         raise BadInput(f"--cfg_channels {args.cfg_channels}: --data {data.source} has {data.x.shape[1]} channels")
     if args.init == "scratch":

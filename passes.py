@@ -5,7 +5,7 @@ The formulas are those of the file headers.  A test compares them with FLOPs cou
 
 # One pass of DMD2's discriminator (some of the trunk's blocks, two of its own) in passes of its network, counted: of an
 # in-context network, and of a plain one.  Small networks have few blocks, so there it costs more than the network.
-# The trunk is the fake network, which learns; another --disc_trunk has no gradient, at B/1 and 1:5 some 8 passes less.
+# The trunk is the fake network, which learns; another --disc_trunk has no gradient, at B/1 and 1:5 7 passes less.
 DISCRIMINATOR = {
     "tiny": (1.04, 1.26),
     "small": (1.16, 1.24),

@@ -361,7 +361,7 @@ class Run:
         self.refuse_divergence()
         steps_with = torch.tensor([sum(name in losses for _, losses, _, _ in self.pending) for name in names])
         line = dict(zip(names, (values.sum(0) / steps_with).tolist()))
-        line |= dict(grad_norm=norms.mean().item())
+        line["grad_norm"] = norms.mean().item()
         timed = self.step - self.clock_step
         if timed:                                                   # none where a picture came after the last step
             line["sec_per_step"] = seconds = (time.perf_counter() - self.clock) / timed
