@@ -25,6 +25,7 @@ import torch
 from golden_weights import fingerprint, golden_input, golden_state, golden_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import fsf_dmd
 import model
 import normuon
 from test_helpers import HERE, METHODS, environment, gaussian_u, gaussian_v, golden, rand, small_net, spread, uniform
@@ -646,10 +647,30 @@ def test_numbers_of_the_texts_come_from_the_results():
     assert benchmark["relative_difference"] < 1e-9 and benchmark["ratio"] >= 5
 
 
+def test_the_five_lines_of_readme_are_the_method():
+    """They run on what they name, and give L = L_CD + lambda L_FSF of Eq. 15."""
+    lines = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)[1]
+
+    def linear(slope):
+        return lambda x, t, s: slope * x + model.expand(0.1 * t - s, x)
+
+    net, ema, teacher = linear(0.9), linear(0.8), linear(0.5)
+    noise, eps, tau, cd, lam = rand(3, 2), rand(3, 2, seed=1), uniform(3, seed=2), torch.tensor(2.0), 0.05
+    names = dict(vars(fsf_dmd), net=net, ema=ema, teacher=teacher, noise=noise, eps=eps, tau=tau, cd=cd, lam=lam)
+    exec(lines, names)
+    x = noise
+    for t in (1.0, 0.5):
+        x = x - 0.5 * (0.9 * x + 0.1 * t - (t - 0.5))
+    x_tau = (1 - tau[:, None]) * x + tau[:, None] * eps
+    gap = (0.8 * x_tau + 0.1 * tau[:, None]) - (0.5 * x_tau - 0.9 * tau[:, None])
+    q = 1 / (0.5 * x_tau - 0.9 * tau[:, None] - (eps - x)).abs().mean(1)
+    torch.testing.assert_close(names["loss"], cd + lam * (q * gap.square().mean(1)).mean(), atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.slow
-def test_the_example_of_readme_runs_as_it_is_pasted(tmp_path):
+def test_the_example_of_methods_runs_as_it_is_pasted(tmp_path):
     """In an empty folder; it prints what its comments say, as far as another machine rounds alike."""
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "METHODS.md").read_text(), re.S)
     example = next(block for block in blocks if "fsf_dmd_loss" in block)
     pasted = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True,
                             env=environment() | dict(PYTHONPATH=str(HERE)))

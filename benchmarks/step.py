@@ -6,7 +6,8 @@
 Three measurements in one process, so that a slow minute of the machine meets all of them alike:
 
     backbone     forward + backward of our network, eager and compiled, beside the same network with its blocks written
-                 as the official code writes them (below), the same weights; the outputs are compared
+                 as the official code writes them (below), the same weights; the outputs are compared; and beside the
+                 same products and attention alone, which no compiler saves
     products     FLOP/s of the matrix products of one block alone
     step         consistency distillation and FSF-DMD (M = 1 and 2) as the scripts run them; every part is timed where
                  it is called, without what it calls itself.  Beside it (forward passes x one measured forward pass) +
@@ -145,16 +146,28 @@ def straightforward_block(block, x, c, cos, sin):
     return x + gate2.unsqueeze(1) * h
 
 
+def bare_block(block, x, c, cos, sin):
+    """The products and the attention of a block alone, and one sum, which keeps the numbers in range."""
+    B, N, D = x.shape
+    attn = block.attn
+    q, k, v = attn.qkv(x).reshape(B, N, 3, attn.num_heads, D // attn.num_heads).permute(2, 0, 3, 1, 4).unbind(0)
+    h = attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D))
+    value = block.mlp.w12(h).chunk(2, dim=-1)[1]
+    return x + block.mlp.w3(value)
+
+
 def backbone(args):
-    """Seconds of forward + backward in three ways, and of a forward pass of ours."""
+    """Seconds of forward + backward in four ways, and of a forward pass of ours."""
     torch.manual_seed(0)
     ours = LightningDiT(args.size, "in_context").to(args.device)
     for p in ours.parameters():
         if not p.any():                                                         # else no gate is open
             torch.nn.init.normal_(p, std=0.02)
-    official, compiled = copy.deepcopy(ours), copy.deepcopy(ours)
+    official, bare, compiled = copy.deepcopy(ours), copy.deepcopy(ours), copy.deepcopy(ours)
     for block in official.blocks:
         block.forward = functools.partial(straightforward_block, block)
+    for block in bare.blocks:
+        block.forward = functools.partial(bare_block, block)
     B, grid = args.batch_size, ours.config["input_size"]
     x, y = torch.randn(B, 32, grid, grid, device=args.device), torch.arange(B, device=args.device) % 1000
     t, s = torch.rand(B, device=args.device), torch.zeros(B, device=args.device)
@@ -167,7 +180,7 @@ def backbone(args):
         with torch.no_grad():
             ours(x, t, y, s, guidance)
 
-    actions = {"ours": train(ours), "straightforward": train(official)}
+    actions = {"ours": train(ours), "straightforward": train(official), "products and attention alone": train(bare)}
     nets = [official]
     if args.compile:
         for block in compiled.blocks:
@@ -299,7 +312,7 @@ def page(found):
     """README.md of the folder."""
     b = found["backbone"]
     rows = []
-    for name in ("ours", "straightforward", "ours, compiled"):
+    for name in ("ours", "straightforward", "ours, compiled", "products and attention alone"):
         if name in b:
             rows.append([name, f"{b[name]:.3f}", f"{b[name] / b['straightforward']:.3f}"])
     of_methods = []
