@@ -48,83 +48,22 @@ from normuon import NorMuon, param_groups
 from run_folder import Run, check_folder
 from watch import begin, finish, watch
 
-# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: the paper's Table 6, but
-# for lr, which our copy of it has lost: 6e-4 is a guess; CD trains past its peak.
-PRESETS = {
-    ("pixels", "scratch"): dict(                    # mostly s = t: the velocity, which teaches, is ahead of the map
-        size="tiny", steps=400, lr=6e-3, mask_prob=0.9, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=100, eval_every=200),
-    ("pixels", "imf"): dict(
-        size="tiny", steps=200, lr=2e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=100, eval_every=100),
-    ("pixels", "fm"): dict(
-        size="tiny", steps=200, lr=1.5e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=100, eval_every=100),
-    ("images", "scratch"): dict(
-        size="small", steps=1500, lr=4e-3, mask_prob=0.9, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100,
-        eval_every=500),
-    ("images", "imf"): dict(                        # 2,250 forward passes, as FSF-DMD
-        size="small", steps=450, lr=4e-3, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100, eval_every=150),
-    ("images", "fm"): dict(                         # 2,250 forward passes, as FSF-DMD
-        size="small", steps=375, lr=8e-3, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100, eval_every=125),
-    ("latents", "scratch"): dict(
-        size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
-        omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500),
-    ("latents", "imf"): dict(
-        size="B/1", steps=40_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
-        omega=6.0, guide_to=0.9, cd_guidance="drawn", omega_max=8.0, omega_law="truncexp", save_every=500),
-    ("latents", "fm"): dict(
-        size="B/1", steps=20_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
-        omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500),
-}
-PRESETS_OF_LOSS = {                                  # from scratch, two losses have rows of their own
-    "fm": {
-        ("pixels", "scratch"): dict(
-            size="tiny", steps=400, lr=1.2e-2, cosine=0, omega=1.0, guide_to=1.0, save_every=100, eval_every=0),
-        ("images", "scratch"): dict(
-            size="small", steps=3000, lr=4e-3, cosine=0, omega=1.5, guide_to=1.0, save_every=100),
-        ("latents", "scratch"): dict(                                                   # LightningDiT's recipe
-            size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
-            time_law="logitnormal:0,1", cosine=1, omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500),
-    },
-    "rcgm": {
-        ("pixels", "scratch"): dict(
-            size="tiny", steps=400, lr=2.4e-2, target_ema=0.5, delta=0.05, omega=1.0, guide_to=1.0, omega_max=1.0,
-            save_every=100, eval_every=100),
-        ("images", "scratch"): dict(
-            size="small", steps=1500, lr=1.6e-2, target_ema=0.5, delta=0.05, omega=1.5, guide_to=1.0, omega_max=4.0,
-            save_every=100, eval_every=500),
-    },
-}
-CONDITIONING = dict(fm="plain", ct="decoupled", imf="in_context", rcgm="in_context")    # from scratch
-# The losses that read a flag: with any other it would do nothing, and is refused.
-READ_BY = {
-    ("ct", "imf", "cd"): "jvp fd_h tangent_norm",
-    ("ct", "imf", "cd", "rcgm"): "mask_prob",
-    ("fm", "ct", "imf", "cd", "rcgm"): "time_law cosine",
-    ("ct", "imf", "cd", "rcgm", "isg"): "huber_c",
-    ("fm", "imf", "cd", "rcgm", "isg"): "omega guide_to",
-    ("imf", "cd", "rcgm", "isg"): "omega_max omega_law n_tokens token_block",
-    ("fm", "cd", "isg"): "cfg_channels",
-    ("cd", "isg"): "cd_guidance teacher",
-    ("rcgm",): "target_ema delta order clamp",
-    ("isg",): "M",
-}
-
 
 # ---- method ----------------------------------------------------------------------------------------------------------
 
 def draw_times(r: Tensor, law: str = "uniform", mask_prob: float = 0.5) -> tuple[Tensor, Tensor]:
     """Uniform draws r [B, 2] -> times t, s [B] with 0 <= s <= t <= 1: two draws of the law, sorted.
 
-    law: "uniform", or "logitnormal:MEAN,SCALE" (left out: iMF's -0.4,1).  Random masking sets s := t in floor(B
-    mask_prob) rows, evenly spread over the (shuffled) batch, instead of tossing a coin for each: shapes never change.
+    law: "uniform", or "logitnormal:MEAN,SCALE" (left out: iMF's -0.4,1).  Masking sets s := t in floor(B mask_prob)
+    rows, evenly spread over the (shuffled) batch, not in a random number of them: shapes never change.
     """
     if law != "uniform":
-        numbers = law.removeprefix("logitnormal").lstrip(":") or "-0.4,1"               # another law is no number
-        mean, scale = (float(number) for number in numbers.split(","))
+        mean, scale = map(float, (law.removeprefix("logitnormal").lstrip(":") or "-0.4,1").split(","))
         r = torch.sigmoid(mean + scale * torch.special.ndtri(r))
     t, s = r.amax(1), r.amin(1)
-    count = torch.arange(len(r) + 1, dtype=torch.float64).mul(mask_prob).floor()        # masked rows before row i
-    return t, torch.where((count.diff() > 0).to(t.device), t, s)
+    i = torch.arange(len(r), dtype=torch.float64)
+    masked = ((i + 1) * mask_prob).floor() > (i * mask_prob).floor()
+    return t, torch.where(masked.to(t.device), t, s)
 
 
 def draw_guidance(r: Tensor, law: str = "loguniform", omega_max: float = 8.0) -> Tensor:
@@ -201,9 +140,8 @@ def guided_target(net: Callable, x_t: Tensor, v: Tensor, v_cond: Tensor, t: Tens
                   guidance: Tensor) -> Tensor:
     """iMF's guided velocity v + (1 - 1/omega)(v_cond - v_uncond) [B, C, H, W].  Its fixed point is CFG of scale omega.
 
-    net: callable (x, t, y, s, guidance) with attribute num_classes, the null label.  v = eps - x0; v_cond = net's
-    velocity.  Rows with a dropped label are not guided.  TwinFlow's "enhancement" of RCGM is the same formula with a
-    constant in the place of 1 - 1/omega.
+    net: callable (x, t, y, s, guidance) with attribute num_classes, the null label.  v = eps - x0; v_cond: of net.
+    Rows with a dropped label are not guided.  TwinFlow's "enhancement" of RCGM has a constant for 1 - 1/omega.
     """
     omega, null = gate_guidance(guidance, t)[:, 0], torch.full_like(y, net.num_classes)
     v_uncond = net(x_t, t, null, None, None)                                            # None: omega = 1 on [0, 1]
@@ -250,7 +188,7 @@ def distillation_loss(net: Callable, teacher: Callable, x0: Tensor, eps: Tensor,
     x_t = interpolate(x0, eps, t)                                                       # [B, C, H, W]
     with torch.no_grad():
         v = guided_velocity(teacher, x_t, t, y, guidance, channels)
-    guidance = torch.where((s == t)[:, None], gate_guidance(guidance, t), guidance)     # as iMF trained those rows
+    guidance = torch.where((s == t)[:, None], gate_guidance(guidance, t), guidance)     # there u is v: asked as v is
     du_dt = derivative_where_needed(partial(guided_map, net), x_t, t, s, y, guidance, v, h, exact, rows)
     return regression(guided_map(net, x_t, t, s, y, guidance), v - expand(t - s, v) * du_dt, **rho)
 
@@ -309,6 +247,68 @@ def isg_loss(u: Callable, teacher: Callable, x_t: Tensor, t: Tensor, s: Tensor, 
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
+
+# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: the paper's Table 6, but
+# for lr, which our copy of it has lost: 6e-4 is a guess; CD trains past its peak.
+PRESETS = {
+    ("pixels", "scratch"): dict(                    # mostly s = t: the velocity, which teaches, is ahead of the map
+        size="tiny", steps=400, lr=6e-3, mask_prob=0.9, omega=1.0, guide_to=1.0, omega_max=1.0,
+        save_every=100, eval_every=200),
+    ("pixels", "imf"): dict(
+        size="tiny", steps=200, lr=2e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=100, eval_every=100),
+    ("pixels", "fm"): dict(
+        size="tiny", steps=200, lr=1.5e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=100, eval_every=100),
+    ("images", "scratch"): dict(
+        size="small", steps=1500, lr=4e-3, mask_prob=0.9, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100,
+        eval_every=500),
+    ("images", "imf"): dict(                        # 2,250 forward passes, as FSF-DMD
+        size="small", steps=450, lr=4e-3, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100, eval_every=150),
+    ("images", "fm"): dict(                         # 2,250 forward passes, as FSF-DMD
+        size="small", steps=375, lr=8e-3, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100, eval_every=125),
+    ("latents", "scratch"): dict(
+        size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
+        omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500),
+    ("latents", "imf"): dict(
+        size="B/1", steps=40_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
+        omega=6.0, guide_to=0.9, cd_guidance="drawn", omega_max=8.0, omega_law="truncexp", save_every=500),
+    ("latents", "fm"): dict(
+        size="B/1", steps=20_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
+        omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500),
+}
+PRESETS_OF_LOSS = {                                  # from scratch, two losses have rows of their own
+    "fm": {
+        ("pixels", "scratch"): dict(
+            size="tiny", steps=400, lr=1.2e-2, cosine=0, omega=1.0, guide_to=1.0, save_every=100, eval_every=0),
+        ("images", "scratch"): dict(
+            size="small", steps=3000, lr=4e-3, cosine=0, omega=1.5, guide_to=1.0, save_every=100),
+        ("latents", "scratch"): dict(                                                   # LightningDiT's recipe
+            size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
+            time_law="logitnormal:0,1", cosine=1, omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500),
+    },
+    "rcgm": {
+        ("pixels", "scratch"): dict(
+            size="tiny", steps=400, lr=2.4e-2, target_ema=0.5, delta=0.05, omega=1.0, guide_to=1.0, omega_max=1.0,
+            save_every=100, eval_every=100),
+        ("images", "scratch"): dict(
+            size="small", steps=1500, lr=1.6e-2, target_ema=0.5, delta=0.05, omega=1.5, guide_to=1.0, omega_max=4.0,
+            save_every=100, eval_every=500),
+    },
+}
+CONDITIONING = dict(fm="plain", ct="decoupled", imf="in_context", rcgm="in_context")    # from scratch
+# The losses that read a flag: with any other it would do nothing, and is refused.
+READ_BY = {
+    ("ct", "imf", "cd"): "jvp fd_h tangent_norm",
+    ("ct", "imf", "cd", "rcgm"): "mask_prob",
+    ("fm", "ct", "imf", "cd", "rcgm"): "time_law cosine",
+    ("ct", "imf", "cd", "rcgm", "isg"): "huber_c",
+    ("fm", "imf", "cd", "rcgm", "isg"): "omega guide_to",
+    ("imf", "cd", "rcgm", "isg"): "omega_max omega_law n_tokens token_block",
+    ("fm", "cd", "isg"): "cfg_channels",
+    ("cd", "isg"): "cd_guidance teacher",
+    ("rcgm",): "target_ema delta order clamp",
+    ("isg",): "M",
+}
+
 
 def parse_args(argv=None):
     p = parser(__doc__, "scratch (fm, imf, ct, rcgm), imf or fm (cd, isg: the network of that --loss, trained first "
@@ -422,7 +422,7 @@ def train(args):
                         loss = consistency_loss(u(b.y_drop), x_t, b.t, b.s, v, v, **options)
                     elif args.loss == "cd":                                     # Eq. 16
                         loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
-                                                 channels, rows=b.moving, **options)
+                                                 channels, rows=b.moving, **options)  # moving: s < t
                     elif args.loss == "rcgm":                                   # Eq. 66-67
                         loss = guided_rcgm_loss(net, target, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided,
                                                 args.delta, args.order, args.clamp, **huber)

@@ -54,40 +54,6 @@ from normuon import NorMuon, param_groups
 from run_folder import Run, check_folder
 from watch import begin, finish, health, watch
 
-# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: the paper's Table 6, but
-# for lr, which our copy of it has lost: 6e-4 is a guess.  Their steps reach the peak of Table 10 without L_CD; with
-# --cd 1 it is at 54,000 (imf) and 33,000 (fm): pass --steps.
-PRESETS = {
-    ("pixels", "imf"): dict(
-        size="tiny", steps=100, lr=3e-4, fake_lr=3e-3, M=2, lam=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=100, eval_every=100, health_every=100),
-    ("pixels", "fm"): dict(
-        size="tiny", steps=100, lr=1e-3, fake_lr=3e-3, M=2, lam=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=100, eval_every=100, health_every=100),
-    ("pixels", "scratch"): dict(
-        size="tiny", steps=400, lr=1.2e-2, M=1, cd=1, ttur=1, lam=0.03, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=100, eval_every=100, health_every=100),
-    ("images", "imf"): dict(
-        size="small", steps=50, lr=1e-3, fake_lr=3e-3, M=2, lam=1.0, omega=1.5, guide_to=1.0, omega_max=4.0,
-        save_every=100, eval_every=25, health_every=25),
-    ("images", "fm"): dict(
-        size="small", steps=50, lr=1e-3, fake_lr=3e-3, M=2, lam=1.0, omega=1.5, guide_to=1.0, omega_max=4.0,
-        save_every=100, eval_every=25, health_every=25),
-    ("images", "scratch"): dict(
-        size="small", steps=1500, lr=1.6e-2, M=1, cd=1, ttur=1, lam=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
-        save_every=100, eval_every=500, health_every=100),
-    ("latents", "imf"): dict(
-        size="B/1", steps=15_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2,
-        omega=6.0, guide_to=0.9, cd_guidance="drawn", omega_max=8.0, omega_law="truncexp",
-        save_every=500, health_every=500),
-    ("latents", "fm"): dict(
-        size="B/1", steps=6_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2,
-        omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500, health_every=500),
-    ("latents", "scratch"): dict(
-        size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=1, cd=1, ttur=1,
-        omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500, health_every=500),
-}
-
 
 # ---- method ----------------------------------------------------------------------------------------------------------
 
@@ -136,6 +102,41 @@ def ida_(fake: torch.nn.Module, generator: torch.nn.Module, a: float) -> None:
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
+
+# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: the paper's Table 6, but
+# for lr, which our copy of it has lost: 6e-4 is a guess.  Their steps reach the peak of Table 10 without L_CD; with
+# --cd 1 it is at 54,000 (imf) and 33,000 (fm): pass --steps.
+PRESETS = {
+    ("pixels", "imf"): dict(
+        size="tiny", steps=100, lr=3e-4, fake_lr=3e-3, M=2, lam=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
+        save_every=100, eval_every=100, health_every=100),
+    ("pixels", "fm"): dict(
+        size="tiny", steps=100, lr=1e-3, fake_lr=3e-3, M=2, lam=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
+        save_every=100, eval_every=100, health_every=100),
+    ("pixels", "scratch"): dict(
+        size="tiny", steps=400, lr=1.2e-2, M=1, cd=1, ttur=1, lam=0.03, omega=1.0, guide_to=1.0, omega_max=1.0,
+        save_every=100, eval_every=100, health_every=100),
+    ("images", "imf"): dict(
+        size="small", steps=50, lr=1e-3, fake_lr=3e-3, M=2, lam=1.0, omega=1.5, guide_to=1.0, omega_max=4.0,
+        save_every=100, eval_every=25, health_every=25),
+    ("images", "fm"): dict(
+        size="small", steps=50, lr=1e-3, fake_lr=3e-3, M=2, lam=1.0, omega=1.5, guide_to=1.0, omega_max=4.0,
+        save_every=100, eval_every=25, health_every=25),
+    ("images", "scratch"): dict(
+        size="small", steps=1500, lr=1.6e-2, M=1, cd=1, ttur=1, lam=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
+        save_every=100, eval_every=500, health_every=100),
+    ("latents", "imf"): dict(
+        size="B/1", steps=15_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2,
+        omega=6.0, guide_to=0.9, cd_guidance="drawn", omega_max=8.0, omega_law="truncexp",
+        save_every=500, health_every=500),
+    ("latents", "fm"): dict(
+        size="B/1", steps=6_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2,
+        omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500, health_every=500),
+    ("latents", "scratch"): dict(
+        size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=1, cd=1, ttur=1,
+        omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500, health_every=500),
+}
+
 
 def parse_args(argv=None):
     p = parser(__doc__, "imf or fm (the network of consistency.py --loss imf or fm, trained first if need be), "
@@ -189,6 +190,8 @@ def refuse_trunk(config, of_teacher):
         raise BadInput(f"--disc_trunk teacher: the head is made for a trunk of {shape}, the teacher has another")
 
 
+# ---- training --------------------------------------------------------------------------------------------------------
+
 def new_fake_side(args, net, teacher, device):
     """-> (fake network, a copy of the start; discriminator head, or None; list of those that exist; their optimizer)"""
     if args.lambda_g and isinstance(net, IMFDiT):
@@ -203,8 +206,6 @@ def new_fake_side(args, net, teacher, device):
     compile_blocks(args, *fake_side)
     return fake, head, fake_side, NorMuon(param_groups(*fake_side), lr=args.fake_lr or args.lr)
 
-
-# ---- training --------------------------------------------------------------------------------------------------------
 
 def train(args):
     device = setup(args)
@@ -296,7 +297,7 @@ def train(args):
                     with autocast(args, device):
                         if teacher:                                             # Eq. 16
                             loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
-                                                     channels, rows=b.moving, **options)
+                                                     channels, rows=b.moving, **options)  # moving: s < t
                         else:                                                   # Eq. 6, 24
                             loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, rows=b.moving,
                                             **options)

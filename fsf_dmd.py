@@ -6,7 +6,8 @@ from an iMF 3.85 (M = 2, 4,000 steps) and 3.96 (M = 1, 3,000), from flow matchin
 
 DMD moves generated samples along v_fake - v_teacher at perturbed points, and trains a second network to know v_fake.
 FSF-DMD trains none: it takes the flow map's own average velocity from tau to 0 for it,
-v_fake(x_tau, tau) ~ u(x_tau, tau, 0) [10-13].
+v_fake(x_tau, tau) ~ u(x_tau, tau, 0) [10-13].  Here t = 0 is data and t = 1 noise, u(x, t, s) goes from t to s; sg: no
+gradient; eps, eps': noise.
 
     rollout    U = sum_i (t_i - t_{i+1}) u(sg x_i, t_i, t_{i+1}),  t_i = 1 - i/M,   x_hat = eps - U          [14, 18-20]
     perturb    tau = k r / (1 + (k-1) r),  r ~ U(0,1),   x_tau = (1 - tau) sg x_hat + tau eps'
@@ -52,40 +53,6 @@ from model import backward_simulation, guided_map, guided_velocity, interpolate,
 from normuon import NorMuon, param_groups
 from run_folder import Run, check_folder
 from watch import begin, finish, health, watch
-
-# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: the paper's Table 6, but
-# for lr, which our copy of it has lost: 6e-4 is a guess.
-PRESETS = {
-    ("pixels", "imf"): dict(
-        size="tiny", steps=200, lr=2e-3, M=2, lam=0.01, shift=10.0, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=100, eval_every=100, health_every=100),
-    ("pixels", "fm"): dict(
-        size="tiny", steps=200, warmup=100, lr=1.5e-3, M=2, lam=0.001, shift=10.0, omega=1.0, guide_to=1.0,
-        omega_max=1.0, save_every=100, eval_every=100, health_every=100),
-    ("pixels", "scratch"): dict(
-        size="tiny", steps=400, lr=1.2e-2, M=1, lam=0.01, shift=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=100, eval_every=100, health_every=100),
-    ("images", "imf"): dict(
-        size="small", steps=174, lr=4e-3, M=2, lam=0.0003, shift=10.0, omega=1.5, guide_to=1.0, omega_max=4.0,
-        save_every=100, eval_every=87, health_every=87),
-    ("images", "fm"): dict(
-        size="small", steps=210, warmup=100, lr=8e-3, M=2, lam=0.001, shift=10.0, omega=1.5, guide_to=1.0,
-        omega_max=4.0, save_every=100, eval_every=105, health_every=105),
-    ("images", "scratch"): dict(
-        size="small", steps=1500, lr=1.6e-2, M=1, lam=0.001, shift=10.0, omega=1.5, guide_to=1.0, omega_max=4.0,
-        save_every=100, eval_every=500, health_every=100),
-    ("latents", "imf"): dict(
-        size="B/1", steps=4_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2, lam=0.05, shift=10.0,
-        omega=6.0, guide_to=0.9, cd_guidance="drawn", omega_max=8.0, omega_law="truncexp",
-        save_every=500, health_every=500),
-    ("latents", "fm"): dict(
-        size="B/1", steps=26_000, warmup=20_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2,
-        lam=0.001, shift=10.0, cosine_factor=1, omega=6.0, guide_to=0.9, cfg_channels=3,
-        save_every=500, health_every=500),
-    ("latents", "scratch"): dict(
-        size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=1, lam=0.01, shift=1.0,
-        omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500, health_every=500),
-}
 
 
 # ---- method ----------------------------------------------------------------------------------------------------------
@@ -137,6 +104,41 @@ def fsf_dmd_loss(x: Tensor, U: Tensor, fake: Callable, teacher: Callable, tau: T
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
+
+# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: the paper's Table 6, but
+# for lr, which our copy of it has lost: 6e-4 is a guess.
+PRESETS = {
+    ("pixels", "imf"): dict(
+        size="tiny", steps=200, lr=2e-3, M=2, lam=0.01, shift=10.0, omega=1.0, guide_to=1.0, omega_max=1.0,
+        save_every=100, eval_every=100, health_every=100),
+    ("pixels", "fm"): dict(
+        size="tiny", steps=200, warmup=100, lr=1.5e-3, M=2, lam=0.001, shift=10.0, omega=1.0, guide_to=1.0,
+        omega_max=1.0, save_every=100, eval_every=100, health_every=100),
+    ("pixels", "scratch"): dict(
+        size="tiny", steps=400, lr=1.2e-2, M=1, lam=0.01, shift=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
+        save_every=100, eval_every=100, health_every=100),
+    ("images", "imf"): dict(
+        size="small", steps=174, lr=4e-3, M=2, lam=0.0003, shift=10.0, omega=1.5, guide_to=1.0, omega_max=4.0,
+        save_every=100, eval_every=87, health_every=87),
+    ("images", "fm"): dict(
+        size="small", steps=210, warmup=100, lr=8e-3, M=2, lam=0.001, shift=10.0, omega=1.5, guide_to=1.0,
+        omega_max=4.0, save_every=100, eval_every=105, health_every=105),
+    ("images", "scratch"): dict(
+        size="small", steps=1500, lr=1.6e-2, M=1, lam=0.001, shift=10.0, omega=1.5, guide_to=1.0, omega_max=4.0,
+        save_every=100, eval_every=500, health_every=100),
+    ("latents", "imf"): dict(
+        size="B/1", steps=4_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2, lam=0.05, shift=10.0,
+        omega=6.0, guide_to=0.9, cd_guidance="drawn", omega_max=8.0, omega_law="truncexp",
+        save_every=500, health_every=500),
+    ("latents", "fm"): dict(
+        size="B/1", steps=26_000, warmup=20_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2,
+        lam=0.001, shift=10.0, cosine_factor=1, omega=6.0, guide_to=0.9, cfg_channels=3,
+        save_every=500, health_every=500),
+    ("latents", "scratch"): dict(
+        size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=1, lam=0.01, shift=1.0,
+        omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500, health_every=500),
+}
+
 
 def parse_args(argv=None):
     p = parser(__doc__, "imf or fm (the network of consistency.py --loss imf or fm, trained first if need be), "
@@ -199,7 +201,7 @@ def train(args):
         return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))
 
     def v_fake(y):
-        return lambda x, tau: guided_map(ema, x, tau, torch.zeros_like(tau), y, fixed.expand(len(x), 3))      # Eq. 12
+        return lambda x, tau: guided_map(ema, x, tau, 0.0, y, fixed.expand(len(x), 3))                         # Eq. 12
 
     def v_teacher(y):                                                           # scratch: the network itself, Eq. 23
         return lambda x, tau: guided_velocity(teacher or net, x, tau, y, fixed.expand(len(x), 3), channels)
@@ -252,7 +254,7 @@ def train(args):
                 with autocast(args, device):
                     if teacher:                                                 # Eq. 16
                         loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
-                                                 channels, rows=b.moving, **options)
+                                                 channels, rows=b.moving, **options)  # moving: s < t
                     else:                                                       # Eq. 6, 24
                         loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, rows=b.moving,
                                         **options)

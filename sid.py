@@ -48,28 +48,6 @@ from normuon import NorMuon, param_groups
 from run_folder import Run, check_folder
 from watch import begin, finish, health, watch
 
-# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: the paper's Table 6, but
-# for lr, which our copy of it has lost and which is a guess; and for the steps, those of dmd2.py from an iMF.
-PRESETS = {
-    ("pixels", "imf"): dict(
-        size="tiny", steps=200, lr=3e-4, fake_lr=3e-3, omega=1.0, guide_to=1.0,
-        save_every=100, eval_every=100, health_every=100),
-    ("pixels", "fm"): dict(
-        size="tiny", steps=200, lr=1e-3, fake_lr=3e-3, omega=1.0, guide_to=1.0,
-        save_every=100, eval_every=100, health_every=100),
-    ("images", "imf"): dict(
-        size="small", steps=188, lr=3e-4, fake_lr=1e-3, omega=1.5, guide_to=1.0,
-        save_every=100, eval_every=94, health_every=94),
-    ("images", "fm"): dict(
-        size="small", steps=200, lr=1e-4, fake_lr=1e-3, omega=1.5, guide_to=1.0,
-        save_every=100, eval_every=100, health_every=100),
-    ("latents", "imf"): dict(
-        size="B/1", steps=15_000, batch_size=128, lr=6e-5, fake_lr=6e-4, ema=0.99995, precision="bf16",
-        omega=6.0, guide_to=0.9, save_every=500, health_every=500),
-    ("latents", "fm"): dict(
-        size="B/1", steps=15_000, batch_size=128, lr=6e-5, fake_lr=6e-4, ema=0.99995, precision="bf16",
-        omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500, health_every=500),
-}
 # w(tau) on the loss in x0-space; SiD-DiT found that the choice changes contrast and saturation, not much else.
 # And "sid": SiD's own, 1 / mean |x_hat - f_teacher|.
 WEIGHTS = {
@@ -80,7 +58,6 @@ WEIGHTS = {
     "snr": lambda t: ((1 - t) / t) ** 2,
     "snr_sqrt": lambda t: (1 - t) / t,
 }
-
 
 # ---- method ----------------------------------------------------------------------------------------------------------
 
@@ -114,6 +91,30 @@ def sid_loss(x_hat: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps:
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
+
+# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: the paper's Table 6, but
+# for lr, which our copy of it has lost and which is a guess; and for the steps, those of dmd2.py from an iMF.
+PRESETS = {
+    ("pixels", "imf"): dict(
+        size="tiny", steps=200, lr=3e-4, fake_lr=3e-3, omega=1.0, guide_to=1.0,
+        save_every=100, eval_every=100, health_every=100),
+    ("pixels", "fm"): dict(
+        size="tiny", steps=200, lr=1e-3, fake_lr=3e-3, omega=1.0, guide_to=1.0,
+        save_every=100, eval_every=100, health_every=100),
+    ("images", "imf"): dict(
+        size="small", steps=188, lr=3e-4, fake_lr=1e-3, omega=1.5, guide_to=1.0,
+        save_every=100, eval_every=94, health_every=94),
+    ("images", "fm"): dict(
+        size="small", steps=200, lr=1e-4, fake_lr=1e-3, omega=1.5, guide_to=1.0,
+        save_every=100, eval_every=100, health_every=100),
+    ("latents", "imf"): dict(
+        size="B/1", steps=15_000, batch_size=128, lr=6e-5, fake_lr=6e-4, ema=0.99995, precision="bf16",
+        omega=6.0, guide_to=0.9, save_every=500, health_every=500),
+    ("latents", "fm"): dict(
+        size="B/1", steps=15_000, batch_size=128, lr=6e-5, fake_lr=6e-4, ema=0.99995, precision="bf16",
+        omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500, health_every=500),
+}
+
 
 def parse_args(argv=None):
     p = parser(__doc__, "imf or fm (the network of consistency.py --loss imf or fm, trained first if need be), "

@@ -42,6 +42,35 @@ from normuon import NorMuon, param_groups
 from run_folder import Run, check_folder
 from watch import begin, finish, health, watch
 
+
+# ---- method ----------------------------------------------------------------------------------------------------------
+
+def twinflow_losses(u: Callable, fake: Callable, teacher: Callable, z: Tensor, t: Tensor, eps_t: Tensor, tau: Tensor,
+                    eps_tau: Tensor, clip: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """TwinFlow's losses of each sample, Eq. 63-65 -> (L_adv [B], L_rectify [B], gap [B] = mean |v_fake - v_teacher|).
+
+    u: callable (x, t, s) of the flow map, called once, at (z, 1, 0), with gradient.  fake: callable (x_t, t) ->
+    u(x_t, -t, -t | y), with gradient in L_adv; teacher: callable (x_tau, tau), never differentiated.  z, eps_t, eps_tau
+    [B, C, H, W] independent noise; t, tau [B] in [0, 1].  Means over elements.  clip > 0 clamps v_fake - v_teacher to
+    [-clip, clip] (TwinFlow's tutorial does not, its large-scale code and the paper have 1).
+    """
+    # In z's precision: in bf16 a small gap would be lost in U - target.
+    U = u(z, 1.0, 0.0).to(z.dtype)                                                      # [B, C, H, W]
+    x_hat = (z - U).detach()
+    error = fake(interpolate(x_hat, eps_t, t), t) - (eps_t - x_hat)
+    adv = error.flatten(1).pow(2).mean(1)                                               # Eq. 63
+    with torch.no_grad():
+        x_tau = interpolate(x_hat, eps_tau, tau)
+        delta = fake(x_tau, tau) - teacher(x_tau, tau)                                  # Eq. 64
+        gap = delta.flatten(1).abs().mean(1)                                            # [B], for the log
+        if clip:
+            delta = delta.clamp(-clip, clip)
+        target = U - delta
+    return adv, (U - target).flatten(1).pow(2).mean(1), gap                             # Eq. 65
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
 # pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: the paper's Table 6, but
 # for lr, which our copy of it has lost: 6e-4 is a guess; and for the steps from an iMF.
 PRESETS = {
@@ -75,34 +104,6 @@ PRESETS_OF_RCGM = {
         omega_max=4.0, save_every=100, eval_every=500, health_every=100),
 }
 
-
-# ---- method ----------------------------------------------------------------------------------------------------------
-
-def twinflow_losses(u: Callable, fake: Callable, teacher: Callable, z: Tensor, t: Tensor, eps_t: Tensor, tau: Tensor,
-                    eps_tau: Tensor, clip: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """TwinFlow's losses of each sample, Eq. 63-65 -> (L_adv [B], L_rectify [B], gap [B] = mean |v_fake - v_teacher|).
-
-    u: callable (x, t, s) of the flow map, called once, at (z, 1, 0), with gradient.  fake: callable (x_t, t) ->
-    u(x_t, -t, -t | y), with gradient in L_adv; teacher: callable (x_tau, tau), never differentiated.  z, eps_t, eps_tau
-    [B, C, H, W] independent noise; t, tau [B] in [0, 1].  Means over elements.  clip > 0 clamps v_fake - v_teacher to
-    [-clip, clip] (TwinFlow's tutorial does not, its large-scale code and the paper have 1).
-    """
-    # In z's precision: in bf16 a small gap would be lost in U - target.
-    U = u(z, 1.0, 0.0).to(z.dtype)                                                      # [B, C, H, W]
-    x_hat = (z - U).detach()
-    error = fake(interpolate(x_hat, eps_t, t), t) - (eps_t - x_hat)
-    adv = error.flatten(1).pow(2).mean(1)                                               # Eq. 63
-    with torch.no_grad():
-        x_tau = interpolate(x_hat, eps_tau, tau)
-        delta = fake(x_tau, tau) - teacher(x_tau, tau)                                  # Eq. 64
-        gap = delta.flatten(1).abs().mean(1)                                            # [B], for the log
-        if clip:
-            delta = delta.clamp(-clip, clip)
-        target = U - delta
-    return adv, (U - target).flatten(1).pow(2).mean(1), gap                             # Eq. 65
-
-
-# ---- flags -----------------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     p = parser(__doc__, "scratch, imf (a flow map trained by consistency.py --loss imf, first if need be), "
