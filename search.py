@@ -6,11 +6,11 @@
     python search.py scratch                 # Table 5: 6 methods, 6 runs each
     python search.py weak --method SiD       # one method
     python search.py weak --data /usr/share/datasets/fashion-mnist --seeds 1  # 4 methods, 4 runs each; fm: 3 methods
-    python search.py scratch --data /usr/share/datasets/fashion-mnist --seeds 1  # 3 methods, 2 or 3 runs each
+    python search.py scratch --data /usr/share/datasets/fashion-mnist --seeds 1  # 3 methods, 3 or 4 runs each
 
 Six settings a method from the weak start; four elsewhere, around what the weak search chose, or from scratch around the
 presets.  Of images of 24 pixels or more CD and FSF-DMD have the same number of forward passes; from scratch there are
-two or three settings, for half of the preset's steps.  Every setting is the command line of a script, run on seed 100
+three or four settings, for half of the preset's steps.  Every setting is the command line of a script, run on seed 100
 for the preset's steps; the best two of a method run on seed 101 too, and their mean decides.  A run starts from a start
 of its own seed.  The criterion is the distance after the last step at 2 sampling steps, with the sampler that the
 network was trained for.  The paper's own lambda and shift are among the settings.
@@ -121,12 +121,14 @@ FROM_WEAK_OF_IMAGES = {
                            [f"--lam {lam} --shift 10" for lam in (0.0003, 0.003, 0.015, 0.05)]),
     "SiD":                (SID, FOUR_OF_TWO_SIDES),
 }
-THREE_RATES = ["--lr 0.004", "--lr 0.008", "--lr 0.016"]
+FOUR_RATES = ["--lr 0.004", "--lr 0.008", "--lr 0.016", "--lr 0.032"]
 FROM_SCRATCH_OF_IMAGES = {                                            # for half of the presets' steps
-    "iMF":                ("consistency.py --loss imf --mask_prob 0.5 --steps 750", THREE_RATES),
-    "RCGM":               ("consistency.py --loss rcgm --steps 750", THREE_RATES),
-    "FSF-DMD":            ("fsf_dmd.py --init scratch --lr 0.016 --steps 750",          # the best of iMF
-                           ["--lam 0.01 --shift 1", "--lam 0.001 --shift 10"]),
+    "iMF":                ("consistency.py --loss imf --mask_prob 0.5 --steps 750", FOUR_RATES),
+    "RCGM":               ("consistency.py --loss rcgm --steps 750", FOUR_RATES),
+    "FSF-DMD":            ("fsf_dmd.py --init scratch --steps 750",
+                           ["--lr 0.016 --lam 0.01 --shift 1",
+                            "--lr 0.016 --lam 0.001 --shift 10",
+                            "--lr 0.032 --lam 0.001 --shift 10"]),
 }
 # start: (the start's command, or None from scratch; its methods)
 SEARCHES = {

@@ -1125,16 +1125,15 @@ def test_presets_of_images_from_scratch_are_the_best_of_their_search():
     best = {method: min((distance, setting) for (of, setting), distance in found.items() if of == method)[1]
             for method in ("iMF", "RCGM", "FSF-DMD")}
     preset = fsf_dmd.PRESETS["images", "scratch"]
-    assert best["FSF-DMD"] == f"--lam {preset['lam']} --shift {preset['shift']:.0f}"
+    assert best["FSF-DMD"] == f"--lr {preset['lr']} --lam {preset['lam']} --shift {preset['shift']:.0f}"
     assert reproduce.FLAGS["imf"][1].endswith(best["iMF"]) and best["iMF"] == best["RCGM"] == f"--lr {preset['lr']}"
     others = [dmd2.PRESETS, twinflow.PRESETS, twinflow.PRESETS_OF_RCGM, consistency.PRESETS_OF_LOSS["rcgm"]]
     assert all(presets["images", "scratch"]["lr"] == preset["lr"] for presets in others)
     of = {method: [f"{distance:.1f}" for (each, _), distance in found.items() if each == method] for method in best}
     text = words_of_the_texts()
-    for words in (f"iMF has {of['iMF'][0]}, {of['iMF'][1]} and {of['iMF'][2]}",
-                  f"RCGM {of['RCGM'][0]}, {of['RCGM'][1]} and {of['RCGM'][2]}",
+    for words in ("iMF has {}, {}, {} and {}".format(*of["iMF"]), "RCGM {}, {}, {} and {}".format(*of["RCGM"]),
                   f"{of['FSF-DMD'][0]} with the paper's lambda of 0.01 and k = 1",
-                  f"{of['FSF-DMD'][1]} with 0.001 and k = 10"):
+                  f"{of['FSF-DMD'][1]} with 0.001 and k = 10 (at 0.032 {of['FSF-DMD'][2]})"):
         assert words in text, words
 
 
