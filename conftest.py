@@ -1,4 +1,4 @@
-"""Fixtures that several test files share; their functions are in test_helpers.py."""
+"""Fixtures that several test files share; their functions are in tests/test_helpers.py."""
 import contextlib
 import os
 

@@ -18,7 +18,7 @@ gradient; eps, eps': noise.
 || . ||^2 is the mean over elements: the value of lambda depends on it.
 
 L_FSF alone does not have the data as its fixed point: it compares a sample, f(x_tau, tau, 0), with a posterior mean,
-so it contracts (on N(0, 1) to a deviation of 0.46..0.58; test_methods.py).  L_CD holds it up; without L_CD the
+so it contracts (on N(0, 1) to a deviation of 0.46..0.58; tests/test_methods.py).  L_CD holds it up; without L_CD the
 generator collapses.
 
     python fsf_dmd.py --init imf --M 2       # digits, 2 CPU cores: a minute, the iMF it starts from included

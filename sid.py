@@ -15,7 +15,7 @@ Distillation", arXiv 2404.04057 (SiD); "Adversarial Score identity Distillation"
     both at      x_tau = (1 - tau) x_hat + tau eps,  tau = sigmoid(N(ln 2, 1.6^2))
 
 The generator's gradient runs through x_hat AND through the inputs of both networks, whose weights are fixed: with both
-cut off, this loss is DMD's direction for every alpha, the classic silent bug (test_methods.py).  On Gaussians
+cut off, this loss is DMD's direction for every alpha, the classic silent bug (tests/test_methods.py).  On Gaussians
 alpha = 0.5 is half the gradient of the Fisher divergence, alpha = 1 always has the right sign, above 1 it may flip at
 small tau.
 

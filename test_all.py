@@ -1,9 +1,10 @@
-"""python -m pytest -q -n 2        the whole suite, CPU only, 6 to 7 minutes on 2 cores
+"""python -m pytest -q -n 2        the whole suite, CPU only, 6 to 8 minutes on 2 cores
 python -m pytest -q -n 2 -m "not slow"        the fast lane: what takes at most about 3 seconds a test
 
-Here: networks, calculus of flow maps, optimizer, the project itself.  test_methods.py: losses, rollouts, identities
-between methods.  test_steps.py: the gradient of every update in the training loops.  test_commands.py: the scripts as a
-user runs them.  test_data.py, test_metrics.py: data, autoencoder, official weights, metrics.  test_reproduce.py: the
+Here: networks, calculus of flow maps, optimizer, the project itself.  In tests/, test_methods.py: losses, rollouts,
+identities between methods.  test_steps.py: the gradient of every update in the training loops.  test_commands.py: the
+scripts as a user runs them.  test_survive.py, test_input.py: what goes wrong.  test_data.py, test_images.py,
+test_metrics.py: data, autoencoder, official weights, metrics.  test_paper.py: the presets.  test_reproduce.py: the
 tables.  test_results.py: the numbers that the texts say.
 
 Facts, not shapes: outputs of the official implementations (golden/), closed forms, identities between methods, exact
@@ -432,7 +433,7 @@ def test_line_budgets():
     lines = {path.name: len(path.read_text().splitlines()) for path in [*HERE.glob("*.py"), HERE / "README.md"]}
     assert all(lines[script] <= 450 for script in METHODS), lines
     assert lines["model.py"] <= 700 and lines["README.md"] <= 190, lines
-    for path in [*HERE.glob("*.py"), *HERE.glob("benchmarks/*.py")]:
+    for path in [*HERE.glob("*.py"), *HERE.glob("benchmarks/*.py"), *HERE.glob("tests/*.py")]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert len(line) <= 120, f"{path.name}:{number} has {len(line)} columns"
 
@@ -448,7 +449,8 @@ def own_imports(tree, own):
 
 def test_imports_have_one_direction():
     """No circle among our modules, and none is imported inside a function, which would hide one."""
-    trees = {path.stem: ast.parse(path.read_text()) for path in HERE.glob("*.py")}
+    paths = [*HERE.glob("*.py"), *HERE.glob("tests/*.py")]
+    trees = {path.stem: ast.parse(path.read_text()) for path in paths}
     own = set(trees)
     for name, tree in trees.items():
         for node in ast.walk(tree):

@@ -15,8 +15,8 @@ numbers), Table 5 "iMF + TwinFlow" and "RCGM + TwinFlow".
 
 u(x, -t, -t) is the velocity of the generated samples: flow matching trains it as dmd2.py trains its fake network, but
 in the same weights, and the teacher is the same network at positive times.  So nothing is frozen, and no second network
-or optimizer is kept.  With an exact fake side the rectify term has DMD's direction (test_methods.py).  FSF-DMD asks
-u(x_tau, tau, 0) instead of training a side.
+or optimizer is kept.  With an exact fake side the rectify term has DMD's direction (tests/test_methods.py).  FSF-DMD
+asks u(x_tau, tau, 0) instead of training a side.
 
     python twinflow.py --base imf                       # digits, 2 CPU cores: about 2 minutes, from scratch
     python twinflow.py --base imf --init imf            # from the flow map that fsf_dmd.py starts from

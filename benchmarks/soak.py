@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE / "tests")]
 from checkpoints import load_checkpoint  # noqa: E402
 from common import BadInput, main  # noqa: E402
 from files import read_lines  # noqa: E402

@@ -17,7 +17,7 @@ import torch
 import common
 import model
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent                     # the project
 sys.path.insert(0, str(HERE / "golden"))
 from golden_weights import golden_state  # noqa: E402
 
