@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -88,8 +89,9 @@ def folder_source(path: str | Path) -> tuple[int, Callable, str]:
 
     def images(start, stop):
         arrays = []                                              # of uint8 [H, W, 3]
-        for file in files[start:stop]:
-            image = read_rgb(file)
+        with ThreadPoolExecutor() as threads:                    # pillow decodes beside them
+            read = list(threads.map(read_rgb, files[start:stop]))
+        for file, image in zip(files[start:stop], read):
             if image.size != (width, height):
                 raise BadInput(f"{file}: is {image.width} x {image.height}, others {width} x {height}; "
                                "expected one size")
@@ -101,7 +103,7 @@ def folder_source(path: str | Path) -> tuple[int, Callable, str]:
 
 @torch.no_grad()
 def collect(network: Callable, images: Callable, n: int, folder: Path, identity: dict, batch: int = 50) -> dict:
-    """{name: [n, D]} of network(images(start, stop)) -> {name: [m, D]}, a file a batch in `folder`.
+    """{name: [n, D]} of network(images(start, stop)) -> {name: [m, D]}, a file a batch in `folder`; {} but in rank 0.
 
     Run again it goes on where it was stopped, and several processes share the batches.  The files of another identity
     (anything that json writes) are removed, and damaged ones are made again.
@@ -122,6 +124,8 @@ def collect(network: Callable, images: Callable, n: int, folder: Path, identity:
                     write_atomic(path, {name: value.cpu() for name, value in found.items()})
                 bar.update(batch)
         barrier()
+        if rank() > 0:
+            return {}
         parts = [read_part(folder / f"features_{start:06d}.pt", min(batch, n - start)) for start in range(0, n, batch)]
     if None in parts or any(part.keys() != parts[0].keys() for part in parts):
         raise BadInput(f"{folder}: its files do not fit together; delete that folder and run the command again")
@@ -180,6 +184,7 @@ def read_reference(path: str | Path) -> dict:
         if not fits or dtype.kind not in "fiu":
             raise damaged
     found = read_npz_arrays(path, shown, headers, names, share=1 / 4)
+    found = {name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in found.items()}
     spaces = None
     if "spaces" in headers and headers["spaces"][1].kind == "U" and headers["spaces"][1].itemsize <= 4000:
         spaces = str(read_npz_arrays(path, shown, headers, ["spaces"], share=1 / 4)["spaces"])

@@ -35,9 +35,9 @@ from files import files_below, json_text, listing_hash, lock, read_json, write_a
 
 HERE = Path(__file__).resolve().parent
 
-# Flags of a command that name a file or a folder, and the words after them that do not.
-PATH_FLAGS = ("--out", "--data", "--init", "--teacher")
-NO_PATHS = ("digits", "imf", "fm", "scratch")
+# Flags of a command that name a file or a folder, and the words after each that do not.
+PATH_FLAGS = {"--out": (), "--data": ("digits",), "--init": ("imf", "fm", "scratch"), "--teacher": ()}
+MEASURES_READ = ("--vae", "--inception", "--ref")                     # flags of a measure that name a file
 
 # measure: evaluate.py's flags for latents.  start: the Job that has to end first, or None.  counts: of sampling steps,
 # a FID of latents for each; every: training steps between them, 0: at the end only.
@@ -78,7 +78,10 @@ def sources_of(job):
 
 def identity(job):
     """What a kept run has to agree in (`changes`).  Of a file that it reads its content counts, not its path."""
-    measure = [content_hash(word) if Path(word).exists() else word for word in job.measure]
+    measure = []
+    for flag, word in zip(("", *job.measure), job.measure):
+        read = flag in MEASURES_READ and Path(word).exists()
+        measure.append(content_hash(word) if read else word)
     found = dict(command=list(job.command), absolute=absolute(job.command), measure=measure, sources=sources_of(job))
     if job.every:
         found["every"] = job.every
@@ -96,22 +99,28 @@ def inputs_of(job):
 def absolute(command):
     """A command with its paths resolved: the same one from another folder, or with a path spelled in another way."""
     words = list(command)
-    places = [i + 1 for i, word in enumerate(words[:-1]) if word in PATH_FLAGS]
-    if words[0] == "evaluate.py":
-        places.append(1)
-    for i in places:
-        if words[i] not in NO_PATHS:
+    for i in range(1, len(words)):
+        if names_a_path(words, i):
             words[i] = str(Path(words[i]).resolve())
     return words
+
+
+def names_a_path(command, i):
+    """Whether word i of a command is a file or a folder; evaluate.py's first word is."""
+    if i == 1 and command[0] == "evaluate.py":
+        return True
+    flag = command[i - 1]
+    return flag in PATH_FLAGS and command[i] not in PATH_FLAGS[flag]
 
 
 def from_outside(job, command):
     """What a command of a job names as its data, and as a network that no job of ours trains."""
     ours = {(j.folder / "model.pt").resolve() for j in chain(job)}
-    words = [word for flag, word in zip(command, command[1:]) if flag in ("--data", "--init", "--teacher")]
-    if command[0] == "evaluate.py":
-        words.append(command[1])
-    return [word for word in words if Path(word).resolve() not in ours]
+    found = []
+    for i in range(1, len(command)):
+        if names_a_path(command, i) and command[i - 1] != "--out" and Path(command[i]).resolve() not in ours:
+            found.append(command[i])
+    return found
 
 
 def look_again():

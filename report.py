@@ -13,9 +13,9 @@ import torch
 from scipy.stats import ttest_rel
 
 from checkpoints import load_checkpoint, load_network
-from common import BadInput
+from common import BadInput, pick_device
 from data import data_kind, data_name, load_data, preview
-from evaluate import decoder, generate, parse_args, sampling
+from evaluate import decoder, generate, parse_args, restated, sampling
 from files import json_text, read_json, read_lines, write_atomic
 from passes import passes_a_step, passes_until
 
@@ -137,7 +137,7 @@ def summarise(number, row, runs):
     finals = [run["evaluations"][-1] for run in seeds.values()]
     last = {}
     for name in finals[0] if finals else ():
-        if "_" in name:
+        if "_" in name and all(name in final for final in finals):    # a FID of 1 step may be there for some seeds only
             last[name] = [final[name] for final in finals]
     shown = [int(name.removesuffix("step").split("_")[1]) for name in last if name.startswith("fd_")]
     N = shown[0] if len(shown) == 1 else 2                           # a velocity is sampled with its own number
@@ -416,7 +416,7 @@ def samples(args, rows, jobs, path):
 
     Of 1 and 2 sampling steps, or the row's own number; beside each, the forward passes that its training took.
     """
-    data = load_data(args.data)
+    data, device = load_data(args.data), pick_device("auto")
     classes = min(data.num_classes, 10)
     first = torch.cat([(data.y == c).nonzero()[:1, 0] for c in range(classes)])       # of rows; a class may have none
     bands = [("real", data.x[first])]
@@ -427,14 +427,15 @@ def samples(args, rows, jobs, path):
         evaluated = job.command[0] == "evaluate.py"
         flags = parse_args(job.command[1:] if evaluated else [str(job.folder / "model.pt")])
         net, checkpoint = load_network(flags.what, data)
+        restate = restated(checkpoint, data)
         omega, guide_to, channels, sampler = sampling(flags, checkpoint)
         cost = row["seeds"][min(row["seeds"])]["evaluations"][-1].get("passes", 0)
         trained = f"; trained for {cost:,.0f} passes" if cost else ""
         for N in (1, 2) if row["N"] == 2 else (row["N"],):
-            x, _ = generate(net, classes, data.x.shape[1:], N, omega, guide_to, channels, classes=classes,
+            x, _ = generate(net.to(device), classes, data.x.shape[1:], N, omega, guide_to, channels, classes=classes,
                             sampler=sampler, shift=flags.shift)
-            bands.append((f"{r} {row['label']}: {N} step{'s' if N > 1 else ''}{trained}", x))
-    preview(path, bands, data.meta, decoder(args.vae, data.vae, torch.device("cpu")))
+            bands.append((f"{r} {row['label']}: {N} step{'s' if N > 1 else ''}{trained}", restate(x)))
+    preview(path, bands, data.meta, decoder(args.vae, data.vae, device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -485,10 +486,10 @@ def folder_of(args, start):
 
 
 def seeds_in(folder):
-    """The number of seeds of the table that a folder holds; 0: none."""
+    """{row number: number of seeds} of the table that a folder holds."""
     path = folder / "runs.json"
     stored = read_json(path, "a table's runs") if path.exists() else {}
-    return max((len(row["seeds"]) for row in stored.get("rows", [])), default=0)
+    return {row["number"]: len(row["seeds"]) for row in stored.get("rows", [])}
 
 
 def refuse_other_data(folder, data):

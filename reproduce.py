@@ -415,13 +415,15 @@ def run(args):
     jobs = {r: {} for r in rows}                                      # {row number: {seed: Job}}
     for seed in range(args.seeds):
         for r, each in jobs_of(args, rows, seed).items():
-            jobs[r][seed] = each
+            if seed == 0 or not (args.init and each.command[0] == "evaluate.py"):       # of a network that is given
+                jobs[r][seed] = each                                                    # every seed is the same
     if args.list:
         return print_commands(rows, jobs)
 
     folder = report.folder_of(args, regime_of(args, table))
-    if report.seeds_in(folder) > args.seeds:
-        raise BadInput(f"--seeds {args.seeds}: {folder} holds the table of {report.seeds_in(folder)}; "
+    there = report.seeds_in(folder)
+    if max(there.values(), default=0) > args.seeds:
+        raise BadInput(f"--seeds {args.seeds}: {folder} holds the table of {max(there.values())}; "
                        "pass as many, or another --out")
     report.refuse_other_data(folder, args.data)
     data = load_data(args.data)                                       # refused now if it is not readable
@@ -429,15 +431,17 @@ def run(args):
         decoder_for(data, args, torch.device("cpu"))
         load_inception(args.inception)
         read_reference(args.ref)
-    wanted = [jobs[r][seed] for seed in range(args.seeds) for r in rows]
+    wanted = [jobs[r][seed] for seed in range(args.seeds) for r in rows if seed in jobs[r]]
     failed = run_all(args, wanted)
     kind, runs = data_kind(args.data), {}
     for r in rows:
         runs[r] = {seed: report.collect(each, kind) for seed, each in jobs[r].items() if is_done(each)}
+    names = "; ".join(j.folder.name for j in failed)
+    if any(len(runs[r]) < there.get(r, 0) for r in rows):
+        raise BadInput(f"{len(failed)} runs failed, so the fuller table in {folder} stays: {names}")
     commands = {r: shlex.join(jobs[r][0].command) for r in rows}
     report.write(args, table, head_of(args, table, wanted), report.summary(rows, runs), jobs, commands)
     if failed:
-        names = "; ".join(j.folder.name for j in failed)
         raise BadInput(f"{len(failed)} runs failed and are missing in the table: {names}")
 
 

@@ -198,9 +198,13 @@ def run(args):
         runs = [report.collect(j, "pixels") for j in each if is_done(j)]
         rows.append(dict(method=method, setting=setting, command=shlex.join(each[0].command), runs=runs,
                          distance=distances(each)))
+    names = "; ".join(j.folder.name for j in failed)
+    fuller = {row["command"]: len(row["distance"]) for row in stored.get("rows", [])}
+    if any(len(row["distance"]) < fuller.get(row["command"], 0) for row in rows):
+        raise BadInput(f"{len(failed)} runs failed, so the fuller search in {folder} stays: {names}")
     write(args, rows)
     if failed:
-        raise BadInput(f"{len(failed)} runs failed: " + "; ".join(j.folder.name for j in failed))
+        raise BadInput(f"{len(failed)} runs failed: {names}")
 
 
 def all_of(jobs):
