@@ -138,6 +138,12 @@ def test_center_crop_is_adms():
     assert cropped.shape == (20, 20)
     assert np.abs(cropped - (2 * np.arange(15, 35) + 0.5)).max() <= 1
     assert data.center_crop(Image.fromarray(ramp), 40).size == (40, 40)
+    # Of noise: halved by the mean of 2 x 2 pixels, then 50 x 40 to 38 x 30, bicubic; columns 4 .. 33 of it.
+    noise = np.random.default_rng(0).integers(0, 256, (80, 100), dtype=np.uint8)
+    halved = (noise.reshape(40, 2, 50, 2).sum((1, 3)) + 2) // 4
+    expected = Image.fromarray(halved.astype(np.uint8)).resize((38, 30), Image.Resampling.BICUBIC).crop((4, 0, 34, 30))
+    cropped = np.array(data.center_crop(Image.fromarray(noise), 30)).astype(int)
+    assert np.abs(cropped - np.array(expected)).max() <= 2       # pillow may round a half down
     assert data.center_crop(Image.fromarray(ramp[:, :30]), 64).size == (64, 64)
 
 
@@ -161,6 +167,17 @@ def test_vae_matches_the_official_autoencoder(name):
     channels = cfg["model"]["z_channels"]
     for found, expected in ((mean, z["moments"][:, :channels]), (std, z["std"]), (decoded, z["decoded"])):
         assert (found - torch.tensor(expected)).abs().max() <= 1e-4 * expected.std()
+
+
+def test_the_deviation_of_a_latent_is_bounded_as_in_the_official_code():
+    """Its log variance is clamped to [-30, 20]."""
+    net = vae.VAE("vavae", ch=32, ch_mult=[1, 1], z_channels=2)
+    for bias, expected in ((100.0, 10.0), (-100.0, -15.0), (3.0, 1.5)):
+        with torch.no_grad():
+            net.quant_conv.weight.zero_()
+            net.quant_conv.bias.copy_(torch.tensor([0.0, 0.0, bias, bias]))
+            _, std = net.encode(torch.zeros(1, 3, 8, 8))
+        torch.testing.assert_close(std.log(), torch.full_like(std, expected))
 
 
 def test_vae_has_the_published_sizes():

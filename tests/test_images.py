@@ -86,7 +86,9 @@ def test_emnist_is_turned_and_its_letters_start_at_1(tmp_path):
     parts = mnist(tmp_path / "set", prefix="emnist-letters-", first=1)
     found = data.load_data(str(tmp_path / "set"))
     assert np.array_equal(pixels(found, found.x)[..., 0], parts["train"][0].transpose(0, 2, 1))
+    assert np.array_equal(pixels(found, found.test[0])[..., 0], parts["t10k"][0].transpose(0, 2, 1))
     assert found.y.tolist() == (parts["train"][1] - 1).tolist() and found.num_classes == 10
+    assert found.test[1].tolist() == (parts["t10k"][1] - 1).tolist()
     mnist(tmp_path / "set", prefix="emnist-digits-")
     assert "holds 2 sets" in refused(tmp_path / "set")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from golden_weights import golden_features, golden_input, golden_ints, golden_state
 from PIL import Image
 
@@ -24,7 +25,7 @@ import watch
 from checkpoints import load_network, weights_hash
 from data import Data, denormalize, load_data, normalize
 from metrics import EVAL_SEED, METRICS, Features, frechet_distance, inception_score, moments, precision_recall, spread
-from test_helpers import HERE, golden, rand, refusal, run, small_net
+from test_helpers import HERE, golden, rand, refusal, run, small_images, small_net, train
 
 # ---- golden numbers of the metrics -----------------------------------------------------------------------------------
 
@@ -77,6 +78,13 @@ def test_frechet_distance_closed_forms():
     features = rand(300, 20) @ rand(20, 20, seed=1)
     mu, cov = moments(features)
     assert frechet_distance(mu, cov, mu, cov) <= 1e-9 * cov.trace()
+    # Of fewer images than dimensions 1 - 7 / 300 of the eigenvalues are rounding: their roots would count.
+    few = rand(8, 300) * 100
+    mu_few, cov_few = moments(few)
+    assert frechet_distance(mu_few, cov_few, mu_few + 1, cov_few) == pytest.approx(300, abs=1e-9 * cov_few.trace().item())
+    # In parts: as of all rows at once.
+    many = rand(250_001, 2)
+    torch.testing.assert_close(moments(many)[1], torch.cov(many.T), rtol=1e-10, atol=1e-12)
     with pytest.raises(ValueError, match="shapes"):
         frechet_distance(mu, cov, mu[:5], cov[:5, :5])
     with pytest.raises(ValueError, match="NaN"):
@@ -291,6 +299,35 @@ def test_samples_of_a_later_batch_are_other_samples(in_home):
     assert len(whole.flatten(1).unique(dim=0)) == 6
 
 
+def test_the_images_of_fid_follow_the_flags(in_home):
+    """--seed, --shift, --omega and --cfg_channels reach the sampler of `evaluate.py --inception` too."""
+    small_images(Path("two.npz"), 60)
+    with np.load("two.npz") as file:
+        np.savez("two.npz", images=np.stack([file["images"]] * 3, axis=3), labels=file["labels"])       # 3 channels
+    train("consistency.py --loss fm --data two.npz --steps 8 --out two-fm")
+    found = []
+    for flags in ("", "--seed 5", "--shift 3", "--omega 4", "--omega 4 --cfg_channels 1"):
+        words = f"two-fm/model.pt --data two.npz --steps 3 --inception none --ref none {flags}".split()
+        images, _ = evaluate.samples_as_images(evaluate.parse_args(words), torch.device("cpu"))
+        found.append(images(0, 30).numpy().tobytes())
+    assert len(set(found)) == 5
+
+
+def test_a_reference_holds_features_of_all_classes_and_is_compared_as_it_is_stored(tmp_path):
+    """A folder is sorted by class: the first 10,000 images are of a few.  VGG16's features are halves on both sides."""
+    rows = torch.arange(10_003.0)
+    features = torch.stack([rows, rows.sin(), rows.cos(), (0.1 * rows).sin()], dim=1)
+    fid.write_reference(tmp_path / "reference.npz", dict(features=features, vgg=features), None, "Inception x (adm)")
+    with np.load(tmp_path / "reference.npz") as kept:
+        assert len(kept["features"]) == 10_000 and kept["features"][-1, 0] > 10_000 - 2
+        assert kept["vgg"].dtype == np.float16 and len(kept["vgg"]) == 10_003
+        torch.testing.assert_close(torch.tensor(kept["sigma"]), torch.cov(features.double().T))
+    same = torch.ones(6, 4)
+    ref = dict(mu=np.ones(4), sigma=np.eye(4), features=None, vgg=same.half().numpy())
+    found = dict(features=rand(6, 4), logits=rand(6, 3), vgg=same + 1e-5)           # in halves they are the same
+    assert fid.inception_metrics(found, ref)["precision_vgg"] == 1
+
+
 # ---- FID's network ---------------------------------------------------------------------------------------------------
 
 def golden_inception():
@@ -442,6 +479,20 @@ def test_fid_of_images_resumes_and_says_what_it_is(tmp_path, monkeypatch, capsys
         assert ref["vgg"].std() > 0
         assert np.abs(two["features"] - features).max() < 1e-5 * features.std()
     torch.testing.assert_close(torch.tensor(sigma), torch.cov(torch.tensor(features).double().T))
+
+    # VGG16 is its published layers: RGB less the means of ImageNet, and a ReLU behind the last one.
+    with torch.no_grad():
+        x = inception.resize_tf1(torch.tensor(array[:1]).permute(0, 3, 1, 2).float(), 224)
+        r, g, b = x[:, 0] - 123.675, x[:, 1] - 116.28, x[:, 2] - 103.53
+        x = torch.stack([r / 58.395, g / 57.12, b / 57.375], dim=1)
+        for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28):
+            x = F.conv2d(x, vgg[f"features.{i}.weight"], vgg[f"features.{i}.bias"], padding=1).relu()
+            if i in (2, 7, 14, 21, 28):
+                x = F.max_pool2d(x, 2)
+        x = F.linear(x.flatten(1), vgg["classifier.0.weight"], vgg["classifier.0.bias"]).relu()
+        x = F.linear(x, vgg["classifier.3.weight"], vgg["classifier.3.bias"]).relu()
+    with np.load("ref/reference.npz") as ref:
+        np.testing.assert_allclose(ref["vgg"][:1].astype(float), x.numpy(), rtol=2e-3, atol=1e-5)
 
     # The same images against it.
     command = f"--from_images images.npz {nets} --ref ref/reference.npz --batch_size 5 --out out"

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ import kept_runs
 import passes
 import report
 import reproduce
+import search
 from checkpoints import load_network
 from common import BadInput
 from data import data_kind, load_data
@@ -148,6 +150,12 @@ def test_differences_are_paired_over_seeds_and_corrected_for_many_rows():
     assert sorted([found[2][1], found[4][1]]) == pytest.approx(sorted([3 * small, max(3 * small, 2 * large)]))
     assert 1 not in found
     assert report.compare(rows, 1, "is")[2][0] == pytest.approx(-2)
+    # A row whose p is hardly larger is not called clearer than the one before it.
+    near = {1: fake_row(base), 2: fake_row({0: 11.0, 1: 22.0, 2: 43.0}), 3: fake_row({0: 11.0, 1: 22.0, 2: 43.1})}
+    assert report.compare(near, 1, "fd")[2][1] == report.compare(near, 1, "fd")[3][1] == pytest.approx(2 * p2)
+    # The band of the curves: differences 1, 2, 3 have the standard error 1 / sqrt(3).
+    values = np.array([[row["fd_2step"] for row in run["evaluations"]] for run in rows[2]["seeds"].values()])
+    assert report.paired_error(rows[2], rows[1], "fd_2step", [9], values) == pytest.approx(1 / math.sqrt(3))
     one_seed = {1: fake_row({0: 1.0}), 2: fake_row({0: 2.0})}
     assert report.compare(one_seed, 1, "fd") == {}                    # shows nothing
     # Rows 4 and 5 are one sampler under two names: they count once.
@@ -188,6 +196,14 @@ def test_latents_are_trained_in_pieces_and_the_best_fid_is_found(inputs, tmp_pat
     assert run["evaluations"][2] == last
     row = report.summary({7: rows[7]}, {7: {0: run}})[7]
     assert row["best"] == [4.0] and row["step"] == [3000] and row["last"]["fd_2step"] == [4.5]
+
+
+def test_a_number_of_steps_that_some_seeds_lack_is_left_out():
+    """Table 5 measures the FID of 1 step too, Table 2 that of 2 alone, and both have the iMF."""
+    both, one = ([dict(step=1, **values)] for values in (dict(fd_1step=5.0, fd_2step=4.0), dict(fd_2step=6.0)))
+    runs = {seed: dict(evaluations=each, sec_per_step=None, memory_gb=None) for seed, each in enumerate((both, one))}
+    found = report.summarise(1, reproduce.TABLES["2"].rows[0], runs)
+    assert found["last"] == dict(fd_2step=[4.0, 6.0]) and found["n"] == 2
 
 
 def test_the_number_of_sampling_steps_of_a_row_is_the_one_that_was_measured():
@@ -276,6 +292,85 @@ def test_a_second_start_of_cost_waits_its_turn_and_fewer_seeds_replace_no_table(
     assert "--seeds 1: table5-digits holds the table of 5; pass as many, or another --out" in said
     said = refusal("reproduce.py 5 --data mine/digits --out .", capsys, monkeypatch)    # a folder of that name
     assert "table5-digits: holds the results of --data digits; pass another --out" in said
+
+
+def test_failed_runs_replace_no_fuller_table_and_no_fuller_search(monkeypatch, tmp_path):
+    """The runs fail at once: folders of their names are there that no command of ours made."""
+    monkeypatch.chdir(tmp_path)
+    rows = ["--row", "1", "6", "--seeds", "5"]
+    shutil.copytree(HERE / "results" / "table5-digits", "table5-digits-row1-6")
+    jobs = [reproduce.jobs_of(arguments("5", *rows), dict(enumerate(reproduce.TABLES["5"].rows, 1)), seed)
+            for seed in range(5)]
+    for of_seed in jobs:
+        for job in of_seed.values():
+            job.folder.mkdir(parents=True, exist_ok=True)
+    before = Path("table5-digits-row1-6/runs.json").read_bytes()
+    with pytest.raises(BadInput, match="10 runs failed, so the fuller table in table5-digits-row1-6 stays: "):
+        reproduce.run(reproduce.parse_args(["5", *rows, "--out", "."]))
+    assert Path("table5-digits-row1-6/runs.json").read_bytes() == before
+
+    def a_run(setting, seed, distance):
+        """The kept run of a setting of the search, or its folder alone."""
+        args = argparse.Namespace(data="digits", init=None, runs=Path("runs/reproduce"), start="weak", table=None)
+        job = search.one_run(args, None, f"{search.FROM_SCRATCH['iMF'][0]} {setting}", seed)
+        shutil.rmtree(job.folder, ignore_errors=True)
+        kept_runs.beside(job, ".json").unlink(missing_ok=True)
+        job.folder.mkdir(parents=True)
+        if distance:
+            torch.save({}, job.folder / "model.pt")
+            result = dict(evaluations=[dict(step=400, fd_2step=distance)], other_sampler={}, definition="")
+            (job.folder / "result.json").write_text(json.dumps(result))
+            kept_runs.beside(job, ".json").write_text(json.dumps(dict(kept_runs.identity(job), done=True)))
+
+    # Of the search's settings the two nearest ones are run on the second seed.
+    for setting, distance in zip(search.FROM_SCRATCH["iMF"][1], (30.0, 10.0, 40.0, 20.0), strict=True):
+        a_run(setting, 100, distance)
+        a_run(setting, 101, None)
+    only = search.parse_args("scratch --method iMF --out .".split())
+    with pytest.raises(BadInput, match="2 runs failed: ") as caught:
+        search.run(only)
+    assert sorted(re.findall(r"lr([\d.]+)-seed(\d+)", str(caught.value))) == [("0.006", "101"), ("0.024", "101")]
+    page = Path("search-digits-scratch-iMF/README.md").read_text()
+    assert "| iMF | `--lr 0.006` | 10.0 | 10.0 |" in page and "**" not in page.split("| method |")[1]
+    for setting in search.FROM_SCRATCH["iMF"][1]:
+        a_run(setting, 100, None)
+    with pytest.raises(BadInput, match="4 runs failed, so the fuller search in search-digits-scratch-iMF stays: "):
+        search.run(only)
+    assert Path("search-digits-scratch-iMF/README.md").read_text() == page
+
+
+def test_words_that_are_no_paths_are_no_inputs_of_a_run(tmp_path, monkeypatch):
+    """Folders that happen to be called scratch or 50000 change no kept run; a reference that changes does."""
+    monkeypatch.chdir(tmp_path)
+    job = reproduce.jobs_of(arguments("5"), {6: reproduce.TABLES["5"].rows[5]}, 0)[6]
+    job = job._replace(measure=("--ref", "reference.npz", "--n", "50000"))
+    Path("reference.npz").write_bytes(b"one")
+    before = kept_runs.identity(job)
+    for name in ("scratch", "imf", "50000"):
+        Path(name).mkdir()
+        (Path(name) / "file").touch()
+    kept_runs.look_again()
+    assert kept_runs.identity(job) == before and "inputs" not in before
+    Path("reference.npz").write_bytes(b"two")
+    kept_runs.look_again()
+    assert kept_runs.identity(job)["measure"] != before["measure"]
+
+    # Of a folder that is read an edit of equal size is seen by its time.
+    job = job._replace(command=(*job.command, "--data", "images"), measure=())
+    Path("images").mkdir()
+    Path("images/1.png").write_bytes(b"one")
+    kept_runs.look_again()
+    before = kept_runs.identity(job)["inputs"]
+    os.utime("images/1.png", (1, 1))
+    kept_runs.look_again()
+    assert kept_runs.identity(job)["inputs"] != before
+
+
+def test_a_network_that_is_given_is_measured_once(inputs, capsys):
+    """--init: the rows that only evaluate it are the same for every seed; those that train are not."""
+    reproduce.run(arguments("4", "--init", str(inputs / "fm.pt"), "--seeds", "3", "--row", "1", "3"))
+    commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
+    assert [line.split()[1] for line in commands] == ["evaluate.py"] + 3 * ["consistency.py"]
 
 
 def test_runs_that_were_measured_in_two_ways_make_no_table():

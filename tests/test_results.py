@@ -18,6 +18,7 @@ import consistency
 import cost
 import dmd2
 import fsf_dmd
+import kept_runs
 import report
 import reproduce
 import search
@@ -1226,6 +1227,21 @@ def test_the_two_methods_of_the_figure_over_starts_differ_in_the_dm_term_alone(m
     assert "| 100 | 51.0 ± 1.4 | 21.0 ± 1.4 | 0.2 | -3.0 ± 1.4 | +2.0 ± 1.4 | +0.150 ± 0.071 |" in line
     axis = strength.figure([row]).axes[0]
     assert axis.lines[0].get_ydata().tolist() == [-3.0]
+
+
+def test_the_figure_over_starts_subtracts_cd_from_fsf_dmd(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    strength = importlib.import_module("strength")
+    jobs = {}
+    for name, distances in (("CD", (50.0, 30.0)), (0.1, (50.0, 26.0))):
+        evaluations = [dict.fromkeys(strength.SHOWN, distance) | dict(step=i) for i, distance in enumerate(distances)]
+        (tmp_path / str(name)).mkdir()
+        result = dict(evaluations=evaluations, other_sampler={})
+        (tmp_path / str(name) / "result.json").write_text(json.dumps(result))
+        jobs[100, name, 0] = kept_runs.Job(tmp_path / str(name), ("fsf_dmd.py",), (), None)
+    args = strength.parse_args("--starts 100 --lam 0.1 --seeds 1".split())
+    [row] = strength.differences(args, jobs)
+    assert row["difference"]["fd_2step"] == [-4.0] and row["cd"] == [30.0] and row["start_distance"] == [50.0]
 
 
 def test_the_figure_over_starts_gives_each_method_its_steps_and_both_one_omega(monkeypatch):
