@@ -81,7 +81,8 @@ def test_frechet_distance_closed_forms():
     # Of fewer images than dimensions 1 - 7 / 300 of the eigenvalues are rounding: their roots would count.
     few = rand(8, 300) * 100
     mu_few, cov_few = moments(few)
-    assert frechet_distance(mu_few, cov_few, mu_few + 1, cov_few) == pytest.approx(300, abs=1e-9 * cov_few.trace().item())
+    rounding = 1e-9 * cov_few.trace().item()
+    assert frechet_distance(mu_few, cov_few, mu_few + 1, cov_few) == pytest.approx(300, abs=rounding)
     # In parts: as of all rows at once.
     many = rand(250_001, 2)
     torch.testing.assert_close(moments(many)[1], torch.cov(many.T), rtol=1e-10, atol=1e-12)
