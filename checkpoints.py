@@ -273,6 +273,7 @@ def starting_networks(args, data, device, pretrained, conditioning="in_context",
     path = pretrained(args, args.init) if args.init in ("imf", "fm") else args.init
     if path == args.init:
         checkpoint = load_checkpoint(path)
+        refuse_other_data(path, checkpoint, data)
         if given is None:
             refuse_jumps(path, checkpoint, "pass --teacher with the network that it was distilled from")
         say_other_data(path, checkpoint, data)

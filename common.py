@@ -59,20 +59,21 @@ def main(train, parse_args):
             leave(OUT_OF_MEMORY, 2)
         if not is_lost(error):
             raise
-        end = os._exit if dist.is_initialized() else sys.exit       # gloo without its other end may abort at exit
         leave("another process of this run ended; the last state.pt is untouched, run the same command again "
-              f"({first_line(error)})", 1, end)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+              f"({first_line(error)})", 1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def leave(words, code, end=sys.exit):
+def leave(words, code):
     """End this process with one line of its own, not one behind a bar."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
     print(f"{Path(sys.argv[0]).name}: {' '.join(words.splitlines())}", file=sys.stderr, flush=True)
-    end(code)
+    if dist.is_initialized():           # an orderly end waits for the others, which may wait in turn; gloo may abort
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def is_lost(error):
@@ -195,7 +196,7 @@ def sync_gradients(*nets):
         flat = torch.cat([g.flatten() for g in grads])
         dist.all_reduce(flat)
         for p, g in zip(params, flat.split([p.numel() for p in params])):
-            p.grad = g.view_as(p).clone()
+            p.grad = g.view_as(p)
 
 
 def gradient_norm(net):

@@ -355,6 +355,8 @@ def sampling(args: argparse.Namespace, checkpoint: dict) -> tuple[float, float, 
         flag = getattr(args, name)
         value = checkpoint["args"].get(name, default) if flag is None else flag
         if not isinstance(value, (int, kind)) or not low <= value <= high:
+            if flag is not None:
+                raise BadInput(f"--{name} {flag}: expected {low} to {high} for {args.what}")
             raise BadInput(f"{args.what}: its args have {name} {str(value)[:40]}, expected {low} to {high}; "
                            f"pass --{name}")
         return value

@@ -115,14 +115,15 @@ def collect(network: Callable, images: Callable, n: int, folder: Path, identity:
         barrier()
         mine = range(rank() * batch, n, world() * batch)
         hidden = rank() > 0
-        with tqdm(total=len(mine) * batch, desc="features", unit=" images", disable=hidden, dynamic_ncols=True) as bar:
+        rows = sum(min(batch, n - start) for start in mine)
+        with tqdm(total=rows, desc="features", unit=" images", disable=hidden, dynamic_ncols=True) as bar:
             for start in mine:
                 path = folder / f"features_{start:06d}.pt"
                 stop = min(start + batch, n)
                 if read_part(path, stop - start) is None:
                     found = network(images(start, stop))
                     write_atomic(path, {name: value.cpu() for name, value in found.items()})
-                bar.update(batch)
+                bar.update(stop - start)
         barrier()
         if rank() > 0:
             return {}
@@ -246,7 +247,8 @@ def inception_metrics(found: dict, ref: dict, device: torch.device | str = "cpu"
     probs = found["logits"].double().softmax(1)
     metrics = dict(fid=frechet_distance(*moments(found["features"]), ref["mu"], ref["sigma"]))
     metrics["is_1split"], _ = inception_score(probs, splits=1)
-    metrics["is"], metrics["is_std"] = inception_score(probs, splits=10)
+    metrics["is_splits"] = min(10, len(probs))
+    metrics["is"], metrics["is_std"] = inception_score(probs, metrics["is_splits"])
     for space, name in (("features", "inception"), ("vgg", "vgg")):
         if ref[space] is not None and space in found:
             kept = torch.as_tensor(ref[space])
@@ -259,7 +261,7 @@ def inception_metrics(found: dict, ref: dict, device: torch.device | str = "cpu"
 def describe(metrics: dict) -> str:
     """The numbers of `inception_metrics` in one line."""
     line = (f"{metrics['fid']:.4f}, IS {metrics['is']:.3f} +- {metrics['is_std']:.3f} "
-            f"(10 shuffled splits; {metrics['is_1split']:.3f} in one)")
+            f"({metrics['is_splits']} shuffled splits; {metrics['is_1split']:.3f} in one)")
     for name in ("inception", "vgg"):
         if f"precision_{name}" in metrics:
             precision, recall, n_real = (metrics[f"{key}_{name}"] for key in ("precision", "recall", "n_real"))

@@ -61,7 +61,8 @@ def rollout(u: Callable, eps: Tensor, M: int, grad: str = "all") -> tuple[Tensor
     """The generator unrolled on its own flow map, Eq. 18-20 -> (x, U) with x_hat = x - U, here x = eps [B, C, H, W].
 
     u: callable (x, t, s), times as floats.  Inputs are detached, so no gradient runs from step to step; with grad="all"
-    every step keeps its own, with "last" only the last.  M = 1 is the one-step generator of Eq. 14.
+    every step keeps its own, with "last" only the last.  M = 1 is the one-step generator of Eq. 14.  ValueError for
+    other values of M or grad.
     """
     if M < 1 or grad not in ("all", "last"):
         raise ValueError(f"M {M}, grad {grad!r}: expected M >= 1 and all or last")
@@ -82,7 +83,7 @@ def fsf_dmd_loss(x: Tensor, U: Tensor, fake: Callable, teacher: Callable, tau: T
 
     x, U [B, C, H, W]: of a rollout, x_hat = x - U, gradient in U.  fake, teacher: callables (x_tau, tau) -> velocity,
     never differentiated.  tau [B] in [0, 1], eps [B, C, H, W] fresh noise.  weight: q, "adaptive" or "one".  Mean
-    over elements.  clip > 0 clamps v_fake - v_teacher to [-clip, clip].
+    over elements.  clip > 0 clamps v_fake - v_teacher to [-clip, clip].  ValueError for another weight or shape of tau.
     """
     if weight not in ("adaptive", "one") or tau.shape != x.shape[:1]:
         raise ValueError(f"weight {weight!r}, tau {list(tau.shape)}: expected adaptive or one, and [{len(x)}]")

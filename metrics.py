@@ -86,14 +86,16 @@ def inception_score(probs: torch.Tensor, splits: int = 10, shuffle: bool = True)
     """exp of the mean KL(p(y|x) || p(y)), as (mean, population std) over `splits`.  probs [N, classes], rows sum to 1.
 
     shuffle: permute the rows first, as torch-fidelity does (RandomState(2020)); labels sorted by class would wreck a
-    split.
+    split.  Raises ValueError if a row does not sum to 1, or if there are more splits than rows, or none.
     """
     probs = torch.as_tensor(probs).double()
+    if not 1 <= splits <= len(probs):
+        raise ValueError(f"inception_score: {splits} splits of {len(probs)} rows, expected 1 to {len(probs)}")
     if not ((probs.sum(1) - 1).abs() < 1e-3).all():                  # False for nan
         raise ValueError("inception_score: rows of probs do not sum to 1; pass probabilities, not logits")
     if shuffle:
         probs = probs[np.random.RandomState(2020).permutation(len(probs))]
-    scores, splits = [], min(splits, len(probs))
+    scores = []
     for i in range(splits):
         p = probs[i * len(probs) // splits:(i + 1) * len(probs) // splits]
         marginal = p.mean(0, keepdim=True)
@@ -122,12 +124,14 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: 
     fake inside some real ball.  Recall: share of real inside some fake ball.  `chunk` rows of distances at a time.
     real_radii: ball_radii(real, k), where they are known.
 
-    Raises ValueError if a set has k rows or fewer.
+    Raises ValueError if a set has k rows or fewer, or holds NaN or infinity, which lie in no ball.
     """
     real, fake = torch.as_tensor(real).double(), torch.as_tensor(fake).double()
     if min(len(real), len(fake)) <= k:
         raise ValueError(f"precision_recall: k = {k} needs more than {k} rows on both sides, "
                          f"found {len(real)} and {len(fake)}")
+    if not (real.isfinite().all() and fake.isfinite().all()):
+        raise ValueError("precision_recall: the features hold NaN or infinity")
 
     def covered(points, centres, radius):
         inside = [(pairwise(rows, centres) <= radius).any(1) for rows in points.split(chunk)]

@@ -145,8 +145,8 @@ def backward_simulation(u: Callable, eps: Tensor, k: int, M: int, noise: str = "
     """DMD2's rollout, Eq. 17 -> x_hat [B, ...]: k jumps to 0 without gradient, each renoised, then one with gradient.
 
     u: callable (x, t, s), times as floats.  eps [B, M, ...]: fresh noise for every step; real data never enter.
-    k in 0 .. M-1, the same for the whole batch; with k = M - 1 it is the M-step sampler of DMD2 and SiD.  noise (SiD):
-    a jump's x0 goes back with fresh noise, the noise that the jump implies (ddim, deterministic) or the first (fixed).
+    k in 0 .. M-1, else ValueError, the same for the batch; with k = M - 1 it is the M-step sampler of DMD2 and SiD.
+    noise (SiD): a jump's x0 goes back with fresh noise, that which the jump implies (ddim) or the first (fixed).
     """
     if not 0 <= k < M or eps.shape[1] != M or noise not in ("fresh", "ddim", "fixed"):
         raise ValueError(f"{k=}, {noise=}, eps {list(eps.shape)}: expected k < {M}, fresh, ddim or fixed, [B, {M}, ..]")
@@ -465,7 +465,7 @@ class LightningDiT(nn.Module):
             if i + 1 == until:
                 return h[:, -self.grid ** 2:]
         h = self.final_layer(h[:, -self.grid ** 2:], c_late)                            # [B, N, P P C]
-        return self.unpatchify(h)
+        return self.unpatchify(h).to(x.dtype)                                           # of bf16 autocast
 
     def unpatchify(self, h):                                                            # [B, N, P P C] -> [B, C, H, W]
         g, p = self.grid, self.patch_size
@@ -518,7 +518,7 @@ class DiscriminatorHead(nn.Module):
         sin = F.pad(trunk.feat_rope.freqs_sin, (0, 0, 1, 0), value=0.0)
         for block in self.blocks:
             h = block(h, condition, cos, sin)
-        return self.linear(self.norm(h[:, 0]))
+        return self.linear(self.norm(h[:, 0])).to(x.dtype)
 
 
 # ---- Improved MeanFlow's own network (Geng et al.; code Lyy-iiis/imeanflow, MIT), to start from its published weights 
@@ -596,7 +596,7 @@ class IMFDiT(nn.Module):
         z = torch.cat([prefix, self.x_embedder(x)], dim=1)                              # [B, 20 + N, D]
         for block in self.blocks:
             z = block(z, self.cos.to(dtype), self.sin.to(dtype))
-        return self.unpatchify(self.linear(self.norm(z[:, -self.grid ** 2:])))
+        return self.unpatchify(self.linear(self.norm(z[:, -self.grid ** 2:]))).to(x.dtype)
 
     unpatchify = LightningDiT.unpatchify
 

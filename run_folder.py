@@ -356,7 +356,7 @@ class Run:
                 bad.append("gradient norm")
             if bad:
                 spans = [f"{k} in [{v.min():.3g}, {v.max():.3g}], median {v.median():.3g}" for k, v in times.items()]
-                raise BadInput(f"{bad[0]} is not finite at step {step} ({', '.join(spans)}); "
+                raise BadInput(f"{bad[0]} is not finite at step {step + 1} ({', '.join(spans)}); "
                                "the last state.pt is untouched: lower --lr, or look at the data")
         self.refuse_divergence()
         steps_with = torch.tensor([sum(name in losses for _, losses, _, _ in self.pending) for name in names])
@@ -388,7 +388,7 @@ class Run:
         """One line of metrics.jsonl, under the step's number."""
         if not self.main:
             return
-        line = {k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}
+        line = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json_text(dict(step=self.step) | line) + "\n")
 

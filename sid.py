@@ -73,7 +73,7 @@ def sid_loss(x_hat: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps:
     Summed over elements, as the paper.  x_hat [B, C, H, W] with gradient.  fake, teacher: callables (x_tau, tau) ->
     velocity that let the gradient through to x_tau (no no_grad, no detach) while their weights ask for none.
     tau [B] in (0, 1), eps fresh noise.  w: a key of WEIGHTS, or "sid".  With alpha = 1 the loss swings around 0 and
-    says nothing; watch the gap.
+    says nothing; watch the gap.  ValueError for another w or shape of tau.
     """
     if w not in (*WEIGHTS, "sid") or tau.shape != x_hat.shape[:1]:
         raise ValueError(f"w {w!r}, tau {list(tau.shape)}: expected {', '.join(WEIGHTS)} or sid, and [{len(x_hat)}]")

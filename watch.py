@@ -130,17 +130,21 @@ def health(run, generator, v_fake, v_teacher, dm=None, gan=None, n=100):
                 pictures.append((f"tau = {level:.1f}: {name}", v_to_x0(x_tau, v(y[:10])(x_tau, tau), tau)))
     if gan:
         tau = torch.linspace(0.02, 0.98, n, device=device)                                        # DMD2's range
-        dm_norm, gan_norm = (gradient_norms(loss, x_hat, tau, eps, y) for loss in (dm, gan))
+        rows = run.args.micro_batch or n                            # no more memory than a step's
+        dm_norm, gan_norm = (gradient_norms(loss, x_hat, tau, eps, y, rows) for loss in (dm, gan))
         numbers["gan_dm_ratio"] = (gan_norm / dm_norm).median().item()
     run.write(numbers)
     draw_panel(run, pictures, [line for line in read_lines(run.folder / "metrics.jsonl") if "x_hat_std" in line])
 
 
-def gradient_norms(loss, x_hat, tau, eps, y):
-    """|d loss / d x_hat| of each sample [n]."""
-    x_hat = x_hat.detach().requires_grad_()
-    gradient, = torch.autograd.grad(loss(x_hat, tau, eps, y).sum(), x_hat)
-    return gradient.flatten(1).norm(dim=1)
+def gradient_norms(loss, x_hat, tau, eps, y, rows):
+    """|d loss / d x_hat| of each sample [n], so many rows at a time."""
+    norms = []
+    for x, *others in zip(*(v.split(rows) for v in (x_hat.detach(), tau, eps, y))):
+        x.requires_grad_()
+        gradient, = torch.autograd.grad(loss(x, *others).sum(), x)
+        norms.append(gradient.flatten(1).norm(dim=1))
+    return torch.cat(norms)
 
 
 def draw_panel(run, pictures, lines):

@@ -227,6 +227,22 @@ def test_a_small_gap_of_twinflow_survives_bf16():
     assert (grads[0] - grads[1]).norm() < 0.01 * grads[0].norm()
 
 
+def test_what_a_network_gives_under_autocast_is_fp32():
+    """So v_fake - v_teacher, CFG's combination and the GAN's softplus are not rounded to bf16 once more."""
+    x, t, y = rand(4, 2, 4, 4, dtype=torch.float32), uniform(4, dtype=torch.float32), torch.arange(4) % 3
+    plain = small_net("plain", torch.float32)
+    official = model.IMFDiT(input_size=4, in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=2,
+                            mlp_hidden=64, num_classes=3)
+    guidance = torch.tensor([[3.0, 0, 1]]).expand(4, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        v, v_uncond = plain(x, t, y), plain(x, t, torch.full_like(y, 3))
+        guided = model.guided_velocity(plain, x, t, y, guidance)
+        others = official(x, t, y), model.DiscriminatorHead(plain)(plain, x, t, y)
+    assert {out.dtype for out in (v, guided, *others)} == {torch.float32}
+    assert torch.equal(v, v.bfloat16().float()) and not torch.equal(guided, guided.bfloat16().float())
+    torch.testing.assert_close(guided, v + 2 * (v - v_uncond))
+
+
 def test_the_gap_in_bf16_is_off_by_the_rounding_of_its_two_velocities():
     """Where they agree more closely than bf16 resolves, as in an untrained start, the loss in bf16 is noise."""
     net = small_net("in_context", torch.float32)
@@ -566,6 +582,9 @@ def misspelt():
         "autoencoder": lambda: vae.VAE("vaave"),
         "dim of an autoencoder": lambda: vae.VAE(chh=3),
         "scores of no probabilities": lambda: metrics.inception_score(rand(8, 3)),
+        "more splits than rows": lambda: metrics.inception_score(torch.eye(3), 4),
+        "no split": lambda: metrics.inception_score(torch.eye(3), 0),
+        "nan in the real features": lambda: metrics.precision_recall(rand(9, 2) * math.nan, rand(9, 2)),
         "rate of a group": lambda: normuon.NorMuon([dict(params=[torch.nn.Parameter(rand(2, 2))], lr=-5.0)]),
         "scale of a group": lambda: normuon.NorMuon([dict(params=[torch.nn.Parameter(rand(2, 2))], scale="rsm")]),
         "jumps of a plain network": lambda: evaluate.generate(plain.float(), 2, (2, 4, 4), 1, sampler="flow_map"),

@@ -122,14 +122,17 @@ class HealthRun:
         (self.folder / "metrics.jsonl").write_text("".join(written))
 
 
-def test_health_measures_what_it_says(tmp_path):
+@pytest.mark.parametrize("rows", [0, 32])
+def test_health_measures_what_it_says(tmp_path, rows):
     def square(x_hat, tau, eps, y):
         return x_hat.pow(2).sum((1, 2, 3))
 
     def three_squares(x_hat, tau, eps, y):
+        assert len(x_hat) == len(tau) == len(eps) == len(y) <= (rows or 100)
         return 3 * x_hat.pow(2).sum((1, 2, 3))
 
     health_run = HealthRun(tmp_path)
+    health_run.args.micro_batch = rows
     watch.health(
         health_run,
         generator=lambda z, y: 0.5 * z[:, 0] + 2,
