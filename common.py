@@ -27,8 +27,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import interrupt
-from files import BadInput, first_line, is_out_of_memory
+from plumbing import interrupt
+from plumbing.files import BadInput, first_line, is_out_of_memory
 
 OUT_OF_MEMORY = "error: out of memory; a smaller --micro_batch or --batch_size, where there is one, needs less"
 

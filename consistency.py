@@ -30,23 +30,23 @@ takes two), rcgm 7, isg 5.  In masked rows imf and cd take no difference (2 pass
 """
 import shlex
 from collections.abc import Callable
-from functools import partial
 
-import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
+from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints import has_state, load_checkpoint, starting_networks
 from common import (BadInput, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     gradient_norm, main, micro_batches, rank, setup, sync_gradients, target_decay, update_ema)
 from data import load_data
 from evaluate import metric_space
-from flags import checked, flow_map_flags, number, parser, rcgm_flags, refuse, refuse_idle, resolve, teacher_flag
 from model import expand, flow_map, gate_guidance, guided_map, guided_velocity, interpolate, total_derivative
 from normuon import NorMuon, param_groups
-from run_folder import Run, check_folder
-from watch import begin, finish, watch
+from plumbing.checkpoints import has_state, load_checkpoint, starting_networks
+from plumbing.flags import (checked, flow_map_flags, number, parser, rcgm_flags, refuse, refuse_idle, resolve,
+                            teacher_flag)
+from plumbing.run_folder import Run, check_folder
+from plumbing.watch import begin, finish, watch
 
 
 # ---- method ----------------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def distillation_loss(net: Callable, teacher: Callable, x0: Tensor, eps: Tensor,
     with torch.no_grad():
         v = guided_velocity(teacher, x_t, t, y, guidance, channels)
     guidance = torch.where((s == t)[:, None], gate_guidance(guidance, t), guidance)     # there u is v: asked as v is
-    du_dt = derivative_where_needed(partial(guided_map, net), x_t, t, s, y, guidance, v, h, exact, rows)
+    du_dt = derivative_where_needed(lambda *at: guided_map(net, *at), x_t, t, s, y, guidance, v, h, exact, rows)
     return regression(guided_map(net, x_t, t, s, y, guidance), v - expand(t - s, v) * du_dt, **rho)
 
 

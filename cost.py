@@ -28,7 +28,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
+from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -42,12 +42,12 @@ import dmd2
 import fsf_dmd
 import sid
 import twinflow
-from checkpoints import load_network
 from common import BadInput, main
-from files import json_text, lock, read_json, write_atomic
-from flags import Parser, folder_path, number
-from kept_runs import HERE, refuse_torchrun, sources
 from model import SIZES, LightningDiT, fixed_guidance
+from plumbing.checkpoints import load_network
+from plumbing.files import json_text, lock, read_json, write_atomic
+from plumbing.flags import Parser, folder_path, number
+from plumbing.kept_runs import HERE, refuse_torchrun, sources
 from reproduce import TABLE_5, paper
 
 SCRIPTS = {

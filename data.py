@@ -29,10 +29,10 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors import safe_open
 
-from checkpoints import read_weights
 from common import BadInput, rank
-from files import files_below, first_line, read_json, reading, write_atomic
-from idx_cifar import image_side, is_idx_or_cifar, read_idx_or_cifar
+from plumbing.checkpoints import read_weights
+from plumbing.files import files_below, first_line, read_json, reading, write_atomic
+from plumbing.idx_cifar import image_side, is_idx_or_cifar, read_idx_or_cifar
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())      # what it says of damaged files is said in our line
 

@@ -35,24 +35,24 @@ and 48.6); FSF-DMD takes 13 (15).
 """
 from collections.abc import Callable
 
-import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
+from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from checkpoints import load_checkpoint, starting_networks
 from common import (BadInput, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     frozen_view, gradient_norm, main, micro_batches, setup, sync_gradients, trainable, update_ema)
 from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, pretrained
 from data import load_data
 from evaluate import metric_space
-from flags import (CONSISTENCY_FLAGS, checked, flow_map_flags, health_flag, number, parser, refuse, refuse_idle,
-                   resolve, teacher_flag)
 from model import (SIZES, DiscriminatorHead, IMFDiT, backward_simulation, expand, guided_map, guided_velocity,
                    interpolate)
 from normuon import NorMuon, param_groups
-from run_folder import Run, check_folder
-from watch import begin, finish, health, watch
+from plumbing.checkpoints import load_checkpoint, starting_networks
+from plumbing.flags import (CONSISTENCY_FLAGS, checked, flow_map_flags, health_flag, number, parser, refuse,
+                            refuse_idle, resolve, teacher_flag)
+from plumbing.run_folder import Run, check_folder
+from plumbing.watch import begin, finish, health, watch
 
 
 # ---- method ----------------------------------------------------------------------------------------------------------

@@ -16,22 +16,22 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
+from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import numpy as np
 import torch
 
-from checkpoints import load_checkpoint, load_network, refuse_not_finite, say_unlearned, weights_hash
 from common import BadInput, main, noise_by_index, pick_device, rank, setup, world
 from data import Data, denormalize, load_data, normalize, preview, to_images
 from fid import (collect, describe, differ, feature_networks, image_source, inception_metrics, own_statistics,
                  read_reference, write_reference)
-from files import json_text, reading, refuse_flips, write_atomic
-from flags import BATCH, SEED, STEPS, Parser, data_source, folder_path, number
 from inception import Inception  # noqa: F401  (a public name of this file too, as the four metrics below)
 from metrics import EVAL_SEED, METRICS, Features
 from metrics import frechet_distance, inception_score, moments, precision_recall  # noqa: F401
 from model import LightningDiT, backward_simulation, euler_sample, fixed_guidance, guided_map, guided_velocity, sample
-from run_folder import check_writable
+from plumbing.checkpoints import load_checkpoint, load_network, refuse_not_finite, say_unlearned, weights_hash
+from plumbing.files import json_text, reading, refuse_flips, write_atomic
+from plumbing.flags import BATCH, SEED, STEPS, Parser, data_source, folder_path, number
+from plumbing.run_folder import check_writable
 from vae import VAE, load_vae
 
 EULER_STEPS = 25                # of a velocity, where --steps does not say; the paper's teacher rows use many too

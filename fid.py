@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from common import BadInput, barrier, rank, world
 from data import images_below, npz_headers, read_npz_arrays, read_rgb
-from files import listing_hash, lock, read_json, reading, refuse_flips, write_atomic
 from inception import load_inception, load_vgg16
 from metrics import frechet_distance, inception_score, moments, precision_recall, spread
+from plumbing.files import listing_hash, lock, read_json, reading, refuse_flips, write_atomic
 
 WIDTHS = dict(features=2048, logits=1008, vgg=4096)              # of what a feature network gives
 

@@ -38,21 +38,22 @@ are no gradients in memory yet.
 import math
 from collections.abc import Callable
 
-import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
+from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 from torch import Tensor
 
-from checkpoints import starting_networks
 from common import (accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     gradient_norm, main, micro_batches, setup, sync_gradients, update_ema)
 from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, pretrained
 from data import load_data
 from evaluate import metric_space
-from flags import checked, flow_map_flags, health_flag, number, parser, refuse, refuse_idle, resolve, teacher_flag
 from model import backward_simulation, guided_map, guided_velocity, interpolate, shift_time
 from normuon import NorMuon, param_groups
-from run_folder import Run, check_folder
-from watch import begin, finish, health, watch
+from plumbing.checkpoints import starting_networks
+from plumbing.flags import (checked, flow_map_flags, health_flag, number, parser, refuse, refuse_idle, resolve,
+                            teacher_flag)
+from plumbing.run_folder import Run, check_folder
+from plumbing.watch import begin, finish, health, watch
 
 
 # ---- method ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ VGG16.
 
 Weights are files that the user downloads; nothing is fetched here.  evaluate.py uses these networks;
 golden/inception.npz holds outputs of the two public implementations to compare with.  The networks need torch alone;
-reading the files needs checkpoints.py, common.py, files.py and model.py.
+reading the files needs common.py, model.py and plumbing/.
 """
 import pickle
 import zipfile
@@ -14,10 +14,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoints import read_weights, refuse_not_finite, weights_hash
 from common import BadInput
-from files import reading
 from model import refuse_differences
+from plumbing.checkpoints import read_weights, refuse_not_finite, weights_hash
+from plumbing.files import reading
 
 INCEPTION_FILES = (
     "pt_inception-2015-12-05-6726825d.pth (pytorch-fid), weights-inception-2015-12-05-6726825d.pth (torch-fidelity) "

@@ -26,9 +26,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoints import read_weights, weights_hash
 from common import BadInput
-from files import refuse_flips, write_atomic
+from plumbing.checkpoints import read_weights, weights_hash
+from plumbing.files import refuse_flips, write_atomic
 
 OF_RESULTS = Path(__file__).resolve().parent / "results" / "classifiers"     # those behind the tables in results/
 METRICS = ("fd", "is", "precision", "recall", "acc")

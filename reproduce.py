@@ -33,18 +33,18 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
-import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
+from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 
-import report
-from checkpoints import load_checkpoint
 from common import BadInput, main
 from data import data_kind, data_name, load_data, preset_kind
 from evaluate import decoder_for
 from fid import read_reference
-from flags import Parser, data_source, folder_path, number
 from inception import load_inception
-from kept_runs import HERE, Job, chain, is_done, machine, record, refuse_torchrun, run_all, sources_of
+from plumbing import report
+from plumbing.checkpoints import load_checkpoint
+from plumbing.flags import Parser, data_source, folder_path, number
+from plumbing.kept_runs import HERE, Job, chain, is_done, machine, record, refuse_torchrun, run_all, sources_of
 
 PAPER = json.loads((HERE / "golden" / "paper_tables.json").read_text())
 

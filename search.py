@@ -23,16 +23,16 @@ import shlex
 import sys
 from pathlib import Path
 
-import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
+from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import numpy as np
 import torch
 
-import report
 from common import BadInput, main
 from data import data_name, load_data, preset_kind
-from files import json_text, read_json, write_atomic
-from flags import Parser, data_source, folder_path, number
-from kept_runs import is_done, refuse_torchrun, run_all
+from plumbing import report
+from plumbing.files import json_text, read_json, write_atomic
+from plumbing.flags import Parser, data_source, folder_path, number
+from plumbing.kept_runs import is_done, refuse_torchrun, run_all
 from reproduce import DMD2, DMD2_CD, FSF, STARTS, job
 
 SEEDS = (100, 101)

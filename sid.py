@@ -31,22 +31,22 @@ Cost in forward passes of one network (backward = 2; backward to the input alone
 import math
 from collections.abc import Callable
 
-import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
+from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 from torch import Tensor
 
-from checkpoints import starting_networks
 from common import (accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     gradient_norm, main, micro_batches, setup, sync_gradients, trainable, update_ema)
 from consistency import pretrained
 from data import load_data
 from dmd2 import fake_loss, gan_discriminator_loss, gan_generator_loss, new_fake_side
 from evaluate import metric_space
-from flags import checked, health_flag, number, parser, refuse, refuse_guidance, resolve, teacher_flag
 from model import backward_simulation, guided_map, guided_velocity, interpolate, v_to_x0
 from normuon import NorMuon, param_groups
-from run_folder import Run, check_folder
-from watch import begin, finish, health, watch
+from plumbing.checkpoints import starting_networks
+from plumbing.flags import checked, health_flag, number, parser, refuse, refuse_guidance, resolve, teacher_flag
+from plumbing.run_folder import Run, check_folder
+from plumbing.watch import begin, finish, health, watch
 
 # w(tau) on the loss in x0-space; SiD-DiT found that the choice changes contrast and saturation, not much else.
 # And "sid": SiD's own, 1 / mean |x_hat - f_teacher|.

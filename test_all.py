@@ -424,6 +424,9 @@ def test_param_groups_cover_every_trainable_parameter_once():
 
 # ---- the project itself: the code ------------------------------------------------------------------------------------
 
+PARTS = ("benchmarks", "plumbing", "tests")                     # the folders of code
+
+
 def module_of(script):
     return importlib.import_module(script.removesuffix(".py"))
 
@@ -433,7 +436,7 @@ def test_line_budgets():
     lines = {path.name: len(path.read_text().splitlines()) for path in [*HERE.glob("*.py"), HERE / "README.md"]}
     assert all(lines[script] <= 450 for script in METHODS), lines
     assert lines["model.py"] <= 700 and lines["README.md"] <= 190, lines
-    for path in [*HERE.glob("*.py"), *HERE.glob("benchmarks/*.py"), *HERE.glob("tests/*.py")]:
+    for path in [*HERE.glob("*.py"), *(path for part in PARTS for path in HERE.glob(f"{part}/*.py"))]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert len(line) <= 120, f"{path.name}:{number} has {len(line)} columns"
 
@@ -441,15 +444,17 @@ def test_line_budgets():
 def own_imports(tree, own):
     """Names of our modules that the import statements below a node of the syntax tree import."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from own.intersection(alias.name for alias in node.names)
-        if isinstance(node, ast.ImportFrom):
-            yield from own.intersection([node.module])
+        names = []
+        if isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module == "plumbing"):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        yield from own.intersection(name.removeprefix("plumbing.") for name in names)
 
 
 def test_imports_have_one_direction():
     """No circle among our modules, and none is imported inside a function, which would hide one."""
-    paths = [*HERE.glob("*.py"), *HERE.glob("tests/*.py")]
+    paths = [*HERE.glob("*.py"), *HERE.glob("plumbing/[a-z]*.py"), *HERE.glob("tests/*.py")]
     trees = {path.stem: ast.parse(path.read_text()) for path in paths}
     own = set(trees)
     for name, tree in trees.items():
@@ -630,7 +635,7 @@ def test_every_unsettled_choice_of_the_paper_is_a_flag_in_methods():
 def test_flags_and_links_of_the_texts_exist(text):
     written = (HERE / text).read_text()
     code = "".join((HERE / script).read_text()
-                   for script in ("flags.py", "evaluate.py", "vae.py", "reproduce.py", "cost.py", *METHODS))
+                   for script in ("plumbing/flags.py", "evaluate.py", "vae.py", "reproduce.py", "cost.py", *METHODS))
     for name in re.findall(r"`--(\w+)", written):
         assert f'"--{name}"' in code, f"{text} names --{name}, no script has it"
     for name, anchor in re.findall(r"\]\(([\w/.-]*)(?:#([\w-]+))?\)", written):

@@ -26,21 +26,22 @@ against 10.5 for fsf_dmd.py --init scratch.
 """
 from collections.abc import Callable
 
-import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
+from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 from torch import Tensor
 
-from checkpoints import starting_networks
 from common import (BadInput, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     gradient_norm, main, micro_batches, setup, sync_gradients, target_decay, update_ema)
 from consistency import draw_guidance, draw_times, guided_rcgm_loss, imf_loss, pretrained
 from data import load_data
 from evaluate import metric_space
-from flags import checked, flow_map_flags, health_flag, number, parser, rcgm_flags, refuse, refuse_idle_terms, resolve
 from model import IMFDiT, guided_map, guided_velocity, interpolate
 from normuon import NorMuon, param_groups
-from run_folder import Run, check_folder
-from watch import begin, finish, health, watch
+from plumbing.checkpoints import starting_networks
+from plumbing.flags import (checked, flow_map_flags, health_flag, number, parser, rcgm_flags, refuse,
+                            refuse_idle_terms, resolve)
+from plumbing.run_folder import Run, check_folder
+from plumbing.watch import begin, finish, health, watch
 
 
 # ---- method ----------------------------------------------------------------------------------------------------------

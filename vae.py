@@ -17,7 +17,7 @@ import os
 import re
 from pathlib import Path
 
-import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
+from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -26,13 +26,13 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from checkpoints import read_weights, refuse_not_finite, weights_hash
 from common import BadInput, autocast, barrier, main, noise_by_index, pick_device, rank, setup, world
 from data import image_files, latents_to_uint8, open_shard, read_image, read_meta, read_stats, say_unread, shards
 from data import denormalize, load_data, normalize  # noqa: F401  (public names of this file too)
-from files import first_line, listing_hash, lock, read_json, reading, write_atomic
-from flags import BATCH, SEED, Parser, folder_path, number
 from model import refuse_differences
+from plumbing.checkpoints import read_weights, refuse_not_finite, weights_hash
+from plumbing.files import first_line, listing_hash, lock, read_json, reading, write_atomic
+from plumbing.flags import BATCH, SEED, Parser, folder_path, number
 
 VAES = {
     "vavae": dict(                                       # VA-VAE f16d32

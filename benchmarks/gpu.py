@@ -41,12 +41,12 @@ import cost  # noqa: E402
 import fsf_dmd  # noqa: E402
 from common import BadInput, main  # noqa: E402
 from evaluate import generate  # noqa: E402
-from files import json_text, read_json, read_lines, write_atomic  # noqa: E402
-from flags import Parser, folder_path, number  # noqa: E402
 from inception import Inception  # noqa: E402
 from model import LightningDiT, fixed_guidance, total_derivative  # noqa: E402
-from report import markdown_lines  # noqa: E402
-from run_folder import Run  # noqa: E402
+from plumbing.files import json_text, read_json, read_lines, write_atomic  # noqa: E402
+from plumbing.flags import Parser, folder_path, number  # noqa: E402
+from plumbing.report import markdown_lines  # noqa: E402
+from plumbing.run_folder import Run  # noqa: E402
 from vae import VAE  # noqa: E402
 
 SCRIPTS = {

@@ -13,13 +13,13 @@ import torch
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-from checkpoints import load_network  # noqa: E402
 from common import BadInput, main  # noqa: E402
 from data import load_data, preview  # noqa: E402
 from evaluate import generate, sampling  # noqa: E402
-from flags import Parser, number  # noqa: E402
-from passes import passes_until  # noqa: E402
-from run_folder import check_writable  # noqa: E402
+from plumbing.checkpoints import load_network  # noqa: E402
+from plumbing.flags import Parser, number  # noqa: E402
+from plumbing.passes import passes_until  # noqa: E402
+from plumbing.run_folder import check_writable  # noqa: E402
 
 SCRIPTS = ("fsf_dmd.py", "dmd2.py", "sid.py", "twinflow.py", "consistency.py")
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE), str(HERE / "tests")]
-from checkpoints import load_checkpoint  # noqa: E402
 from common import BadInput, main  # noqa: E402
-from files import read_lines  # noqa: E402
-from flags import Parser, number  # noqa: E402
+from plumbing.checkpoints import load_checkpoint  # noqa: E402
+from plumbing.files import read_lines  # noqa: E402
+from plumbing.flags import Parser, number  # noqa: E402
 from test_helpers import assert_same, environment, run, small_images, state  # noqa: E402
 
 STEPS = 12

@@ -39,13 +39,13 @@ import consistency  # noqa: E402
 import cost  # noqa: E402
 import fsf_dmd  # noqa: E402
 from common import Stream, main, pick_device  # noqa: E402
-from files import json_text, write_atomic  # noqa: E402
-from flags import Parser, folder_path, number  # noqa: E402
 from model import SIZES, LightningDiT, fixed_guidance  # noqa: E402
 from normuon import NorMuon  # noqa: E402
-from passes import passes_a_step  # noqa: E402
-from report import markdown_lines  # noqa: E402
-from run_folder import Run  # noqa: E402
+from plumbing.files import json_text, write_atomic  # noqa: E402
+from plumbing.flags import Parser, folder_path, number  # noqa: E402
+from plumbing.passes import passes_a_step  # noqa: E402
+from plumbing.report import markdown_lines  # noqa: E402
+from plumbing.run_folder import Run  # noqa: E402
 
 METHODS = {
     "CD": (consistency, "consistency.py", "--loss cd"),

@@ -24,12 +24,12 @@ import torch
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-import report  # noqa: E402
 from common import BadInput, main  # noqa: E402
 from data import data_kind, load_data, preset_kind  # noqa: E402
-from files import json_text, read_json, write_atomic  # noqa: E402
-from flags import Parser, data_source, folder_path, number  # noqa: E402
-from kept_runs import refuse_torchrun, run_all, sources_of  # noqa: E402
+from plumbing import report  # noqa: E402
+from plumbing.files import json_text, read_json, write_atomic  # noqa: E402
+from plumbing.flags import Parser, data_source, folder_path, number  # noqa: E402
+from plumbing.kept_runs import refuse_torchrun, run_all, sources_of  # noqa: E402
 from reproduce import CD_MASKED, FSF, STARTS, job  # noqa: E402
 
 SHOWN = ("fd_1step", "fd_2step", "precision_2step", "recall_2step")

@@ -29,16 +29,16 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-from checkpoints import load_network  # noqa: E402
 from common import BadInput, Stream, frozen_copy, main, pick_device, update_ema  # noqa: E402
 from consistency import flow_matching_loss  # noqa: E402
 from data import load_data  # noqa: E402
-from files import json_text, write_atomic  # noqa: E402
-from flags import Parser, folder_path, number  # noqa: E402
 from fsf_dmd import rollout  # noqa: E402
 from model import fixed_guidance, guided_map, guided_velocity, interpolate, shift_time  # noqa: E402
 from normuon import NorMuon, param_groups  # noqa: E402
-from report import markdown_lines  # noqa: E402
+from plumbing.checkpoints import load_network  # noqa: E402
+from plumbing.files import json_text, write_atomic  # noqa: E402
+from plumbing.flags import Parser, folder_path, number  # noqa: E402
+from plumbing.report import markdown_lines  # noqa: E402
 
 BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SHIFTS = (1, 10)

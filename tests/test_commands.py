@@ -16,21 +16,19 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoints
 import common
 import consistency
 import data
 import dmd2
 import evaluate
-import flags
 import fsf_dmd
 import metrics
 import model
 import normuon
-import run_folder
 import sid
 import twinflow  # noqa: F401  (looked up by its name)
-from files import read_lines
+from plumbing import checkpoints, flags, run_folder
+from plumbing.files import read_lines
 from test_helpers import (
     HERE,
     METHODS,

@@ -16,14 +16,11 @@ from golden_weights import golden_input, golden_state
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import checkpoints
 import common
 import data
-import flags
-import kept_runs
 import model
-import run_folder
 import vae
+from plumbing import checkpoints, flags, kept_runs, run_folder
 from test_helpers import Evil, golden, rand, randomize, refusal, run, small_net, state, train
 from test_metrics import evaluate_here, golden_inception
 

@@ -12,7 +12,7 @@ import fsf_dmd
 import metrics
 import sid
 import twinflow
-from files import BadInput
+from plumbing.files import BadInput
 from test_helpers import train
 
 ALL = [(consistency, "--loss imf"), (fsf_dmd, ""), (dmd2, ""), (sid, ""), (twinflow, "")]

@@ -14,16 +14,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import checkpoints
 import common
 import consistency
 import data
 import fid
-import flags
 import inception
 import metrics
 import model
 import vae
+from plumbing import checkpoints, flags
 from test_data import TINY_VAE
 from test_helpers import refusal, small_net
 

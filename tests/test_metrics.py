@@ -21,10 +21,10 @@ import evaluate
 import fid
 import inception
 import model
-import watch
-from checkpoints import load_network, weights_hash
 from data import Data, denormalize, load_data, normalize
 from metrics import EVAL_SEED, METRICS, Features, frechet_distance, inception_score, moments, precision_recall, spread
+from plumbing import watch
+from plumbing.checkpoints import load_network, weights_hash
 from test_helpers import HERE, golden, rand, refusal, run, small_images, small_net, train
 
 # ---- golden numbers of the metrics -----------------------------------------------------------------------------------

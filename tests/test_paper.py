@@ -7,7 +7,6 @@ import pytest
 import torch
 from golden_weights import golden_tensor
 
-import checkpoints
 import common
 import consistency
 import dmd2
@@ -19,9 +18,9 @@ import normuon
 import reproduce
 import sid
 import twinflow
-import watch
-from checkpoints import starting_networks
 from data import load_data
+from plumbing import checkpoints, watch
+from plumbing.checkpoints import starting_networks
 from test_all import golden_gradient
 from test_helpers import HERE, golden, rand, small_net, uniform
 

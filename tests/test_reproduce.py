@@ -23,17 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import cost
 import dmd2
 import evaluate
-import files
-import kept_runs
-import passes
-import report
 import reproduce
 import search
-from checkpoints import load_network
 from common import BadInput
 from data import data_kind, load_data
 from metrics import Features
 from model import DiscriminatorHead, LightningDiT, fixed_guidance
+from plumbing import files, kept_runs, passes, report
+from plumbing.checkpoints import load_network
 from test_all import HERE, environment, refusal, small_images
 
 PAPER = json.loads((HERE / "golden" / "paper_tables.json").read_text())
@@ -424,6 +421,7 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
     shutil.copy(HERE / "golden" / "paper_tables.json", tmp_path / "golden")
     for file in HERE.glob("*.py"):
         shutil.copy(file, tmp_path)
+    shutil.copytree(HERE / "plumbing", tmp_path / "plumbing", ignore=shutil.ignore_patterns("__pycache__"))
     text, preset = (tmp_path / "consistency.py").read_text(), 'size="tiny", steps=400, lr=1.2e-2'
     assert text.count(preset) == 1
     (tmp_path / "consistency.py").write_text(text.replace(preset, preset.replace("400", "60")))

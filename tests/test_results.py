@@ -18,13 +18,12 @@ import consistency
 import cost
 import dmd2
 import fsf_dmd
-import kept_runs
-import report
 import reproduce
 import search
 import sid
 import twinflow
 from data import data_kind
+from plumbing import kept_runs, report
 from test_all import HERE
 
 PAPER = json.loads((HERE / "golden" / "paper_tables.json").read_text())

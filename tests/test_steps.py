@@ -10,13 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoints
 import consistency
 import dmd2
 import fsf_dmd
 import model
 import sid
 import twinflow
+from plumbing import checkpoints
 from test_helpers import randomize
 
 B = 20

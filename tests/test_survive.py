@@ -25,17 +25,12 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoints
 import common
 import consistency
-import files
-import interrupt
-import kept_runs
 import metrics
 import reproduce
-import run_folder
-import watch
 from data import load_data
+from plumbing import checkpoints, files, interrupt, kept_runs, run_folder, watch
 from test_helpers import HERE, assert_same, environment, refusal, run, small_images, small_net, start, state, train
 
 IMF = "consistency.py --loss imf --data toy.npz"
@@ -127,8 +122,8 @@ def test_json_has_no_nan_and_cut_lines_are_left_out(tmp_path):
 
 
 def test_a_lock_names_its_holder_and_is_freed_however_it_dies(tmp_path):
-    held = "import files, sys, time\nwith files.lock(sys.argv[1], 'training'):\n  print('held', flush=True)\n" \
-           "  time.sleep(60)"
+    held = "import sys, time\nfrom plumbing import files\nwith files.lock(sys.argv[1], 'training'):\n" \
+           "  print('held', flush=True)\n  time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", held, str(tmp_path / "run" / ".lock")], cwd=HERE,
                                env=environment(), stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
@@ -246,7 +241,8 @@ def test_a_signal_saves(home, sig):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc for what is being imported")
 @pytest.mark.parametrize("script", ["fsf_dmd.py", "reproduce.py"])
 def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, script):
-    with_it = {path.name for path in HERE.glob("*.py") if "\nimport interrupt  # noqa" in path.read_text()}
+    first = "\nfrom plumbing import interrupt  # noqa"
+    with_it = {path.name for path in HERE.glob("*.py") if first in path.read_text()}
     assert with_it == set(interrupt.SCRIPTS)
     process = start(tmp_path, [sys.executable, str(HERE / script), "2", "--list"])
     maps = Path(f"/proc/{process.pid}/maps")

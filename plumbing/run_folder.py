@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoints import load_checkpoint
 from common import Stream, ahead, barrier, rank, world
-from files import BadInput, Locked, json_text, lock, read_json, read_lines, reading, refuse_flips, write_atomic
+from plumbing.checkpoints import load_checkpoint
+from plumbing.files import BadInput, Locked, json_text, lock, read_json, read_lines, reading, refuse_flips, write_atomic
 
 # Flags that change how a run is carried out, not what it computes: a folder may go on with other values of these.
 RUNTIME_FLAGS = {"vae", "steps", "micro_batch", "device", "compile", "out", "resume", "log_every", "preview_every",

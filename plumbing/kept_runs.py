@@ -28,12 +28,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints import load_checkpoint
 from common import BadInput, world
 from data import hidden
-from files import files_below, json_text, listing_hash, lock, read_json, write_atomic
+from plumbing.checkpoints import load_checkpoint
+from plumbing.files import files_below, json_text, listing_hash, lock, read_json, write_atomic
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent                      # where the scripts lie
 
 # Flags of a command that name a file or a folder, and the words after each that do not.
 PATH_FLAGS = {"--out": (), "--data": ("digits",), "--init": ("imf", "fm", "scratch"), "--teacher": ()}
@@ -51,14 +51,15 @@ Job = namedtuple("Job", "folder command measure start counts every", defaults=[(
 
 @lru_cache
 def sources(*scripts):
-    """{file: hash} of scripts and of the files of this folder that they import, in turn, and the version of torch."""
+    """{file: hash} of scripts and of our own files that they import, in turn, and the version of torch."""
     found, ahead = {}, list(scripts)
     while ahead:
         file = ahead.pop()
         text = (HERE / file).read_text()
         found[file] = hashlib.sha256(text.encode()).hexdigest()[:12]
-        for name in re.findall(r"^\s*(?:from|import) (\w+)", text, re.M):
-            imported = f"{name}.py"
+        text = text.replace("from plumbing import ", "import plumbing.")
+        for name in re.findall(r"^\s*(?:from|import) ([\w.]+)", text, re.M):
+            imported = f"{name.replace('.', '/')}.py"
             if imported not in found and (HERE / imported).exists():
                 ahead.append(imported)
     return dict(sorted(found.items())) | dict(torch=torch.__version__)

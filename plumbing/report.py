@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from scipy.stats import ttest_rel
 
-from checkpoints import load_checkpoint, load_network
 from common import BadInput, pick_device
 from data import data_kind, data_name, load_data, preview
 from evaluate import decoder, generate, parse_args, restated, sampling
-from files import json_text, read_json, read_lines, write_atomic
-from passes import passes_a_step, passes_until
+from plumbing.checkpoints import load_checkpoint, load_network
+from plumbing.files import json_text, read_json, read_lines, write_atomic
+from plumbing.passes import passes_a_step, passes_until
 
 # Our metrics: name here, name in fid.json of evaluate.py (None: not there), digits shown.
 METRICS = [

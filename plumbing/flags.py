@@ -9,11 +9,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from checkpoints import load_checkpoint
 from common import BadInput, rank
 from data import data_name, preset_kind
 from model import SIZES
-from run_folder import RUNTIME_FLAGS, STEPS, check_writable
+from plumbing.checkpoints import load_checkpoint
+from plumbing.run_folder import RUNTIME_FLAGS, STEPS, check_writable
 
 # Upper limits of what no machine does: beyond them a slip is told at once, not by a library after minutes.
 BATCH = 2 ** 20                 # images

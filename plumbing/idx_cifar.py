@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files import BadInput, reading
+from plumbing.files import BadInput, reading
 
 IDX_NAME = re.compile(r"(.*?)(train|t10k|test)-(images|labels)[-.]idx[13]-ubyte(\.gz)?")
 REPAIR = "fetch it again"

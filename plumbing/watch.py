@@ -7,9 +7,9 @@ import torch
 from common import noise_by_index
 from data import to_images
 from evaluate import decoder, default_sampler, evaluate, show, table
-from files import read_lines, write_atomic
 from metrics import EVAL_SEED
 from model import fixed_guidance, interpolate, v_to_x0
+from plumbing.files import read_lines, write_atomic
 
 
 def begin(run, features):

@@ -8,8 +8,8 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
-from files import BadInput, first_line, is_out_of_memory, reading, refuse_flips
 from model import CONDITIONINGS, SIZES, LightningDiT, build, load_official, refuse_differences
+from plumbing.files import BadInput, first_line, is_out_of_memory, reading, refuse_flips
 
 
 def read_weights(path):

@@ -25,6 +25,6 @@ def imported():
 
 # Of our scripts only, not of a program that imports one, nor of a shell's background job, which ignores SIGINT.
 program = Path(sys.argv[0]).resolve()
-ours = program.parent == Path(__file__).resolve().parent and program.name in SCRIPTS
+ours = program.parent == Path(__file__).resolve().parent.parent and program.name in SCRIPTS
 if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, leave_at_once)
