@@ -20,6 +20,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fsf_dmd
 import model
 import normuon
+from plumbing import kept_runs
 from test_helpers import HERE, METHODS, environment, gaussian_u, gaussian_v, golden, rand, small_net, spread, uniform
 
 # isort: split
@@ -452,10 +454,27 @@ def own_imports(tree, own):
         yield from own.intersection(name.removeprefix("plumbing.") for name in names)
 
 
+def our_trees():
+    """{name of a module: its syntax tree} of all but the benchmarks."""
+    paths = [*HERE.glob("*.py"), *HERE.glob("plumbing/[a-z]*.py"), *HERE.glob("tests/*.py")]
+    return {path.stem: ast.parse(path.read_text()) for path in paths}
+
+
+@pytest.mark.parametrize("script", [*METHODS, "evaluate.py"])
+def test_a_kept_run_knows_every_file_that_it_was_made_by(script):
+    trees, found, ahead = our_trees(), set(), [script.removesuffix(".py")]
+    while ahead:
+        name = ahead.pop()
+        found.add(name)
+        ahead += set(own_imports(trees[name], set(trees))) - found
+    listed = kept_runs.sources(script)
+    assert {Path(file).stem for file in listed} == found | {"torch"}
+    assert "plumbing/run_folder.py" in listed and "model.py" in listed
+
+
 def test_imports_have_one_direction():
     """No circle among our modules, and none is imported inside a function, which would hide one."""
-    paths = [*HERE.glob("*.py"), *HERE.glob("plumbing/[a-z]*.py"), *HERE.glob("tests/*.py")]
-    trees = {path.stem: ast.parse(path.read_text()) for path in paths}
+    trees = our_trees()
     own = set(trees)
     for name, tree in trees.items():
         for node in ast.walk(tree):

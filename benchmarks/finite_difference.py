@@ -102,20 +102,18 @@ WAYS = {
     "TF32, h = 0.02": (in_tf32, 0.02),
     "bf16, h = 0.005": (in_bf16, 0.005),
 }
+DEFAULT = "float32, h = 0.005"
 
 
 # ---- the error -------------------------------------------------------------------------------------------------------
 
-def errors(net, x, t, s, y, tangent):
+def errors(net, x, t, s, y, omega, tangent):
     """[{h, float32, TF32, bf16}]: relative errors of the difference."""
-    guidance = fixed_guidance(2.0 if tangent is not None else 1.0, 0.0, 1.0, x)
+    guidance = fixed_guidance(omega, 0.0, 1.0, x)
 
     def u(x, t, s):
         return net(x, t, y, s, guidance)
 
-    if tangent is None:                                                         # the network's own velocity
-        with torch.no_grad():
-            tangent = net(x, t, y, None, guidance)
     exact = exactly(u, x, t, s, tangent, None)
     rows = []
     for h in STEPS:
@@ -135,7 +133,7 @@ def of_new_network():
             torch.nn.init.normal_(p, std=0.02)
     x, tangent = torch.randn(2, 32, 16, 16), torch.randn(2, 32, 16, 16)
     t = torch.rand(2)
-    return errors(net, x, t, t / 2, torch.arange(2), tangent)
+    return errors(net, x, t, t / 2, torch.arange(2), 2.0, tangent)
 
 
 def of_digits(path):
@@ -145,16 +143,23 @@ def of_digits(path):
     x0, y = data.x[:256], data.y[:256]
     t = torch.rand(256)
     x = interpolate(x0, torch.randn_like(x0), t)
-    return errors(net, x, t, t * torch.rand(256), y, None)
+    with torch.no_grad():
+        v = net(x, t, y)
+    return errors(net, x, t, t * torch.rand(256), y, 1.0, v)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
-def trained(args, way, method, seed, start):
-    """(run folder, its last evaluation) of a method with du/dt taken in this way."""
+def folder_of(args, method, way, seed):
+    name = f"{method} {way} seed {seed}"
+    return args.runs / name.replace(",", "").replace("=", "").replace(" ", "-")
+
+
+def trained(args, method, way, seed, start=None):
+    """The last evaluation of a method with du/dt taken in this way, trained now if it was not yet."""
     script, flags = METHODS[method]
     taken, h = WAYS[way]
-    folder = args.runs / f"{method} {way} seed {seed}".replace(" ", "-").replace(",", "").replace("=", "")
+    folder = folder_of(args, method, way, seed)
 
     def derivative(u, x, t, s, tangent, *options):
         return taken(u, x, t, s, tangent, h)
@@ -163,29 +168,28 @@ def trained(args, way, method, seed, start):
     if not (folder / "result.json").exists():
         with mock.patch.object(consistency, "total_derivative", derivative):
             script.train(script.parse_args([*words, "--seed", str(seed), "--out", str(folder)]))
-    return folder, read_json(folder / "result.json", "the result of a run")["last"]
+    return read_json(folder / "result.json", "the result of a run")["last"]
 
 
 def run(args):
     refuse_torchrun()
-    if torch.get_num_threads() > 1:
-        torch.set_num_threads(1)
-    stored = dict(torch=torch.__version__, seeds=args.seeds, training=[])
-    lasts = {}
+    torch.set_num_threads(1)
+    lasts, starts = {}, {}
     for seed in range(args.seeds):
-        start, _ = trained(args, "float32, h = 0.005", "iMF", seed, None)
+        trained(args, "iMF", DEFAULT, seed)
+        starts[seed] = folder_of(args, "iMF", DEFAULT, seed) / "model.pt"
         for method in METHODS:
             for way in WAYS:
-                lasts[method, way, seed] = trained(args, way, method, seed, start / "model.pt")[1]
+                lasts[method, way, seed] = trained(args, method, way, seed, starts[seed])
+    rows = []
     for method in METHODS:
         for way in WAYS:
             row = dict(method=method, way=way)
             for name in ("fd_1step", "fd_2step"):
                 row[name] = [lasts[method, way, seed][name] for seed in range(args.seeds)]
-            stored["training"].append(row)
-    stored["new network, B/1"] = of_new_network()
-    stored["trained iMF, digits"] = of_digits(args.runs / "iMF-float32-h--0.005-seed-0" / "model.pt")
-    write(args, stored)
+            rows.append(row)
+    error = {"new network, B/1": of_new_network(), "trained iMF, digits": of_digits(starts[0])}
+    write(args, dict(torch=torch.__version__, seeds=args.seeds, training=rows, error=error))
 
 
 def write(args, stored):
@@ -215,8 +219,8 @@ def page(stored):
     training = markdown_lines(["method", "du/dt", "distance, 1 step", "against exact", "distance, 2 steps",
                                "against exact"], body)
     body = []
-    for name in ("new network, B/1", "trained iMF, digits"):
-        for row in stored[name]:
+    for name, rows in stored["error"].items():
+        for row in rows:
             body.append([name, f"{row['h']:g}"] + [f"{row[way]:.4f}" for way in ("float32", "TF32", "bf16")])
     error = markdown_lines(["relative error of the difference", "h", "float32", "TF32", "bf16"], body)
     return "\n".join([*training, "", *error, "", "![Error of the finite difference over its step](error.png)"])
@@ -236,8 +240,7 @@ def against(values, exact):
 
 def figure(stored):
     drawing = matplotlib.figure.Figure(figsize=(9, 3.2), layout="constrained")
-    for axis, name in zip(drawing.subplots(1, 2, sharey=True), ("new network, B/1", "trained iMF, digits")):
-        rows = stored[name]
+    for axis, (name, rows) in zip(drawing.subplots(1, 2, sharey=True), stored["error"].items()):
         for way in ("float32", "TF32", "bf16"):
             axis.loglog([row["h"] for row in rows], [row[way] for row in rows], ".-", label=way)
         axis.axvline(0.005, color="gray", linewidth=0.7)                        # --fd_h
