@@ -61,6 +61,10 @@ def main(train, parse_args):
             raise
         leave("another process of this run ended; the last state.pt is untouched, run the same command again "
               f"({first_line(error)})", 1)
+    except SystemExit:                                              # after a signal all processes stop at one step
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -71,7 +75,8 @@ def leave(words, code):
         bar.close()
     print(f"{Path(sys.argv[0]).name}: {' '.join(words.splitlines())}", file=sys.stderr, flush=True)
     if dist.is_initialized():           # an orderly end waits for the others, which may wait in turn; gloo may abort
-        sys.stdout.flush()
+        with contextlib.suppress(Exception):                        # a reader that is gone
+            sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
 

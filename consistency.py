@@ -188,7 +188,7 @@ def distillation_loss(net: Callable, teacher: Callable, x0: Tensor, eps: Tensor,
     x_t = interpolate(x0, eps, t)                                                       # [B, C, H, W]
     with torch.no_grad():
         v = guided_velocity(teacher, x_t, t, y, guidance, channels)
-    guidance = torch.where((s == t)[:, None], gate_guidance(guidance, t), guidance)     # there u is v: asked as v is
+    guidance = torch.where((s == t)[:, None], gate_guidance(guidance, t), guidance)     # the velocity's, where s = t
     du_dt = derivative_where_needed(lambda *at: guided_map(net, *at), x_t, t, s, y, guidance, v, h, exact, rows)
     return regression(guided_map(net, x_t, t, s, y, guidance), v - expand(t - s, v) * du_dt, **rho)
 

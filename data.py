@@ -9,7 +9,7 @@ The statistics that undo it travel with the data and with every checkpoint, and 
     digits          scikit-learn's handwritten digits: 1,797 real 8 x 8 images in 10 classes, inside the package,
                     nothing is downloaded
     FILE.npz        arrays `images` (uint8 [N, H, W] or [N, H, W, 1 or 3], square) and `labels` (integers from 0)
-    IDX/, CIFAR/    MNIST, Fashion-MNIST, KMNIST, EMNIST, CIFAR-10 and CIFAR-100 as they are handed out (idx_cifar.py):
+    IDX/, CIFAR/    MNIST, Fashion-MNIST, KMNIST, EMNIST, CIFAR-10 and CIFAR-100 (plumbing/idx_cifar.py):
                     the training part is trained on, the test part is what the metrics are checked with
     IMAGES/         one sub-folder per class of small square images (at most 64 pixels), read into memory
     LATENTS/        LightningDiT's latent shards (*.safetensors, latents_stats.pt), memory-mapped, both flips:
@@ -34,7 +34,9 @@ from plumbing.checkpoints import read_weights
 from plumbing.files import files_below, first_line, read_json, reading, write_atomic
 from plumbing.idx_cifar import image_side, is_idx_or_cifar, read_idx_or_cifar
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())      # what it says of damaged files is said in our line
+# What Pillow says of damaged files is said in our line.  Of the whole process: threads read images.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 MAX_CLASSES = 100_000           # more is no label; ImageNet-21k has 21,841
 MAX_SIDE = 512                  # pixels of an image that a network sees as it is
@@ -264,26 +266,25 @@ def read_rgb(path: str | Path, largest: int | None = None, on_white: bool = Fals
     """An image file as RGB, at most `largest` pixels wide and high; BadInput if it cannot be read or is unreasonable.
 
     on_white: lay what is transparent on white; without, invisible colours show, as in the official FID and VAE code.
-    Its size is looked at before it is unpacked.  Pillow refuses what it takes for a bomb; its warning counts as that.
+    Its size is looked at before it is unpacked: more pixels than Pillow warns of are taken for a bomb.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if Path(path).is_fifo():
-                raise ValueError("it is a pipe")
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
-                if image.mode[0] in "IF":
-                    raise ValueError(f"its pixels are of mode {image.mode}, expected 8 bits a channel")
-                if largest and max(image.size) > largest:
-                    raise BadInput(f"{path}: has {image.width} x {image.height} pixels, "
-                                   f"expected square images of at most {largest}; larger ones: python vae.py encode")
-                if 100 * min(image.size) < max(image.size) or not min(image.size):
-                    raise ValueError(f"its size is {image.width} x {image.height}")
-                if on_white and image.has_transparency_data:
-                    white = Image.new("RGBA", image.size, "white")
-                    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-                return image.convert("RGB")
+        if Path(path).is_fifo():
+            raise ValueError("it is a pipe")
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            width, height = image.size
+            if image.mode[0] in "IF":
+                raise ValueError(f"its pixels are of mode {image.mode}, expected 8 bits a channel")
+            if largest and max(width, height) > largest:
+                raise BadInput(f"{path}: has {width} x {height} pixels, "
+                               f"expected square images of at most {largest}; larger ones: python vae.py encode")
+            thin = 100 * min(width, height) < max(width, height) or not min(width, height)
+            if thin or width * height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"its size is {width} x {height}")
+            if on_white and image.has_transparency_data:
+                white = Image.new("RGBA", image.size, "white")
+                return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+            return image.convert("RGB")
     except BadInput:
         raise
     except Exception as error:                                   # Pillow raises a dozen kinds

@@ -54,17 +54,17 @@ def image_source(path: str | Path, n: int | None = None) -> tuple[int, Callable,
     n: take so many, evenly over all of them, as `spread`.  A folder's images are taken in the order of their names and
     have one size; arr_0 is uint8 [N, H, W, 3].  BadInput for anything else, of a folder when the image is read.
     """
-    count, images, digest = npz_source(path) if str(path).endswith(".npz") else folder_source(path)
-    if n is None or n >= count:
-        return count, images, digest
+    count, read, digest = npz_source(path) if str(path).endswith(".npz") else folder_source(path)
+    n = min(n or count, count)
 
-    def some(start, stop):
-        return torch.cat([images(i * count // n, i * count // n + 1) for i in range(start, min(stop, n))])
+    def images(start, stop):
+        return read([i * count // n for i in range(start, min(stop, n))])
 
-    return n, some, digest
+    return n, images, digest
 
 
 def npz_source(path: str | Path) -> tuple[int, Callable, str]:
+    """(count, read(indices) -> uint8 [m, 3, H, W], hash), as that of a folder."""
     headers = npz_headers(path, str(path))
     if "arr_0" not in headers:
         found = ", ".join(headers) or "none"
@@ -75,10 +75,10 @@ def npz_source(path: str | Path) -> tuple[int, Callable, str]:
     array = read_npz_arrays(path, str(path), headers, ["arr_0"], share=3 / 4)["arr_0"]
     array = np.ascontiguousarray(array)
 
-    def images(start, stop):
-        return torch.from_numpy(array[start:stop]).permute(0, 3, 1, 2)
+    def read(indices):
+        return torch.from_numpy(array[indices]).permute(0, 3, 1, 2)
 
-    return len(array), images, hashlib.sha256(array).hexdigest()[:8]
+    return len(array), read, hashlib.sha256(array).hexdigest()[:8]
 
 
 def folder_source(path: str | Path) -> tuple[int, Callable, str]:
@@ -87,26 +87,26 @@ def folder_source(path: str | Path) -> tuple[int, Callable, str]:
         raise BadInput(f"{path}: holds no images, expected a folder of them or an .npz with arr_0")
     width, height = read_rgb(files[0]).size
 
-    def images(start, stop):
-        arrays = []                                              # of uint8 [H, W, 3]
+    def read(indices):
+        wanted, arrays = [files[i] for i in indices], []         # arrays: uint8 [H, W, 3]
         with ThreadPoolExecutor() as threads:                    # pillow decodes beside them
-            read = list(threads.map(read_rgb, files[start:stop]))
-        for file, image in zip(files[start:stop], read):
+            images = list(threads.map(read_rgb, wanted))
+        for file, image in zip(wanted, images):
             if image.size != (width, height):
                 raise BadInput(f"{file}: is {image.width} x {image.height}, others {width} x {height}; "
                                "expected one size")
             arrays.append(np.array(image))
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
-    return len(files), images, listing_hash(files, path)[:8]    # features are kept by it
+    return len(files), read, listing_hash(files, path)[:8]      # features are kept by it
 
 
 @torch.no_grad()
 def collect(network: Callable, images: Callable, n: int, folder: Path, identity: dict, batch: int = 50) -> dict:
-    """{name: [n, D]} of network(images(start, stop)) -> {name: [m, D]}, a file a batch in `folder`; {} but in rank 0.
+    """{name: [n, D]} of network(images(start, stop)) -> {name: [m, D]}, a file a batch in `folder`.
 
-    Run again it goes on where it was stopped, and several processes share the batches.  The files of another identity
-    (anything that json writes) are removed, and damaged ones are made again.
+    Rank 0 has the result, the others {}.  Run again it goes on where it was stopped, and several processes share the
+    batches.  The files of another identity (anything that json writes) are removed, and damaged ones are made again.
     """
     with contextlib.ExitStack() as held:
         if rank() == 0:

@@ -45,15 +45,16 @@ EVAL_SEED = 0                   # noise of the samples; not the training seed, t
 def moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean [D] and covariance [D, D] (N - 1) of features [N, D], in float64.
 
-    In parts: of a million Inception features copies in float64 would take 40 GB.
+    In parts: float64 copies of a million Inception features would take 40 GB.
     """
-    features = torch.as_tensor(features)
-    mean = features.mean(0, dtype=torch.float64)
-    cov = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-    for rows in features.split(100_000):
-        centred = rows.double() - mean
-        cov += centred.T @ centred
-    return mean, cov / (len(features) - 1)
+    parts = torch.as_tensor(features).split(100_000)
+    n = sum(len(part) for part in parts)
+    mean = sum(part.double().sum(0) for part in parts) / n
+    cov = 0
+    for part in parts:
+        centred = part.double() - mean
+        cov = cov + centred.T @ centred
+    return mean, cov / (n - 1)
 
 
 def frechet_distance(mu1: torch.Tensor, cov1: torch.Tensor, mu2: torch.Tensor, cov2: torch.Tensor) -> float:

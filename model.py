@@ -145,7 +145,7 @@ def backward_simulation(u: Callable, eps: Tensor, k: int, M: int, noise: str = "
     """DMD2's rollout, Eq. 17 -> x_hat [B, ...]: k jumps to 0 without gradient, each renoised, then one with gradient.
 
     u: callable (x, t, s), times as floats.  eps [B, M, ...]: fresh noise for every step; real data never enter.
-    k in 0 .. M-1, else ValueError, the same for the batch; with k = M - 1 it is the M-step sampler of DMD2 and SiD.
+    k: one number for the batch, 0 .. M-1 (else ValueError); with M - 1 it is the M-step sampler of DMD2 and SiD.
     noise (SiD): a jump's x0 goes back with fresh noise, that which the jump implies (ddim) or the first (fixed).
     """
     if not 0 <= k < M or eps.shape[1] != M or noise not in ("fresh", "ddim", "fixed"):

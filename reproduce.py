@@ -76,7 +76,7 @@ FLAGS = {
     "dmd2":   ("", "", ""),
     # the iMF of Table 5, where it is no start
     "imf":    (" --mask_prob 0.5 --lr 0.012 --eval_every 100", " --mask_prob 0.5 --lr 0.016", ""),
-    # iMF and RCGM for the passes that TwinFlow on them has (passes.py)
+    # iMF and RCGM for the passes that TwinFlow on them has (plumbing/passes.py)
     "long":   (" --steps 1100", " --steps 3680 --eval_every 736", " --steps 982000"),
     "rlong":  (" --steps 1040", " --steps 3210 --eval_every 642", " --steps 857000"),
     "m1":     (" --lam 0.01", " --steps 225", ""),
@@ -415,8 +415,9 @@ def run(args):
     jobs = {r: {} for r in rows}                                      # {row number: {seed: Job}}
     for seed in range(args.seeds):
         for r, each in jobs_of(args, rows, seed).items():
-            if seed == 0 or not (args.init and each.command[0] == "evaluate.py"):       # of a network that is given
-                jobs[r][seed] = each                                                    # every seed is the same
+            given = args.init and each.command[0] == "evaluate.py"    # the same network for every seed
+            if seed == 0 or not given:
+                jobs[r][seed] = each
     if args.list:
         return print_commands(rows, jobs)
 
@@ -437,7 +438,7 @@ def run(args):
     for r in rows:
         runs[r] = {seed: report.collect(each, kind) for seed, each in jobs[r].items() if is_done(each)}
     names = "; ".join(j.folder.name for j in failed)
-    if any(len(runs[r]) < there.get(r, 0) for r in rows):
+    if failed and any(len(runs[r]) < there.get(r, 0) for r in rows):
         raise BadInput(f"{len(failed)} runs failed, so the fuller table in {folder} stays: {names}")
     commands = {r: shlex.join(jobs[r][0].command) for r in rows}
     report.write(args, table, head_of(args, table, wanted), report.summary(rows, runs), jobs, commands)

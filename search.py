@@ -199,8 +199,9 @@ def run(args):
         rows.append(dict(method=method, setting=setting, command=shlex.join(each[0].command), runs=runs,
                          distance=distances(each)))
     names = "; ".join(j.folder.name for j in failed)
-    fuller = {row["command"]: len(row["distance"]) for row in stored.get("rows", [])}
-    if any(len(row["distance"]) < fuller.get(row["command"], 0) for row in rows):
+    fuller = {(row["method"], row["setting"]): len(row["distance"]) for row in stored.get("rows", [])}
+    fewer = [row for row in rows if len(row["distance"]) < fuller.get((row["method"], row["setting"]), 0)]
+    if failed and fewer:                                              # without a failure the finalists are others
         raise BadInput(f"{len(failed)} runs failed, so the fuller search in {folder} stays: {names}")
     write(args, rows)
     if failed:

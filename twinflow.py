@@ -55,7 +55,7 @@ def twinflow_losses(u: Callable, fake: Callable, teacher: Callable, z: Tensor, t
     [B, C, H, W] independent noise; t, tau [B] in [0, 1].  Means over elements.  clip > 0 clamps v_fake - v_teacher to
     [-clip, clip] (TwinFlow's tutorial does not, its large-scale code and the paper have 1).
     """
-    # In z's precision: in bf16 a small gap would be lost in U - target.
+    # In z's precision, if u's is bf16: there a small gap would be lost in U - target.
     U = u(z, 1.0, 0.0).to(z.dtype)                                                      # [B, C, H, W]
     x_hat = (z - U).detach()
     error = fake(interpolate(x_hat, eps_t, t), t) - (eps_t - x_hat)

@@ -428,8 +428,8 @@ def encode_rows(vae: VAE, files: list, rows: range, args: argparse.Namespace, de
         position += len(readable)
         bar.update(len(readable))
     if not labels:
-        raise BadInput(f"no readable image among {files[rows[0]][0]} ... {files[rows[-1]][0]}, which are a shard; "
-                       "remove or repair these files and run the command again")
+        raise BadInput(f"none of the images {files[rows[0]][0]} ... {files[rows[-1]][0]} of one shard can be read; "
+                       "repair or remove them and run the command again")
     latents, flipped = (torch.cat(view).cpu() for view in views)
     return dict(latents=latents, latents_flip=flipped, labels=torch.tensor(labels)), bad
 

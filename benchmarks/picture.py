@@ -3,7 +3,7 @@
     python benchmarks/picture.py "start=a/model.pt" "CD=consistency.py:b/model.pt" --steps 1 2 --out picture.png
 
 Every network is sampled as it was trained for (a velocity network by Euler's method), at each number of --steps.
-Of NAME=SCRIPT:MODEL the forward passes of its training (passes.py) stand beside its bands, without those of its start.
+Of NAME=SCRIPT:MODEL the forward passes of its training stand beside its bands, without those of its start.
 """
 import argparse
 import sys

@@ -6,8 +6,8 @@
 Three measurements in one process, so that a slow minute of the machine meets all of them alike:
 
     backbone     forward + backward of our network, eager and compiled, beside the same network with its blocks written
-                 as the official code writes them (below), the same weights; the outputs are compared; and beside the
-                 same products and attention alone, which no compiler saves
+                 as the official code writes them (below), the same weights; the outputs are compared; and beside its
+                 large products and attention alone (without adaLN's): no compiler can be faster
     products     FLOP/s of the matrix products of one block alone
     step         consistency distillation and FSF-DMD (M = 1 and 2) as the scripts run them; every part is timed where
                  it is called, without what it calls itself.  Beside it (forward passes x one measured forward pass) +
@@ -147,7 +147,7 @@ def straightforward_block(block, x, c, cos, sin):
 
 
 def bare_block(block, x, c, cos, sin):
-    """The products and the attention of a block alone, and one sum, which keeps the numbers in range."""
+    """The large products and the attention of a block alone, and one sum, which keeps the numbers in range."""
     B, N, D = x.shape
     attn = block.attn
     q, k, v = attn.qkv(x).reshape(B, N, 3, attn.num_heads, D // attn.num_heads).permute(2, 0, 3, 1, 4).unbind(0)

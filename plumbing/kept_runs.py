@@ -57,7 +57,7 @@ def sources(*scripts):
         file = ahead.pop()
         text = (HERE / file).read_text()
         found[file] = hashlib.sha256(text.encode()).hexdigest()[:12]
-        text = text.replace("from plumbing import ", "import plumbing.")
+        text = text.replace("from plumbing import ", "import plumbing.")          # one name a line
         for name in re.findall(r"^\s*(?:from|import) ([\w.]+)", text, re.M):
             imported = f"{name.replace('.', '/')}.py"
             if imported not in found and (HERE / imported).exists():

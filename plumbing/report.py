@@ -427,12 +427,13 @@ def samples(args, rows, jobs, path):
         evaluated = job.command[0] == "evaluate.py"
         flags = parse_args(job.command[1:] if evaluated else [str(job.folder / "model.pt")])
         net, checkpoint = load_network(flags.what, data)
+        net = net.to(device)
         restate = restated(checkpoint, data)
         omega, guide_to, channels, sampler = sampling(flags, checkpoint)
         cost = row["seeds"][min(row["seeds"])]["evaluations"][-1].get("passes", 0)
         trained = f"; trained for {cost:,.0f} passes" if cost else ""
         for N in (1, 2) if row["N"] == 2 else (row["N"],):
-            x, _ = generate(net.to(device), classes, data.x.shape[1:], N, omega, guide_to, channels, classes=classes,
+            x, _ = generate(net, classes, data.x.shape[1:], N, omega, guide_to, channels, classes=classes,
                             sampler=sampler, shift=flags.shift)
             bands.append((f"{r} {row['label']}: {N} step{'s' if N > 1 else ''}{trained}", restate(x)))
     preview(path, bands, data.meta, decoder(args.vae, data.vae, device))

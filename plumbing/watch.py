@@ -4,7 +4,7 @@ import functools
 import numpy as np
 import torch
 
-from common import noise_by_index
+from common import noise_by_index, world
 from data import to_images
 from evaluate import decoder, default_sampler, evaluate, show, table
 from metrics import EVAL_SEED
@@ -130,7 +130,7 @@ def health(run, generator, v_fake, v_teacher, dm=None, gan=None, n=100):
                 pictures.append((f"tau = {level:.1f}: {name}", v_to_x0(x_tau, v(y[:10])(x_tau, tau), tau)))
     if gan:
         tau = torch.linspace(0.02, 0.98, n, device=device)                                        # DMD2's range
-        rows = run.args.micro_batch or n                            # no more memory than a step's
+        rows = run.args.micro_batch or max(1, run.args.batch_size // world())     # no more memory than a step's
         dm_norm, gan_norm = (gradient_norms(loss, x_hat, tau, eps, y, rows) for loss in (dm, gan))
         numbers["gan_dm_ratio"] = (gan_norm / dm_norm).median().item()
     run.write(numbers)
@@ -138,7 +138,7 @@ def health(run, generator, v_fake, v_teacher, dm=None, gan=None, n=100):
 
 
 def gradient_norms(loss, x_hat, tau, eps, y, rows):
-    """|d loss / d x_hat| of each sample [n], so many rows at a time."""
+    """|d loss / d x_hat| of each sample [n], `rows` of them at a time."""
     norms = []
     for x, *others in zip(*(v.split(rows) for v in (x_hat.detach(), tau, eps, y))):
         x.requires_grad_()

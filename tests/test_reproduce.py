@@ -306,9 +306,9 @@ def test_failed_runs_replace_no_fuller_table_and_no_fuller_search(monkeypatch, t
         reproduce.run(reproduce.parse_args(["5", *rows, "--out", "."]))
     assert Path("table5-digits-row1-6/runs.json").read_bytes() == before
 
-    def a_run(setting, seed, distance):
+    def a_run(setting, seed, distance, runs="runs/reproduce"):
         """The kept run of a setting of the search, or its folder alone."""
-        args = argparse.Namespace(data="digits", init=None, runs=Path("runs/reproduce"), start="weak", table=None)
+        args = argparse.Namespace(data="digits", init=None, runs=Path(runs), start="weak", table=None)
         job = search.one_run(args, None, f"{search.FROM_SCRATCH['iMF'][0]} {setting}", seed)
         shutil.rmtree(job.folder, ignore_errors=True)
         kept_runs.beside(job, ".json").unlink(missing_ok=True)
@@ -333,7 +333,23 @@ def test_failed_runs_replace_no_fuller_table_and_no_fuller_search(monkeypatch, t
         a_run(setting, 100, None)
     with pytest.raises(BadInput, match="4 runs failed, so the fuller search in search-digits-scratch-iMF stays: "):
         search.run(only)
+    elsewhere = search.parse_args("scratch --method iMF --out . --runs elsewhere".split())
+    with pytest.raises(BadInput, match="4 runs failed, so the fuller search in search-digits-scratch-iMF stays: "):
+        for setting in search.FROM_SCRATCH["iMF"][1]:
+            a_run(setting, 100, None, "elsewhere")
+        search.run(elsewhere)
     assert Path("search-digits-scratch-iMF/README.md").read_text() == page
+
+    # Other finalists without a failure: an earlier one has a seed less than before.
+    for setting, distance in zip(search.FROM_SCRATCH["iMF"][1], (10.0, 30.0, 40.0, 20.0), strict=True):
+        a_run(setting, 100, distance)
+        a_run(setting, 101, distance + 2)
+    earlier = json.loads(Path("search-digits-scratch-iMF/runs.json").read_text())
+    for row in earlier["rows"]:
+        row["distance"] = [10.0, 12.0]
+    Path("search-digits-scratch-iMF/runs.json").write_text(json.dumps(earlier))
+    search.run(only)
+    assert "| iMF | `--lr 0.006` | 30.0 | 30.0 |" in Path("search-digits-scratch-iMF/README.md").read_text()
 
 
 def test_words_that_are_no_paths_are_no_inputs_of_a_run(tmp_path, monkeypatch):
