@@ -329,6 +329,9 @@ def test_images_that_are_none(tmp_path, monkeypatch, capsys):
         assert data.read_image(next((tmp_path / name / "a").iterdir()), 16) is None, name
         with pytest.raises(common.BadInput, match="not a readable image"):
             fid.image_source(tmp_path / name)[1](0, 1)
+    Image.new("1", (10_000, 9_000)).save("large.png")               # so many pixels that Pillow warns, but opens it
+    with pytest.raises(common.BadInput, match="large.png: not a readable image .its size is 10000 x 9000."):
+        data.read_rgb("large.png")
 
 
 # ---- latents ---------------------------------------------------------------------------------------------------------
