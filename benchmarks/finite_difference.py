@@ -2,16 +2,17 @@
 
     python benchmarks/finite_difference.py                 # digits: 5 ways x 3 methods x 5 seeds, an hour on one core
 
-The bf16 presets take the difference u(x + ha, t + h, s) - u(x - ha, t - h, s) in TF32 on a GPU: float32 numbers, of
-which the tensor cores read 10 bits of mantissa.  So it is emulated here, on a CPU: what enters a matrix product, a
-convolution or attention is rounded to 10 bits; sums are in float32.  (On an H200 the same network gives the same error:
-results/gpu.md.)
+The bf16 presets take the difference [u(x + h a, t + h, s) - u(x - h a, t - h, s)] / 2h, a the tangent, in TF32 on a
+GPU: float32 numbers, of which the tensor cores read 10 bits of mantissa.  Here TF32 is emulated, on a CPU: what enters
+a matrix product, a convolution or attention is rounded to 10 bits; sums are in float32.  (On an H200 the same network
+has nearly the same error: results/gpu.md.)
 
 Error: |difference - torch.func.jvp| / |torch.func.jvp| over the step h, of a new network of the paper's size and of the
-digits' trained iMF.  Training: iMF, then from its network CD with masking and FSF-DMD, with the presets of the digits,
-each with du/dt taken in one of these ways and all else in float32; distances, and their paired differences to the
-exact derivative.
-Runs are kept, and go on when stopped.  Leaves README.md, runs.json and error.png in --out.
+digits' trained iMF.  Training: an iMF; and CD with masking and FSF-DMD, both from the iMF that was trained in float32;
+with the presets of the digits, du/dt taken in one of these ways, and all else in float32.  Shown are distances, and
+their paired differences to training with the exact derivative.
+Runs are kept, and go on when stopped; those of other code are refused.  Leaves README.md, runs.json and error.png in
+--out.
 """
 import argparse
 import contextlib
@@ -30,13 +31,13 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import consistency  # noqa: E402
 import fsf_dmd  # noqa: E402
-from common import main  # noqa: E402
+from common import BadInput, main  # noqa: E402
 from data import load_data  # noqa: E402
 from model import LightningDiT, fixed_guidance, interpolate, total_derivative  # noqa: E402
 from plumbing.checkpoints import load_network  # noqa: E402
 from plumbing.files import json_text, read_json, write_atomic  # noqa: E402
 from plumbing.flags import Parser, folder_path, number  # noqa: E402
-from plumbing.kept_runs import refuse_torchrun  # noqa: E402
+from plumbing.kept_runs import refuse_torchrun, sources  # noqa: E402
 from plumbing.report import markdown_lines, spread  # noqa: E402
 
 STEPS = (0.0025, 0.005, 0.01, 0.02, 0.05, 0.1)                      # h
@@ -173,6 +174,7 @@ def trained(args, method, way, seed, start=None):
 
 def run(args):
     refuse_torchrun()
+    refuse_other_code(args.runs)
     torch.set_num_threads(1)
     lasts, starts = {}, {}
     for seed in range(args.seeds):
@@ -190,6 +192,16 @@ def run(args):
             rows.append(row)
     error = {"new network, B/1": of_new_network(), "trained iMF, digits": of_digits(starts[0])}
     write(args, dict(torch=torch.__version__, seeds=args.seeds, training=rows, error=error))
+
+
+def refuse_other_code(folder):
+    """BadInput if runs are kept in the folder that other code has made."""
+    path, ours = folder / "sources.json", sources("benchmarks/finite_difference.py")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not path.exists() or read_json(path, "the sources of kept runs") != ours:
+            raise BadInput(f"{folder}: its runs were made by other code; delete it, or pass another --runs")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json_text(ours))
 
 
 def write(args, stored):
@@ -255,7 +267,8 @@ def parse_args(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=number(int, 1), default=5, help="seeds 0, 1, ...")
     p.add_argument("--runs", type=folder_path, default=Path("runs/finite_difference"), help="folder of the kept runs")
-    p.add_argument("--out", type=folder_path, default=Path("runs/finite_difference"), help="folder of the results")
+    p.add_argument("--out", type=folder_path, default=Path("runs/finite_difference_results"),
+                   help="folder of the results")
     return p.parse_args(argv)
 
 
