@@ -119,6 +119,9 @@ FROM_WEAK_OF_IMAGES = {
     "DMD2":               (DMD2, [TWO_SIDES[i] for i in (1, 2, 4, 5)]),
     "FSF-DMD, M = 2":     (FSF + " --M 2 --lr 0.004",                 # CD's best rate
                            [f"--lam {lam} --shift 10" for lam in (0.0003, 0.003, 0.015, 0.05)]),
+    "FSF-DMD, M = 1":     (FSF + " --M 1 --lr 0.004 --steps 225",     # as many passes as M = 2
+                           [f"--lam {lam} --shift 10" for lam in (0.0003, 0.003, 0.015, 0.05)]),
+    "DMD2 + L_CD":        (DMD2_CD, FOUR_OF_BOTH_LOSSES),
     "SiD":                (SID, FOUR_OF_TWO_SIDES),
 }
 FOUR_RATES = ["--lr 0.004", "--lr 0.008", "--lr 0.016", "--lr 0.032"]
