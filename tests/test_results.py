@@ -13,6 +13,8 @@ import matplotlib.figure
 import numpy as np
 import pytest
 import scipy.stats
+import torch
+import torch.nn.functional as F
 
 import consistency
 import cost
@@ -25,6 +27,7 @@ import twinflow
 from data import data_kind
 from plumbing import kept_runs, report
 from test_all import HERE
+from test_helpers import rand
 
 PAPER = json.loads((HERE / "golden" / "paper_tables.json").read_text())
 KEPT = HERE / "results"
@@ -1322,3 +1325,61 @@ def test_what_is_said_of_a_step_is_in_the_numbers(monkeypatch):
         f"{shares['finite difference']:.0%}",
     ):
         assert words in text, words
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# benchmarks/finite_difference.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_tf32_is_emulated_as_a_tensor_core_reads_float32(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    finite = importlib.import_module("finite_difference")
+    one = torch.tensor([1 + 2 ** -10, 1 + 2 ** -11, 1 + 2 ** -12, -1 - 2 ** -11, 3.0])
+    assert finite.to_tf32(one).tolist() == [1 + 2 ** -10, 1 + 2 ** -10, 1.0, -1 - 2 ** -10, 3.0]
+    x, w = rand(4, 8).float(), rand(6, 8, seed=1).float()
+    image, kernel = rand(1, 2, 4, 4).float(), rand(3, 2, 2, 2).float()
+    q, k, v = (rand(1, 2, 5, 8, seed=seed).float() for seed in range(3))
+    exact = F.scaled_dot_product_attention(q, k, v)
+    with finite.tf32():
+        product = torch.nn.Linear(8, 6)
+        product.load_state_dict(dict(weight=w, bias=torch.zeros(6)))
+        torch.testing.assert_close(product(x), finite.to_tf32(x) @ finite.to_tf32(w).T)
+        convolved = F.conv2d(image, kernel)
+        attended = F.scaled_dot_product_attention(q, k, v)
+    rounded = F.conv2d(finite.to_tf32(image), finite.to_tf32(kernel))
+    assert torch.equal(convolved, rounded) and not torch.equal(rounded, F.conv2d(image, kernel))
+    assert 0 < (attended - exact).abs().max() < 4 * 2 ** -11 * v.abs().max()
+
+
+def test_what_is_said_of_the_finite_difference_is_in_the_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    finite, text = importlib.import_module("finite_difference"), words_of_the_texts()
+    found = json.loads((KEPT / "finite-difference" / "runs.json").read_text())
+    assert finite.page(found) in (KEPT / "finite-difference" / "README.md").read_text()
+    new, trained = ({row["h"]: row for row in rows} for rows in found["error"].values())
+    on_h200 = json.loads((KEPT / "gpu" / "difference.json").read_text())["rows"]
+    on_h200 = {row["way"].split(", ")[1].split(" ")[0]: row["relative_error"] for row in on_h200}
+    assert new[0.005]["TF32"] == pytest.approx(on_h200["TF32"], rel=0.1)
+    rows = {(row["method"], row["way"]): row for row in found["training"]}
+
+    def differences(method, way, N):
+        return np.array(rows[method, way][f"fd_{N}step"]) - np.array(rows[method, "exact"][f"fd_{N}step"])
+
+    largest = {way: max(abs(differences(method, way, N)).max() for method in finite.METHODS for N in (1, 2))
+               for way in finite.WAYS}
+    DISTILLED = ("CD with masking", "FSF-DMD, M = 2")
+    of_distilled = {}
+    for way in finite.WAYS:
+        of_distilled[way] = {N: np.concatenate([differences(method, way, N) for method in DISTILLED]) for N in (1, 2)}
+    assert f"to {largest['float32, h = 0.005']:.2f}. In TF32" in text
+    one, two = of_distilled["TF32, h = 0.005"].values()
+    assert f"by {one.min():.2f} to {one.max():.2f}, in all three seeds, and within {abs(two).max():.2f} at 2" in text
+    one, imf = of_distilled["bf16, h = 0.005"][1], differences("iMF", "bf16, h = 0.005", 1)
+    assert f"by {one.min():.1f} to {one.max():.1f} at 1 step, an iMF by {imf.min():.1f} to {imf.max():.1f}" in text
+    one, two = of_distilled["TF32, h = 0.02"].values()
+    assert f"within {max(abs(one).max(), abs(two).max()):.2f} of the exact derivative" in text
+    errors = [f"{new[h]['TF32']:.3f} and {trained[h]['TF32']:.3f}" for h in (0.02, 0.005)]
+    assert f"errs by {errors[0]} (new network, trained one) instead of {errors[1]}" in text
+    assert f"the network of the line above errs by {new[0.005]['TF32']:.3f}" in text
+    assert trained[0.02]["TF32"] < min(trained[h]["TF32"] for h in trained if h != 0.02)
