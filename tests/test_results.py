@@ -557,21 +557,22 @@ def test_what_is_said_of_table_5_on_fashion_mnist_is_in_the_numbers():
 def test_what_is_said_of_fsf_dmd_from_scratch_at_the_searched_rate_is_in_the_numbers():
     """Against iMF after as many steps (0), and after as many passes (1)."""
     folder = KEPT / "scratch-fashion-mnist"
-    imf, fsf = json.loads((folder / "runs.json").read_text())["rows"]
+    rows_of = {row["method"]: row for row in json.loads((folder / "runs.json").read_text())["rows"]}
+    imf, rcgm, fsf, twin = (rows_of[name] for name in ("iMF", "RCGM", "FSF-DMD", "iMF + TwinFlow"))
     page, results, text = (folder / "README.md").read_text(), (HERE / "RESULTS.md").read_text(), words_of_the_texts()
     assert "\n".join(line for line in page.splitlines() if line.startswith("|")) in results
-    rows = [line for line in page.splitlines() if line.startswith(("| iMF", "| FSF"))]
-    ours = [run["evaluations"][0] for run in fsf["seeds"].values()]
+    rows = [line for line in page.splitlines() if line.startswith(("| iMF", "| RCGM", "| FSF"))]
+    of_rcgm, ours, of_twin = ([run["evaluations"][0] for run in row["seeds"].values()] for row in (rcgm, fsf, twin))
     theirs = [[run["evaluations"][i] for run in imf["seeds"].values()] for i in (0, 1)]
     names = dict(fd_1step=1, fd_2step=1, fd_4step=1, is_2step=2, precision_2step=3, recall_2step=3)
-    for line, found in zip(rows, (theirs[0], ours, theirs[1]), strict=True):
+    for line, found in zip(rows, (theirs[0], of_rcgm, ours, of_twin, theirs[1]), strict=True):
         cells = [f"{np.mean([e[k] for e in found]):.{n}f} ± {np.std([e[k] for e in found], ddof=1):.{n}f}"
                  for k, n in names.items()]
         assert f"| {found[0]['step']} | {found[0]['passes']:,.0f} | {' | '.join(cells)} |" in line
     assert ours[0]["step"] == theirs[0][0]["step"]
     assert ours[0]["passes"] == pytest.approx(theirs[1][0]["passes"], rel=1e-3)
 
-    def difference(k, i):
+    def difference(k, i, ours=ours):
         return np.array([e[k] - other[k] for e, other in zip(ours, theirs[i])])
 
     for k, i, words in (("fd_2step", 0, "+4.066 ± 5.509"), ("fd_1step", 0, "+0.160 ± 16.709"),
@@ -581,6 +582,24 @@ def test_what_is_said_of_fsf_dmd_from_scratch_at_the_searched_rate_is_in_the_num
         assert f"{d.mean():+.3f} ± {d.std(ddof=1):.3f}" == words and words.removeprefix("+") in text, (k, i)
         assert i == 0 or d.min() > 0
     assert scipy.stats.ttest_1samp(difference("fd_2step", 1), 0).pvalue < 0.0155
+    for found, k, i, words, seeds_below in (
+        (of_twin, "fd_1step", 0, "10.924 ± 5.110", 3), (of_twin, "fd_2step", 0, "6.373 ± 4.093", 3),
+        (of_twin, "fd_4step", 0, "8.762 ± 3.713", 3), (of_twin, "fd_1step", 1, "18.312 ± 7.196", 0),
+        (of_twin, "fd_2step", 1, "14.951 ± 6.470", 0), (of_twin, "fd_4step", 1, "11.948 ± 3.586", 0),
+        (of_rcgm, "fd_2step", 0, "3.054 ± 1.431", 3), (of_rcgm, "fd_4step", 0, "12.925 ± 2.166", 3),
+        (of_rcgm, "fd_1step", 0, None, 1), (of_rcgm, "fd_2step", 1, "18.270 ± 5.305", 0),
+        (of_rcgm, "precision_2step", 0, "+0.095 ± 0.010", 0), (of_rcgm, "recall_2step", 0, "-0.090 ± 0.023", 3),
+    ):
+        d = difference(k, i, found)
+        sign = f"{d.mean():+.3f}"[0] if words and words[0] in "+-" else ""
+        assert words is None or f"{sign}{abs(d.mean()):.3f} ± {d.std(ddof=1):.3f}" == words and words in text, (k, i)
+        assert (d < 0).sum() == seeds_below, (k, i)
+    alone = [scipy.stats.ttest_1samp(difference(f"fd_{N}step", 0, of_twin), 0).pvalue for N in (1, 2, 4)]
+    assert f"(p {min(alone):.3f} alone, or more)" in text
+    assert scipy.stats.ttest_1samp(difference("fd_4step", 0, of_rcgm), 0).pvalue < 0.00925
+    passes = [found[0]["passes"] for found in (theirs[0], of_rcgm, of_twin, theirs[1])]
+    assert (passes[0], passes[2]) == (4125, 10125) and passes[3] == 7876
+    assert [round(passes[i] / passes[j], 1) for i, j in ((2, 0), (1, 0), (3, 1))] == [2.5, 1.3, 1.5]
     means = [f"{np.mean([e['fd_2step'] for e in found]):.1f}" for found in (ours, *theirs)]
     assert f"{means[0]}, iMF {means[1]}, iMF with FSF-DMD's passes {means[2]}" in text
 
