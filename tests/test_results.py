@@ -1138,6 +1138,12 @@ def test_presets_of_images_from_an_imf_are_the_best_of_their_search():
     assert lowest < min(value for _, value in best_of_search("weak", "fashion-mnist", seeds=1).values())
     rows = json.loads((KEPT / "search-fashion-mnist-weak-SiD" / "runs.json").read_text())["rows"]
     assert [f"{row['distance'][0]:.1f}" for row in rows] == ["28.7", "26.1", "30.2", "52.2"]
+    [(setting, _)] = best_of_search("weak-FSF_DMD_M_1", "fashion-mnist", seeds=1).values()
+    assert setting == best["FSF-DMD, M = 2"]
+    rows = json.loads((KEPT / "search-fashion-mnist-weak-FSF_DMD_M_1" / "runs.json").read_text())["rows"]
+    found = [f"{row['distance'][0]:.1f}" for row in rows]
+    told = f"its best too ({found[0]}; 0.003 gives {found[1]}, 0.015 {found[2]}, 0.05 {found[3]};"
+    assert told in words_of_the_texts()
 
 
 def test_presets_of_images_from_scratch_are_the_best_of_their_search():
