@@ -5,7 +5,7 @@
     python search.py fm                      # from the velocity network (Table 4): 5 methods, 6 runs each
     python search.py scratch                 # Table 5: 6 methods, 6 runs each
     python search.py weak --method SiD       # one method
-    python search.py weak --data /usr/share/datasets/fashion-mnist --seeds 1  # 6 methods, 4 runs each; fm: 3 methods
+    python search.py weak --data /usr/share/datasets/fashion-mnist --seeds 1  # 6 methods, 4 runs each; strong: 4; fm: 3
     python search.py scratch --data /usr/share/datasets/fashion-mnist --seeds 1  # 3 methods, 3 or 4 runs each
 
 Six settings a method from the weak start; four elsewhere, around what the weak search chose, or from scratch around the
@@ -124,6 +124,12 @@ FROM_WEAK_OF_IMAGES = {
     "DMD2 + L_CD":        (DMD2_CD, FOUR_OF_BOTH_LOSSES),
     "SiD":                (SID, FOUR_OF_TWO_SIDES),
 }
+FROM_STRONG_OF_IMAGES = {
+    "CD with masking":    FROM_WEAK_OF_IMAGES["CD with masking"],
+    "DMD2":               (DMD2, FOUR_OF_TWO_SIDES),
+    "FSF-DMD, M = 2":     FROM_WEAK_OF_IMAGES["FSF-DMD, M = 2"],
+    "SiD":                (SID, ["--lr 0.00003 --fake_lr 0.001", *TWO_SIDES[:3]]),
+}
 FOUR_RATES = ["--lr 0.004", "--lr 0.008", "--lr 0.016", "--lr 0.032"]
 FROM_SCRATCH_OF_IMAGES = {                                            # for half of the presets' steps
     "iMF":                ("consistency.py --loss imf --mask_prob 0.5 --steps 750", FOUR_RATES),
@@ -142,6 +148,7 @@ SEARCHES = {
 }
 SEARCHES_OF_IMAGES = {
     "weak": (STARTS["imf"], FROM_WEAK_OF_IMAGES),
+    "strong": (STARTS["imf"] + "{strong}", FROM_STRONG_OF_IMAGES),
     "fm": (STARTS["fm"], FROM_FM_OF_IMAGES),
     "scratch": (None, FROM_SCRATCH_OF_IMAGES),
 }
