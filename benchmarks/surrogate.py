@@ -13,7 +13,8 @@ sample (Eq. 13), and a direction to compare with:
     class mean   m_y - x_hat, from the sample to the mean of the real images of its class: contraction, and nothing else
 
 Shown per bin of tau: cosine of surrogate and explicit, of the two explicit ones, ratio of lengths, and the cosine of
-each with the class mean; and cosines over tau = k r / (1 + (k-1) r) for k = 1 and 10.
+each with the class mean; and cosines over tau = k r / (1 + (k-1) r) for k = 1 and 10.  Of flow maps under one NAME
+(other seeds) the mean +- standard deviation is shown.
 Leaves README.md, runs.json and surrogate.png in --out.
 """
 import argparse
@@ -38,7 +39,7 @@ from normuon import NorMuon, param_groups  # noqa: E402
 from plumbing.checkpoints import load_network  # noqa: E402
 from plumbing.files import json_text, write_atomic  # noqa: E402
 from plumbing.flags import Parser, folder_path, number  # noqa: E402
-from plumbing.report import markdown_lines  # noqa: E402
+from plumbing.report import markdown_lines, spread  # noqa: E402
 
 BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SHIFTS = (1, 10)
@@ -50,7 +51,8 @@ LR, EMA = 2e-3, 0.99            # of the fake network
 
 def parse_args(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("starts", nargs="+", help="NAME=MODEL, flow maps that take guidance as an input")
+    p.add_argument("starts", nargs="+",
+                   help="NAME=MODEL, flow maps that take guidance as an input; a NAME may stand for several")
     p.add_argument("--omega", type=number(float, 1), nargs="+", default=[1.0], help="guidance scales to look at")
     p.add_argument("--steps", type=number(int, 1), default=1000, help="training steps of the explicit fake network")
     p.add_argument("--n", type=number(int, 10), default=2000, help="samples of a measurement")
@@ -189,34 +191,50 @@ fake network's loss on held-out samples.
     print(f"{text}\n\nwrote README.md, runs.json and surrogate.png into {args.out}")
 
 
+def groups(found):
+    """{(start, omega): its flow maps}, in the order of `found`."""
+    together = {}
+    for row in found:
+        together.setdefault((row["start"], row["omega"]), []).append(row)
+    return together
+
+
 def table(found):
-    """Markdown lines: cosines over tau at k = 1 and 10."""
+    """Markdown lines: cosines over tau at k = 1 and 10, mean over the flow maps of a name."""
     header = ["start", "omega"]
     for k in SHIFTS:
         header += [f"k = {k}: surrogate, explicit", "two explicit", "surrogate, class mean", "explicit, class mean"]
     body = []
-    for row in found:
-        cells = [row["start"], f"{row['omega']:g}"]
+    for (start, omega), rows in groups(found).items():
+        cells = [start, f"{omega:g}"]
         for k in SHIFTS:
-            at = row["over_tau"][f"k{k}"]
-            cells += [f"{at[name]:.2f}" for name in COSINES]
+            for name in COSINES:
+                cells.append(spread([row["over_tau"][f"k{k}"][name] for row in rows], 2))
         body.append(cells)
     return markdown_lines(header, body)
 
 
+def bins_of(rows, name):
+    """A number of every bin of tau, [number of flow maps, number of bins]."""
+    return np.array([[each[name] for each in row["bins"]] for row in rows])
+
+
 def figure(found):
-    """Three panels against tau: cosine, ratio of lengths, cosines with the direction to the class mean."""
+    """Three panels against tau: cosine, ratio of lengths, cosines with the direction to the class mean.
+
+    A line is the mean over the flow maps of a name; of the lengths, the geometric mean.
+    """
     drawing = matplotlib.figure.Figure(figsize=(11, 3.8), layout="constrained")
     cosines, lengths, means = drawing.subplots(1, 3, sharex=True)
-    for i, row in enumerate(found):
-        tau = [np.mean(each["tau"]) for each in row["bins"]]
-        label, color = f"{row['start']}, omega {row['omega']:g}", f"C{i}"
-        cosines.plot(tau, [each["cosine"] for each in row["bins"]], ".-", color=color, label=label)
-        cosines.plot(tau, [each["two_explicit"] for each in row["bins"]], ".:", color=color)
-        lengths.semilogy(tau, [each["length_ratio"] for each in row["bins"]], ".-", color=color, label=label)
+    for i, ((start, omega), rows) in enumerate(groups(found).items()):
+        label, color = f"{start}, omega {omega:g}", f"C{i}"
+        tau = [np.mean(each["tau"]) for each in rows[0]["bins"]]
+        cosines.plot(tau, bins_of(rows, "cosine").mean(0), ".-", color=color, label=label)
+        cosines.plot(tau, bins_of(rows, "two_explicit").mean(0), ".:", color=color)
+        ratio = np.exp(np.log(bins_of(rows, "length_ratio")).mean(0))
+        lengths.semilogy(tau, ratio, ".-", color=color, label=label)
         for name, style in (("surrogate", ".-"), ("explicit", ".:")):
-            values = [each[f"{name}_to_mean"] for each in row["bins"]]
-            means.plot(tau, values, style, color=color, label=f"{label}, {name}")
+            means.plot(tau, bins_of(rows, f"{name}_to_mean").mean(0), style, color=color, label=f"{label}, {name}")
     cosines.set_ylim(-0.5, 1)
     titles = {
         cosines: "cosine with the explicit gap: surrogate;\ndotted: of a second explicit network",

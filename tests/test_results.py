@@ -1186,6 +1186,17 @@ def test_presets_from_scratch_are_the_best_of_their_search():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def test_flow_maps_under_one_name_are_shown_as_mean_and_deviation(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
+    surrogate = importlib.import_module("surrogate")
+    at = lambda value: {k: dict.fromkeys(surrogate.COSINES, value) for k in ("k1", "k10")}
+    rows = [dict(start=start, omega=3.0, over_tau=at(value))
+            for start, value in (("a", 0.25), ("b", -0.5), ("a", 0.75))]
+    bodies = surrogate.table(rows)[2:]
+    assert bodies == ["| a | 3 | " + " | ".join(["0.50 ± 0.35"] * 8) + " |",
+                      "| b | 3 | " + " | ".join(["-0.50"] * 8) + " |"]
+
+
 def test_what_is_said_of_the_surrogate_is_in_the_numbers(monkeypatch):
     monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
     surrogate = importlib.import_module("surrogate")
