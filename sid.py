@@ -20,7 +20,7 @@ alpha = 0.5 is half the gradient of the Fisher divergence, alpha = 1 always has 
 small tau.
 
     python sid.py --init imf                            # digits, 2 CPU cores: about 2 minutes
-    python sid.py --init imf --lambda_g 0.01            # data-aided: a discriminator; without it no image is ever read
+    python sid.py --init imf --lambda_g 0.01            # data-aided: a discriminator; without it no image is trained on
 
 One step is one fake update, then one generator update, each on its own fresh samples (1:1, fake first, as the official
 code).  From fm the student stays a plain network: its rollout and its sampler only ever jump to 0.
@@ -135,7 +135,7 @@ def parse_args(argv=None):
         help="CFG of a plain teacher on this many first channels; 0: all (Table 4: 3 of 32)")
     add("--fake_lr", type=number(float, 0, open_low=True), help="learning rate of the fake side (default: --lr)")
     add("--lambda_g", type=number(float, 0), default=0.0,
-        help="weight of the GAN term of the generator; 0: no GAN is built, no image is read")
+        help="weight of the GAN term of the generator; 0: no GAN is built, no image is trained on")
     add("--lambda_d", type=number(float, 0, open_low=True), default=1e-2,
         help="weight of the GAN term of the fake side (DMD2's)")
     p.set_defaults(init="imf")
