@@ -77,9 +77,10 @@ def draw_guidance(r: Tensor, law: str = "loguniform", omega_max: float = 8.0) ->
 def distance(pred: Tensor, target: Tensor, c: float = 1e-3, cosine: bool = True) -> Tensor:
     """rho of each sample [B]: pseudo-Huber sqrt(mean e^2 + c^2) - c, plus the mean over positions of 1 - cosine.
 
-    pred, target [B, C, ...]; the cosine over channels needs C >= 2 and is left out otherwise.
+    pred, target [B, C, ...]; the cosine over channels needs C >= 2 and is left out otherwise.  view_as, in all losses:
+    an error where a network lost an axis, [B, H, W], and the difference would broadcast to [B, B, H, W].
     """
-    huber = ((pred - target).flatten(1).pow(2).mean(1) + c ** 2).sqrt() - c
+    huber = ((pred - target).view_as(pred).flatten(1).pow(2).mean(1) + c ** 2).sqrt() - c
     return huber + cosine_distance(pred, target) if cosine and pred.shape[1] > 1 else huber
 
 
@@ -94,7 +95,7 @@ def flow_matching_loss(u: Callable, x0: Tensor, eps: Tensor, t: Tensor, cosine: 
     u: callable (x, t, s).  cosine: LightningDiT's recipe adds 1 - cosine over the channels.
     """
     v = u(interpolate(x0, eps, t), t, t)                                                # [B, C, H, W]
-    loss = (v - (eps - x0)).flatten(1).pow(2).mean(1)
+    loss = (v - (eps - x0)).view_as(x0).flatten(1).pow(2).mean(1)
     return loss + cosine_distance(v, eps - x0) if cosine and x0.shape[1] > 1 else loss
 
 
@@ -106,14 +107,13 @@ def consistency_loss(u: Callable, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, 
     v: target velocity and tangent: dx/dt, both [B, C, H, W]; for Eq. 16 both are the teacher's v(x_t, t).  s <= t; rows
     with s = t are flow matching onto v.  With the squared distance its gradient is MeanFlow's, and half of it is AYF's
     EMD with weight 1/(t-s) (Eq. 35-38).  imf_loss and distillation_loss are this, with du/dt only where s < t.
-    tangent_norm > 0: AYF's and rCM's original, || u - sg(u + g / (||g|| + tangent_norm)) ||^2 with g = target - u.
     """
     du_dt = total_derivative(u, x_t, t, s, tangent, h, exact)                           # no gradient
     return regression(u(x_t, t, s), v - expand(t - s, v) * du_dt, c, cosine, tangent_norm)              # Eq. 6, 16
 
 
 def regression(pred: Tensor, target: Tensor, c: float = 1e-3, cosine: bool = True, tangent_norm: float = 0.0) -> Tensor:
-    """rho(pred, sg target) of consistency_loss for each sample -> [B].  pred, target [B, C, ...]."""
+    """rho(pred, sg target) of consistency_loss for each sample -> [B].  tangent_norm: AYF's and rCM's instead."""
     if tangent_norm:
         g = (target - pred).detach()                                                    # Eq. 58
         g = g / expand(g.flatten(1).norm(dim=1) + tangent_norm, g)
@@ -243,7 +243,7 @@ def isg_loss(u: Callable, teacher: Callable, x_t: Tensor, t: Tensor, s: Tensor, 
         x_r = x_t - expand(t - r, x_t) * teacher(x_t, t)                                # Eq. 61
         target = flow_map(u, x_r, r, s)
     error = flow_map(u, x_t, t, s) - target                                             # Eq. 62
-    return ((error ** 2 + c ** 2).sqrt() - c).flatten(1).mean(1)
+    return ((error ** 2 + c ** 2).sqrt() - c).view_as(x_t).flatten(1).mean(1)
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def fsf_dmd_loss(x: Tensor, U: Tensor, fake: Callable, teacher: Callable, tau: T
         if cosine_factor:
             q = q * torch.cos(math.pi / 2 * tau)
         target = U - delta
-    return q * (U - target).flatten(1).pow(2).mean(1), gap                              # Eq. 14, 22
+    return q * (U - target).view_as(x).flatten(1).pow(2).mean(1), gap                   # Eq. 14, 22
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------

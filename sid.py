@@ -86,7 +86,7 @@ def sid_loss(x_hat: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps:
         weight = 1 / error.flatten(1).abs().mean(1).clamp(min=1e-5)
     else:
         weight = WEIGHTS[w](tau)
-    loss = weight * tau ** 2 * (delta * (residual - alpha * delta)).flatten(1).sum(1)
+    loss = weight * tau ** 2 * (delta * (residual - alpha * delta)).view_as(eps).flatten(1).sum(1)
     return loss, delta.detach().flatten(1).abs().mean(1)
 
 

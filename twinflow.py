@@ -59,7 +59,7 @@ def twinflow_losses(u: Callable, fake: Callable, teacher: Callable, z: Tensor, t
     U = u(z, 1.0, 0.0).to(z.dtype)                                                      # [B, C, H, W]
     x_hat = (z - U).detach()
     error = fake(interpolate(x_hat, eps_t, t), t) - (eps_t - x_hat)
-    adv = error.flatten(1).pow(2).mean(1)                                               # Eq. 63
+    adv = error.view_as(z).flatten(1).pow(2).mean(1)                                    # Eq. 63
     with torch.no_grad():
         x_tau = interpolate(x_hat, eps_tau, tau)
         delta = fake(x_tau, tau) - teacher(x_tau, tau)                                  # Eq. 64
@@ -67,7 +67,7 @@ def twinflow_losses(u: Callable, fake: Callable, teacher: Callable, z: Tensor, t
         if clip:
             delta = delta.clamp(-clip, clip)
         target = U - delta
-    return adv, (U - target).flatten(1).pow(2).mean(1), gap                             # Eq. 65
+    return adv, (U - target).view_as(z).flatten(1).pow(2).mean(1), gap                  # Eq. 65
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------

@@ -236,7 +236,7 @@ def resolve(p, argv, presets, script):
         args.compile = resolve_compile(args, kind)
     if kind != "latents":
         refuse(args, ["vae"], f"decodes latents, and --data {args.data} has pixels")
-    if kind == "latents" and rank() == 0 and not args.dry_run:
+    if kind == "latents" and rank() == 0 and not args.dry_run and Path(args.data).exists():
         shown = []
         for k in presets[kind, init_kind]:
             note = "" if args.sources[k] == "preset" else " (given)"

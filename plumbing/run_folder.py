@@ -96,7 +96,7 @@ def check_folder(args):
         if there - ours:
             raise BadInput(f"--out {folder}: exists and is no run folder, expected a new one; nothing was touched")
     elif args.resume != "no":
-        before = read_json(path, "the configuration of a run", repair="--resume no starts over")
+        before = read_json(path, "the configuration of a run", repair=start_over(args))
         now = identity(args)
         names = [k for k in now if not same_value(k, before.get(k), now[k])]
         names = [k for k in names if k in before or args.sources.get(k) != "default"]   # a flag that is newer than it
@@ -106,7 +106,14 @@ def check_folder(args):
             raise BadInput(f"{folder} holds another configuration: {', '.join(differ)}; {over}")
         if (folder / "model.pt").exists() and not (folder / "state.pt").exists():       # the first is written last
             raise BadInput(f"{folder}: has a model.pt but no state.pt to go on from; --init {folder}/model.pt starts "
-                           "another run from it, --resume no starts over")
+                           f"another run from it, {start_over(args)}")
+
+
+def start_over(args):
+    """What to do about a run folder that cannot be gone on with."""
+    if getattr(args, "wait", False):                                # a start: the run that wants it has the flag
+        return f"remove {args.out}, and the start is trained again"
+    return "--resume no starts over"
 
 
 def same_value(flag, before, now):
@@ -228,20 +235,20 @@ class Run:
         barrier()
 
     def load(self, path):
-        with reading(path, "the state of this run", "it cannot be resumed, --resume no starts over"):
+        with reading(path, "the state of this run", f"it cannot be resumed, {start_over(self.args)}"):
             refuse_flips(path)
             saved = torch.load(path, map_location="cpu", weights_only=True)
             refuse_odd_history(saved["step"], saved["evaluations"])
             if not same_data(saved.get("data", {}), self.fingerprint_of_data()):
                 raise BadInput(f"--data {self.data.source}: has changed since {path} was written; "
-                               "--resume no starts over")
+                               f"{start_over(self.args)}")
             for name, part in self.state.items():
                 settings = [dict(group, params=None) for group in getattr(part, "param_groups", [])]
                 part.load_state_dict(saved[name])
                 for group, own in zip(getattr(part, "param_groups", []), settings):     # the flags', not the file's
                     group.update(own, params=group["params"])
             self.step, self.evaluations = saved["step"], saved["evaluations"]
-        self.refuse_divergence(f"{path} holds it: --resume no starts over")
+        self.refuse_divergence(f"{path} holds it: {start_over(self.args)}")
 
     def fingerprint_of_data(self):
         """What a run that goes on has to find in the data again: their statistics, number and labels."""

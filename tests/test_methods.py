@@ -496,6 +496,30 @@ def hermite_grid(points):
     return zz, ee, (w[:, None] * w[None, :]).reshape(-1) / w.sum() ** 2
 
 
+@pytest.mark.parametrize("lost", ["the channel axis", "the last axis"])
+def test_a_network_that_loses_an_axis_is_refused_where_it_would_broadcast(lost):
+    """[B, H, W] beside [B, 1, H, W] would make [B, B, H, W], and a loss of healthy size."""
+    shape = (3, 1, 4, 4) if lost == "the channel axis" else (3, 2, 1)
+    x, eps, t, s = rand(*shape), rand(*shape, seed=1), uniform(3), torch.zeros(3, dtype=torch.float64)
+    right = lambda x, *times: 0.5 * x
+    wrong = lambda x, *times: 0.5 * (x[:, 0] if lost == "the channel axis" else x[..., 0])
+    losses = dict(
+        fm=lambda u: consistency.flow_matching_loss(u, x, eps, t),
+        ct=lambda u: consistency.consistency_loss(u, x, t, s, eps - x, eps - x, cosine=False),
+        rcgm=lambda u: consistency.rcgm_loss(u, right, x, t, s, eps - x, cosine=False),
+        isg=lambda u: consistency.isg_loss(u, right, x, t, s, t / 2),
+        fsf=lambda u: fsf_dmd.fsf_dmd_loss(x, x, u, u, t, eps)[0],
+        dmd=lambda u: dmd2.dmd_loss(x, u, u, t, eps)[0],
+        fake=lambda u: dmd2.fake_loss(u, x, t, eps),
+        sid=lambda u: sid.sid_loss(x, u, u, t, eps)[0],
+        twinflow=lambda u: sum(twinflow.twinflow_losses(u, right, right, x, t, eps, t, eps)),
+    )
+    for name, loss in losses.items():
+        assert loss(right).shape == (3,)
+        with pytest.raises(RuntimeError):
+            print(name, loss(wrong))
+
+
 @pytest.mark.parametrize("theta, t", [(1.5, 0.5), (0.6, 0.3), (2.0, 0.9)])
 def test_dmd_gradient_is_the_kl_gradient_of_two_gaussians(theta, t):
     """x_hat = theta z against N(0, 1), in closed form.

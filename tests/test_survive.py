@@ -791,6 +791,13 @@ def test_a_run_whose_data_have_changed_is_not_resumed(tmp_path, monkeypatch, cap
     said = refusal("consistency.py --loss imf --data set.npz --steps 4 --out run", capsys, monkeypatch)
     assert "--data set.npz: has changed since run/state.pt was written; --resume no starts over" in said
 
+    # Of a start --resume no would say nothing: it is of the run that wants the start.
+    train("consistency.py --loss imf --data set.npz --steps 2")
+    small_images("set.npz", 60)
+    said = refusal("fsf_dmd.py --data set.npz --steps 1 --resume no", capsys, monkeypatch)
+    assert "has changed since runs/consistency_imf-set-scratch/state.pt was written; remove runs/" in said
+    small_images("set.npz", 90)
+
     with np.load("set.npz") as found:
         images, labels = found["images"], found["labels"]
     train("consistency.py --loss imf --data set.npz --steps 2 --out labelled")
