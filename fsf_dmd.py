@@ -130,15 +130,14 @@ PRESETS = {
         save_every=100, eval_every=500, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=4_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2, lam=0.05, shift=10.0,
-        omega=6.0, guide_to=0.9, cd_guidance="drawn", omega_max=8.0, omega_law="truncexp",
-        save_every=500, health_every=500),
+        omega=6.0, guide_to=0.9, cd_guidance="drawn", omega_max=8.0, save_every=500, health_every=500),
     ("latents", "fm"): dict(
         size="B/1", steps=26_000, warmup=20_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2,
         lam=0.001, shift=10.0, cosine_factor=1, omega=6.0, guide_to=0.9, cfg_channels=3,
         save_every=500, health_every=500),
     ("latents", "scratch"): dict(
         size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=1, lam=0.01, shift=1.0,
-        omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500, health_every=500),
+        omega=6.0, guide_to=0.9, omega_max=8.0, save_every=500, health_every=500),
 }
 
 

@@ -88,11 +88,11 @@ PRESETS = {
         size="small", steps=1500, lr=1.6e-2, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
         save_every=100, eval_every=500, health_every=100),
     ("latents", "imf"): dict(
-        size="B/1", steps=40_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", lam=1.0, lam_adv=0.1,
-        omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500, health_every=500),
+        size="B/1", steps=40_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", lam=0.1, lam_adv=0.1,
+        omega=6.0, guide_to=0.9, omega_max=8.0, save_every=500, health_every=500),
     ("latents", "scratch"): dict(
-        size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", lam=1.0, lam_adv=0.1,
-        omega=6.0, guide_to=0.9, omega_max=8.0, omega_law="truncexp", save_every=500, health_every=500),
+        size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", lam=0.1, lam_adv=0.1,
+        omega=6.0, guide_to=0.9, omega_max=8.0, save_every=500, health_every=500),
 }
 
 # RCGM from scratch has the learning rate, the delta and the target's memory that consistency.py --loss rcgm has.

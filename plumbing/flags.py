@@ -183,7 +183,7 @@ def flow_map_flags(p):
         help="CFG of a plain teacher on this many first channels; 0: all (Table 4: 3 of 32)")
     add("--omega_max", type=number(float, 1), default=8.0, help="iMF draws omega on [1, omega_max]")
     add("--omega_law", choices=["loguniform", "truncexp"], default="loguniform",
-        help="law of that draw: iMF's, or the truncated exponential the paper names")
+        help="law of that draw: iMF's, or a truncated exponential of omega itself")
     add = p.network.add_argument
     add("--n_tokens", type=number(int, 1, 1024),
         help="n, tokens per condition of the augmented backbone (default: 16; tiny, small 1)")

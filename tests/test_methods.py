@@ -278,6 +278,7 @@ def test_time_and_guidance_laws():
     omega = consistency.draw_guidance(uniform(20000, 3, seed=2), "truncexp", 8.0)[:, 0]
     assert omega.min() >= 1 and omega.max() <= 8
     assert omega.mean() == pytest.approx(1 + 1 - 7 * math.exp(-7) / (1 - math.exp(-7)), abs=0.03)
+    assert (omega > 5).double().mean() == pytest.approx(0.017, abs=0.003)                # METHODS: 1.7%
 
 
 def test_distance_is_pseudo_huber_plus_cosine():
