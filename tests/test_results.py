@@ -1192,6 +1192,32 @@ def test_presets_of_images_from_scratch_are_the_best_of_their_search():
         assert words in text, words
 
 
+def test_what_is_said_of_the_search_from_the_strong_start_of_fashion_mnist_is_in_the_numbers():
+    text, preset = words_of_the_texts(), {}
+    for script in (consistency, dmd2, sid):
+        preset[script] = script.PRESETS["images", "imf"]
+    rates = f"--lr {preset[dmd2]['lr']} --fake_lr {preset[dmd2]['fake_lr']}"
+    found = {}                                                        # {method: {setting: distance}}
+    for method in ("CD with masking", "DMD2", "SiD"):
+        name = "strong-" + method.replace(" ", "_")
+        told_of_search(name, "fashion-mnist", seeds=1)
+        rows = json.loads((KEPT / f"search-fashion-mnist-{name}" / "runs.json").read_text())["rows"]
+        found[method] = {row["setting"]: f"{row['distance'][0]:.1f}" for row in rows}
+    cd, both, of_sid = found.values()
+    assert min(both, key=lambda setting: float(both[setting])) == rates                # the table's
+    words = [f"(the table's 0.004 {cd['--lr 0.004']}, 0.002 {cd['--lr 0.002']}, 0.001 {cd['--lr 0.001']};"]
+    assert preset[consistency]["lr"] == 0.004
+    pairs = [("0.0003", "0.003"), ("0.0003", "0.001"), ("0.0001", "0.001")]
+    rest = [f"{lr} and {fake} {both[f'--lr {lr} --fake_lr {fake}']}" for lr, fake in pairs]
+    words.append(f"the table's ({', '.join(rest)};")
+    pairs = [("0.0003", "0.001"), ("0.0003", "0.003"), ("0.00003", "0.001")]
+    rest = [f"{lr} and {fake} {of_sid[f'--lr {lr} --fake_lr {fake}']}" for lr, fake in pairs]
+    assert (preset[sid]["lr"], preset[sid]["fake_lr"]) == (0.0003, 0.001)
+    words.append(f"(the table's {rest[0]}, {rest[1]}, {rest[2]};")
+    for each in words:
+        assert each in text, each
+
+
 def test_presets_from_scratch_are_the_best_of_their_search():
     """Every method at the learning rate of the loss on the data that it is added to."""
     best = {method: setting for method, (setting, _) in best_of_search("scratch").items()}
