@@ -993,6 +993,21 @@ def test_the_new_start_of_the_digits_and_its_first_search_are_in_the_text():
     assert all(one > ten for one, ten in zip(fsf[1][1:], fsf[10][1:], strict=True))                 # more at k = 1
 
 
+def test_what_is_said_of_the_weight_of_the_gan_is_in_the_numbers():
+    weak, of_gan = (json.loads((KEPT / f"search-digits-weak{name}" / "runs.json").read_text())["rows"]
+                    for name in ("", "-DMD2_s_lambda_G"))
+    assert dmd2.PRESETS["pixels", "imf"]["lr"] == 0.0003 and dmd2.PRESETS["pixels", "imf"]["fake_lr"] == 0.003
+    [papers] = [row["distance"] for row in weak if row["setting"] == "--lr 0.0003 --fake_lr 0.003"
+                and row["method"] == "DMD2"]
+    found = {row["setting"].removeprefix("--lambda_g "): row["distance"] for row in of_gan}
+    mean = {g: f"{statistics.mean(found[g]):.1f}" for g in ("0.012", "0.042", "0.15")}
+    for words in (f"lambda_G of 0.003 has {statistics.mean(papers):.1f} (above), 0.012 {mean['0.012']} and 0.042,",
+                  f"64 x 64 images, {mean['0.042']}; 0.15 has {mean['0.15']} on seed 100,",
+                  f"where 0.003 has {found['0.003'][0]:.1f}."):
+        assert words in words_of_the_texts(), words
+    assert found["0.003"][0] == pytest.approx(papers[0], abs=0.1)       # the same run, on another day
+
+
 def best_of_search(start, data="digits", seeds=2):
     """{method: (best setting of those on all seeds, its mean distance)}; the folder's table is that of its runs."""
     folder = KEPT / f"search-{data}-{start}"
