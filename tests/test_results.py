@@ -1416,6 +1416,11 @@ def test_what_is_said_of_a_step_is_in_the_numbers(monkeypatch):
     step, text = importlib.import_module("step"), words_of_the_texts()
     found = json.loads((KEPT / "step-cpu" / "runs.json").read_text())
     assert (KEPT / "step-cpu" / "README.md").read_text() == step.page(found)
+    again = json.loads((KEPT / "step-cpu-again" / "runs.json").read_text())
+    assert (KEPT / "step-cpu-again" / "README.md").read_text() == step.page(again)
+    ours, compiled, bare = (again["backbone"][name] / again["backbone"]["straightforward"]
+                            for name in ("ours", "ours, compiled", "products and attention alone"))
+    assert f"{ours:.2f} and {compiled:.2f}, and its products and attention alone {bare:.2f}" in text
     b, M1, M2 = found["backbone"], found["methods"]["FSF-DMD, M = 1"], found["methods"]["FSF-DMD, M = 2"]
     shares = {part: spent / M2["seconds"] for part, spent in M2["parts"].items()}
     small = sum(shares[part] for part in ("EMA", "losses and the rest", "random numbers and data"))
