@@ -1,6 +1,6 @@
 """The settings of the presets, as many for every method, on seeds that no table reports.
 
-    python search.py weak                    # from the iMF of 400 steps: 6 methods, 8 runs each; lambda_G of one
+    python search.py weak                    # from the iMF of 400 steps: 6 methods, 8 runs each, and DMD2's lambda_G
     python search.py strong                  # from the iMF of 800 steps: 6 methods, 6 runs each
     python search.py fm                      # from the velocity network (Table 4): 5 methods, 6 runs each
     python search.py scratch                 # Table 5: 6 methods, 6 runs each

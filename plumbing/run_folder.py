@@ -111,7 +111,7 @@ def check_folder(args):
 
 def start_over(args):
     """What to do about a run folder that cannot be gone on with."""
-    if getattr(args, "wait", False):                                # a start: the run that wants it has the flag
+    if getattr(args, "wait", False):                                # a start: --resume does not reach it
         return f"remove {args.out}, and the start is trained again"
     return "--resume no starts over"
 

@@ -515,10 +515,10 @@ def test_a_network_that_loses_an_axis_is_refused_where_it_would_broadcast(lost):
         sid=lambda u: sid.sid_loss(x, u, u, t, eps)[0],
         twinflow=lambda u: sum(twinflow.twinflow_losses(u, right, right, x, t, eps, t, eps)),
     )
-    for name, loss in losses.items():
-        assert loss(right).shape == (3,)
-        with pytest.raises(RuntimeError):
-            print(name, loss(wrong))
+    for loss in losses.values():
+        assert loss(right).isfinite().all()
+        with pytest.raises(RuntimeError, match="shape|size"):
+            loss(wrong)
 
 
 @pytest.mark.parametrize("theta, t", [(1.5, 0.5), (0.6, 0.3), (2.0, 0.9)])

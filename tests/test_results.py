@@ -1219,6 +1219,9 @@ def test_what_is_said_of_the_search_from_the_strong_start_of_fashion_mnist_is_in
         rows = json.loads((KEPT / f"search-fashion-mnist-{name}" / "runs.json").read_text())["rows"]
         found[method] = {row["setting"]: f"{row['distance'][0]:.1f}" for row in rows}
     cd, both, of_sid = found.values()
+    [row] = json.loads((KEPT / "search-fashion-mnist-strong-DMD2" / "runs.json").read_text())["rows"][:1]
+    words_of_start = f"({row['runs'][0]['evaluations'][0]['fd_2step']:.1f} at 2 steps, with the sampler of DMD2)"
+    assert words_of_start in text
     assert min(both, key=lambda setting: float(both[setting])) == rates                # the table's
     words = [f"(the table's 0.004 {cd['--lr 0.004']}, 0.002 {cd['--lr 0.002']}, 0.001 {cd['--lr 0.001']};"]
     assert preset[consistency]["lr"] == 0.004
