@@ -12,7 +12,6 @@ A method script reads from top to bottom without opening this file.  Two rules h
 import contextlib
 import copy
 import ctypes
-import errno
 import os
 import sys
 import zlib
@@ -28,7 +27,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from plumbing import interrupt
-from plumbing.files import BadInput, first_line, is_out_of_memory
+from plumbing.files import BadInput, first_line, is_out_of_memory, no_space
 
 OUT_OF_MEMORY = "error: out of memory; a smaller --micro_batch or --batch_size, where there is one, needs less"
 
@@ -49,7 +48,7 @@ def main(train, parse_args):
         os._exit(141)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}; repair that"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if no_space(error, "."):
             what = "no space left on the disk; free some"
         elif error.filename is None:
             what = f"{error.strerror or first_line(error)}; repair that"

@@ -77,8 +77,8 @@ def draw_guidance(r: Tensor, law: str = "loguniform", omega_max: float = 8.0) ->
 def distance(pred: Tensor, target: Tensor, c: float = 1e-3, cosine: bool = True) -> Tensor:
     """rho of each sample [B]: pseudo-Huber sqrt(mean e^2 + c^2) - c, plus the mean over positions of 1 - cosine.
 
-    pred, target [B, C, ...]; the cosine over channels needs C >= 2 and is left out otherwise.  view_as, in all losses:
-    an error where a network lost an axis, [B, H, W], and the difference would broadcast to [B, B, H, W].
+    pred, target [B, C, ...]; the cosine over channels needs C >= 2 and is left out otherwise.  view_as stands in all
+    losses: a network that lost an axis, [B, H, W], raises an error; else the difference would become [B, B, H, W].
     """
     huber = ((pred - target).view_as(pred).flatten(1).pow(2).mean(1) + c ** 2).sqrt() - c
     return huber + cosine_distance(pred, target) if cosine and pred.shape[1] > 1 else huber

@@ -48,6 +48,7 @@ from plumbing.checkpoints import load_network
 from plumbing.files import json_text, lock, read_json, write_atomic
 from plumbing.flags import Parser, folder_path, number
 from plumbing.kept_runs import HERE, refuse_torchrun, sources
+from plumbing.report import markdown_lines
 from reproduce import TABLE_5, paper
 
 SCRIPTS = {
@@ -128,12 +129,17 @@ def random_inputs(folder, size):
     for name, conditioning in (("imf", "in_context"), ("fm", "plain")):
         torch.manual_seed(0)
         net = LightningDiT(size, conditioning)
-        for p in net.parameters():
-            if not p.any():                                           # the timing should not be of zeros
-                torch.nn.init.normal_(p, std=0.02)
+        draw_zeros(net)
         checkpoint = dict(config=net.config, weights=net.state_dict(), data=None, args={}, step=0)
         write_atomic(folder / f"{name}.pt", checkpoint)
     return data
+
+
+def draw_zeros(net):
+    """Draw the parameters that a new network has at zero: with its gates closed it would be timed on zeros."""
+    for p in net.parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.02)
 
 
 class Enough(Exception):
@@ -218,10 +224,10 @@ def count_forward(path, batch_size):
     return counter.get_total_flops()
 
 
-def time_steps(command, folder, steps, seconds=60):
+def time_steps(command, folder, steps):
     """(median seconds of a step without the first ones, peak memory in GB) of a script in a process of its own.
 
-    The process is killed after so many lines of its log, or at the first one past so many seconds.
+    The process is killed after so many lines of its log, or at the first one after a minute.
     """
     shutil.rmtree(folder, ignore_errors=True)
     script, *flags = command
@@ -236,7 +242,7 @@ def time_steps(command, folder, steps, seconds=60):
         child = subprocess.Popen(words, stdout=log, stderr=log)
         try:
             # The first steps, which compile, do not count.
-            while len(lines) < steps and sum(line["sec_per_step"] for line in lines[warmup:]) < seconds:
+            while len(lines) < steps and sum(line["sec_per_step"] for line in lines[warmup:]) < 60:
                 time.sleep(0.2)
                 if child.poll() is not None:
                     log.seek(0)
@@ -260,9 +266,10 @@ def time_steps(command, folder, steps, seconds=60):
 
 
 def aside(function, *args):
-    """function(*args) in a process of its own, so that this one stays small: a child's peak memory begins with its own.
+    """Start function(*args) in a new process; `received` gives its result.
 
-    -> what its result is received from.  Ctrl-C is for this process, at whose end the other ends too.
+    So this process stays small: the peak memory of a process that it starts counts from its own size.  Ctrl-C reaches
+    this process alone; when it ends, the other one ends too.
     """
     spawn = multiprocessing.get_context("spawn")
     ours, its = spawn.Pipe(duplex=False)
@@ -364,9 +371,9 @@ def markdown(found):
         "s/step", f"times {base['label']}", "GB", "times",
         "paper: s/step (B200; from scratch A100)", "steps", "H100 hours, modelled",
     ]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    body = []
     for row in rows:
-        cells = [
+        body.append([
             row["label"],
             f"{row['passes']:.1f}",
             f"{row['gflop_per_image']:.0f}",
@@ -375,12 +382,11 @@ def markdown(found):
             f"{row['sec_per_step'] / base['sec_per_step']:.2f}",
             f"{row['memory_gb']:.2f}",
             f"{row['memory_gb'] / base['memory_gb']:.2f}",
-            str(row["paper_sec_per_step"] or "-"),
-            str(row["preset_steps"]),
+            row["paper_sec_per_step"] or "-",
+            row["preset_steps"],
             f"{row['hours_modelled']:.1f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        ])
+    return "\n".join(markdown_lines(header, body))
 
 
 def page(found, command):

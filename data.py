@@ -34,7 +34,8 @@ from plumbing.checkpoints import read_weights
 from plumbing.files import files_below, first_line, read_json, reading, write_atomic
 from plumbing.idx_cifar import image_side, is_idx_or_cifar, read_idx_or_cifar
 
-# What Pillow says of damaged files is said in our line.  Of the whole process: threads read images.
+# Pillow's own messages about damaged files are off: our line names the file.  Off for the whole process, because
+# threads read images.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 warnings.filterwarnings("ignore", module=r"PIL\.")
 

@@ -24,9 +24,9 @@ from common import BadInput, main, noise_by_index, pick_device, rank, setup, wor
 from data import Data, denormalize, load_data, normalize, preview, to_images
 from fid import (collect, describe, differ, feature_networks, image_source, inception_metrics, own_statistics,
                  read_reference, write_reference)
-from inception import Inception  # noqa: F401  (a public name of this file too, as the four metrics below)
+from inception import Inception  # noqa: F401  (a public name of this file too, as the metrics two lines below)
 from metrics import EVAL_SEED, METRICS, Features
-from metrics import frechet_distance, inception_score, moments, precision_recall  # noqa: F401
+from metrics import frechet_distance, inception_score, precision_recall  # noqa: F401
 from model import LightningDiT, backward_simulation, euler_sample, fixed_guidance, guided_map, guided_velocity, sample
 from plumbing.checkpoints import load_checkpoint, load_network, refuse_not_finite, say_unlearned, weights_hash
 from plumbing.files import json_text, reading, refuse_flips, write_atomic
@@ -36,7 +36,8 @@ from vae import VAE, load_vae
 
 EULER_STEPS = 25                # of a velocity, where --steps does not say; the paper's teacher rows use many too
 PER_CLASS = 2                   # samples of a class in a picture
-SAMPLING = ("weights", "steps", "sampler", "shift", "omega", "guide_to", "cfg_channels", "seed", "vae")         # flags
+# Flags of how a network is sampled; refused where none is.
+SAMPLING = ("weights", "steps", "sampler", "shift", "omega", "guide_to", "cfg_channels", "seed", "vae")
 SAMPLERS = ("flow_map", "renoised", "renoised_ddim", "renoised_fixed", "euler")
 
 

@@ -151,10 +151,10 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: 
 class Reference(NamedTuple):
     """Real images as the metrics need them."""
 
-    mu: torch.Tensor                # [64] and
-    cov: torch.Tensor               # [64, 64] of all of them
-    near: torch.Tensor              # features [n, 64] of EVAL_NEIGHBOURS, `spread` over them
-    radii: torch.Tensor             # [n] of their balls
+    mu: torch.Tensor                # [64] mean of the features of all images
+    cov: torch.Tensor               # [64, 64] their covariance
+    near: torch.Tensor              # [n, 64] features of at most EVAL_NEIGHBOURS of them, taken evenly
+    radii: torch.Tensor             # [n] radii of the balls around these
 
 
 def spread(rows: torch.Tensor, n: int) -> torch.Tensor:
@@ -171,7 +171,7 @@ def reference_of(features: torch.Tensor) -> Reference:
 class Features:
     """The feature space of one data set, and the real images in it: a classifier trained once, then kept in `cache`.
 
-    That of the digits and of Fashion-MNIST is the one of the tables in results/, so that distances compare with those.
+    For the digits and Fashion-MNIST it is the one in results/, so that distances compare with those of the tables.
     data: a data.Data of pixels; BadInput for fewer than 8 images.
     features(x [n, C, H, W] normalised) -> (features [n, 64], probabilities [n, classes]), float64 on the CPU.
     features.n: how many samples an evaluation takes.
@@ -186,9 +186,9 @@ class Features:
         path = Path(cache) / f"features-{digest}-{recipe()}.pt"
         with torch.random.fork_rng(devices=[]):                  # the first process alone is here: no other may notice
             self.net = classifier(data)
-        if not load_classifier(self.net, OF_RESULTS / name) and not load_classifier(self.net, path):
-            train_classifier(self.net, data)
-            keep(path, self.net.state_dict())                    # two processes that train it write the same
+            if not load_classifier(self.net, OF_RESULTS / name) and not load_classifier(self.net, path):
+                train_classifier(self.net, data)
+                keep(path, self.net.state_dict())                # two processes that train it write the same
         self.net.requires_grad_(False).eval()
         self.hash = weights_hash(self.net)[:8]
         self.source = data.source
@@ -235,7 +235,7 @@ class Features:
         return "real images, test part" if self.test else "real images, half against half"
 
     def definition(self, n: int | None = None, seed: int = EVAL_SEED, weights: str = "EMA weights") -> str:
-        """What the numbers are, for n samples, beside which it is printed and kept."""
+        """One line that defines the numbers, for n samples; it is printed and kept beside them."""
         right, near = "", ""
         if self.net[-1].out_features == 1:
             right = ", which a single class has taught nothing"
@@ -326,10 +326,9 @@ def recipe() -> str:
 def train_classifier(net: nn.Sequential, data) -> None:
     """On one thread and from a fixed seed, so that a machine gives the same weights each time.
 
-    The threads and the random state of the caller are given back.
+    The caller's number of threads is given back.
     """
     threads = torch.get_num_threads()
-    rng_state = torch.get_rng_state()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     for layer in net:
@@ -348,4 +347,3 @@ def train_classifier(net: nn.Sequential, data) -> None:
         optimizer.step()
         schedule.step()
     torch.set_num_threads(threads)
-    torch.set_rng_state(rng_state)

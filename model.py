@@ -223,14 +223,12 @@ class RMSNorm(nn.Module):
 class TimestepEmbedder(nn.Module):
     """A scalar in [0, 1] -> [B, D].  Not times 1000: the fastest feature is cos(t), so d/dt stays O(1)."""
 
-    def __init__(self, dim, freq_dim=256, max_period=10000):
+    def __init__(self, dim):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.freq_dim, self.max_period = freq_dim, max_period
+        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def features(self, t):                                                              # [B] -> [B, freq_dim]
-        half = self.freq_dim // 2
-        freqs = torch.exp(-math.log(self.max_period) * torch.arange(half, device=t.device, dtype=t.dtype) / half)
+    def features(self, t):                                                              # [B] -> [B, 256]
+        freqs = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=t.dtype) / 128)
         angle = t[:, None] * freqs
         return torch.cat([angle.cos(), angle.sin()], dim=-1)                            # cos first
 
@@ -263,10 +261,10 @@ class PatchEmbed(nn.Module):
 class RotaryEmbedding(nn.Module):
     """2-D RoPE of EVA-02: half of a head's dims turns with the row, half with the column; pairs are neighbours."""
 
-    def __init__(self, head_dim, grid, theta=10000):
+    def __init__(self, head_dim, grid):
         super().__init__()
         half = head_dim // 2
-        freqs = theta ** (-torch.arange(0, half, 2).float() / half)                     # [half / 2]
+        freqs = 10000 ** (-torch.arange(0, half, 2).float() / half)                     # [half / 2]
         angle = (torch.arange(grid).float()[:, None] * freqs).repeat_interleave(2, dim=-1)  # [grid, half]
         rows = angle[:, None].expand(grid, grid, half)
         cols = angle[None, :].expand(grid, grid, half)
@@ -476,11 +474,11 @@ class LightningDiT(nn.Module):
 class DDTBlock(nn.Module):
     """Block of DDT (Wang et al., arXiv 2504.05741): adaLN from a condition per token, no biases in qkv and MLP."""
 
-    def __init__(self, dim, num_heads, mlp_ratio=4.0):
+    def __init__(self, dim, num_heads):
         super().__init__()
         self.norm1, self.norm2 = RMSNorm(dim), RMSNorm(dim)
         self.attn = Attention(dim, num_heads, qk_norm=True, qkv_bias=False)
-        self.mlp = SwiGLU(dim, int(2 / 3 * int(dim * mlp_ratio)), bias=False)
+        self.mlp = SwiGLU(dim, int(2 / 3 * (4 * dim)), bias=False)
         self.adaLN_modulation = nn.Linear(dim, 6 * dim)
 
     def forward(self, x, c, cos, sin):                                                  # both [B, N, D]

@@ -38,7 +38,7 @@ import torch
 
 from common import BadInput, main
 from data import data_kind, data_name, load_data, preset_kind
-from evaluate import decoder_for
+from evaluate import EULER_STEPS, decoder_for
 from fid import read_reference
 from inception import load_inception
 from plumbing import report
@@ -307,7 +307,7 @@ def sampling_steps(command):
     """The steps of an evaluate.py row: those given, else 25 of Euler, else 2."""
     if "--steps" in command:
         return int(command[command.index("--steps") + 1])
-    return 25 if "euler" in command else 2
+    return EULER_STEPS if "euler" in command else 2
 
 
 def fids_of(args, argv):

@@ -30,7 +30,7 @@ import torch
 from common import BadInput, main
 from data import data_name, load_data, preset_kind
 from plumbing import report
-from plumbing.files import json_text, read_json, write_atomic
+from plumbing.files import json_text, write_atomic
 from plumbing.flags import Parser, data_source, folder_path, number
 from plumbing.kept_runs import is_done, refuse_torchrun, run_all
 from reproduce import DMD2, DMD2_CD, FSF, STARTS, job
@@ -186,13 +186,13 @@ def run(args):
     if args.method:
         methods = {args.method: methods[args.method]}
     folder = folder_of(args)
-    stored = read_json(folder / "runs.json", "a search's runs") if (folder / "runs.json").exists() else {}
+    stored = report.stored_runs(folder)
     report.refuse_other_data(folder, args.data)
     there = len(stored.get("seeds", []))
     if there > args.seeds:
         raise BadInput(f"--seeds {args.seeds}: {folder} holds the search with {there}; pass as many, or another --out")
     # start: every setting stands in the commands, none comes from FLAGS_STRONG
-    found = argparse.Namespace(data=args.data, init=None, runs=args.runs, start="weak", jobs=args.jobs, table=None)
+    found = argparse.Namespace(data=args.data, init=None, runs=args.runs, start="weak", jobs=args.jobs)
     jobs = {}                                                         # {(method, setting): [Job of each seed]}
     for method, (command, settings) in methods.items():
         for setting in settings:

@@ -44,7 +44,8 @@ from evaluate import metric_space
 from model import backward_simulation, guided_map, guided_velocity, interpolate, v_to_x0
 from normuon import NorMuon, param_groups
 from plumbing.checkpoints import starting_networks
-from plumbing.flags import checked, health_flag, number, parser, refuse, refuse_guidance, resolve, teacher_flag
+from plumbing.flags import (checked, guidance_flags, health_flag, number, parser, refuse, refuse_guidance, resolve,
+                            teacher_flag)
 from plumbing.run_folder import Run, check_folder
 from plumbing.watch import begin, finish, health, watch
 
@@ -128,11 +129,7 @@ def parse_args(argv=None):
     add("--alpha", type=number(float, -2), default=1.0,
         help="alpha of the loss (SiD-DiT: 1; SiD: 1.2; a port to speech needed 0.5)")
     add("--weight", choices=[*WEIGHTS, "sid"], default="1-t", help="w(tau); sid: 1 / mean |x_hat - f_teacher|")
-    add("--omega", type=number(float, 1), default=6.0,
-        help="CFG scale omega of teacher and samples (Table 6); the fake side is not guided")
-    add("--guide_to", type=number(float, 0, 1), default=0.9, help="guidance acts for t in [0, guide_to] (Table 6: 0.9)")
-    add("--cfg_channels", type=number(int, 0), default=0,
-        help="CFG of a plain teacher on this many first channels; 0: all (Table 4: 3 of 32)")
+    guidance_flags(p)
     add("--fake_lr", type=number(float, 0, open_low=True), help="learning rate of the fake side (default: --lr)")
     add("--lambda_g", type=number(float, 0), default=0.0,
         help="weight of the GAN term of the generator; 0: no GAN is built, no image is trained on")

@@ -12,6 +12,7 @@ Reading data, latents among them, is data.py's work.
 import argparse
 import contextlib
 import hashlib
+import functools
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import BadInput, autocast, barrier, main, noise_by_index, pick_device, rank, setup, world
@@ -407,10 +408,10 @@ def encode_rows(vae: VAE, files: list, rows: range, args: argparse.Namespace, de
                 bar: tqdm) -> tuple[dict, list]:
     """(tensors of one shard, unreadable files).  The noise of a view depends on (seed, image, view) alone."""
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
-    images = Images([files[i][0] for i in rows], args.size)
+    paths, read = [files[i][0] for i in rows], functools.partial(read_batch, size=args.size)
     views = ([], [])                                             # latents of the images and of their mirror images
     labels, bad, position = [], [], rows[0]
-    for x, readable in DataLoader(images, args.batch_size, num_workers=args.workers, collate_fn=one_tensor):
+    for x, readable in DataLoader(paths, args.batch_size, num_workers=args.workers, collate_fn=read):
         kept = [position + i for i, whole in enumerate(readable) if whole]
         bad += [str(files[position + i][0]) for i, whole in enumerate(readable) if not whole]
         if bad and not args.skip_bad:
@@ -434,27 +435,14 @@ def encode_rows(vae: VAE, files: list, rows: range, args: argparse.Namespace, de
     return dict(latents=latents, latents_flip=flipped, labels=torch.tensor(labels)), bad
 
 
-def one_tensor(batch: list) -> tuple[torch.Tensor | None, list]:
-    """Images or None -> (the readable ones, uint8 [b, 3, size, size]; whether each is).
+def read_batch(paths: list, size: int) -> tuple[torch.Tensor | None, list]:
+    """Image files -> (the readable ones, uint8 [b, 3, size, size], or None; whether each is readable).
 
-    One tensor a batch: a worker hands over each with an open file, of which a process has 1,024.
+    One tensor a batch: a worker passes each tensor through an open file, and a process may have only 1,024 of these.
     """
-    images = [image for image in batch if image is not None]
-    return torch.stack(images) if images else None, [image is not None for image in batch]
-
-
-class Images(Dataset):
-    """uint8 [3, size, size] of each path, None where unreadable."""
-
-    def __init__(self, paths: list, size: int):
-        self.paths = paths
-        self.size = size
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __getitem__(self, i):
-        return read_image(self.paths[i], self.size)
+    images = [read_image(path, size) for path in paths]
+    kept = [image for image in images if image is not None]
+    return torch.stack(kept) if kept else None, [image is not None for image in images]
 
 
 def finish_encoding(out: Path, identity: dict, classes: list) -> None:

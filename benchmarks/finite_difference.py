@@ -32,6 +32,7 @@ sys.path.insert(0, str(HERE))
 import consistency  # noqa: E402
 import fsf_dmd  # noqa: E402
 from common import BadInput, main  # noqa: E402
+from cost import draw_zeros  # noqa: E402
 from data import load_data  # noqa: E402
 from model import LightningDiT, fixed_guidance, interpolate, total_derivative  # noqa: E402
 from plumbing.checkpoints import load_network  # noqa: E402
@@ -129,9 +130,7 @@ def of_new_network():
     """B/1 with every parameter that starts at zero drawn, and random inputs: as benchmarks/gpu.py."""
     torch.manual_seed(0)
     net = LightningDiT("B/1", "in_context", input_size=16, in_channels=32)
-    for p in net.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.02)
+    draw_zeros(net)
     x, tangent = torch.randn(2, 32, 16, 16), torch.randn(2, 32, 16, 16)
     t = torch.rand(2)
     return errors(net, x, t, t / 2, torch.arange(2), 2.0, tangent)

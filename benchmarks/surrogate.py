@@ -103,36 +103,24 @@ def look(net, data, omega, args, device):
     x_hat, y, g = generator.sample("surrogate", 0, args.n)
     eps, r = g.normal(*x_hat.shape).to(device), g.uniform(args.n).to(device)
 
-    def directions(tau):
-        """[4 directions][n, D] at tau [n]."""
+    @torch.no_grad()
+    def compared(tau):
+        """The directions at tau [n] beside each other."""
         x_tau, guidance = interpolate(x_hat, eps, tau), generator.guidance(x_hat)
         teacher = guided_velocity(net, x_tau, tau, y, guidance)
-        surrogate = guided_map(net, x_tau, tau, torch.zeros_like(tau), y, guidance) - teacher
-        explicit = fake(x_tau, tau, y) - teacher
-        another = second(x_tau, tau, y) - teacher
-        return [d.flatten(1) for d in (surrogate, explicit, another, means[y] - x_hat)]
+        surrogate = (guided_map(net, x_tau, tau, torch.zeros_like(tau), y, guidance) - teacher).flatten(1)
+        explicit, another = ((v(x_tau, tau, y) - teacher).flatten(1) for v in (fake, second))
+        mean = (means[y] - x_hat).flatten(1)
+        return dict(
+            cosine=cosine(surrogate, explicit),
+            two_explicit=cosine(explicit, another),
+            length_ratio=(surrogate.norm(dim=1).mean() / explicit.norm(dim=1).mean()).item(),
+            surrogate_to_mean=cosine(surrogate, mean),
+            explicit_to_mean=cosine(explicit, mean),
+        )
 
-    bins = []
-    with torch.no_grad():
-        for low, high in zip(BINS, BINS[1:]):
-            surrogate, explicit, another, mean = directions(high - (high - low) * r)
-            bins.append(dict(
-                tau=[low, high],
-                cosine=cosine(surrogate, explicit),
-                two_explicit=cosine(explicit, another),
-                length_ratio=(surrogate.norm(dim=1).mean() / explicit.norm(dim=1).mean()).item(),
-                surrogate_to_mean=cosine(surrogate, mean),
-                explicit_to_mean=cosine(explicit, mean),
-            ))
-        over_tau = {}
-        for k in SHIFTS:
-            surrogate, explicit, another, mean = directions(shift_time(1 - r, k))
-            over_tau[f"k{k}"] = dict(
-                cosine=cosine(surrogate, explicit),
-                two_explicit=cosine(explicit, another),
-                surrogate_to_mean=cosine(surrogate, mean),
-                explicit_to_mean=cosine(explicit, mean),
-            )
+    bins = [dict(tau=[low, high]) | compared(high - (high - low) * r) for low, high in zip(BINS, BINS[1:])]
+    over_tau = {f"k{k}": compared(shift_time(1 - r, k)) for k in SHIFTS}
     return dict(bins=bins, over_tau=over_tau, held_out_loss=losses, x_hat_std=x_hat.std().item())
 
 

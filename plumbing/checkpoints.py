@@ -232,15 +232,21 @@ def has_state(args):
     return args.resume != "no" and (Path(args.out) / "state.pt").exists()
 
 
-def networks_of_state(path):
-    """(student, frozen teacher or None) with the configurations in a state.pt, whose weights a Run loads; None: older.
+def start_over(args):
+    """What to do about a run folder that cannot be gone on with."""
+    if getattr(args, "wait", False):                                # a start: --resume does not reach it
+        return f"remove {args.out}, and the start is trained again"
+    return "--resume no starts over"
+
+
+def networks_of_state(args):
+    """(student, frozen teacher or None) with the configurations in this run's state.pt, whose weights a Run loads.
 
     So a run that goes on needs its own folder, not that of its start.
     """
-    with reading(path, "the state of this run", "it cannot be resumed, --resume no starts over"):
-        configs = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get("configs")
-        if configs is None:
-            return None
+    path = Path(args.out) / "state.pt"
+    with reading(path, "the state of this run", f"it cannot be resumed, {start_over(args)}"):
+        configs = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["configs"]
         teacher = build(configs["teacher"]).requires_grad_(False).eval() if "teacher" in configs else None
         return build(configs["net"]).train(), teacher
 
@@ -252,14 +258,12 @@ def starting_networks(args, data, device, pretrained, conditioning="in_context",
     pretrained: callable (args, loss) -> path of that one's model.pt.  flow_map: see load_start.
     """
     if has_state(args):
-        found = networks_of_state(Path(args.out) / "state.pt")
-        if found:
-            net, teacher = found
-            return net.to(device), teacher and teacher.to(device)
-    if getattr(args, "cfg_channels", 0) > data.x.shape[1]:
+        net, teacher = networks_of_state(args)
+        return net.to(device), teacher and teacher.to(device)
+    if args.cfg_channels > data.x.shape[1]:
         raise BadInput(f"--cfg_channels {args.cfg_channels}: --data {data.source} has {data.x.shape[1]} channels")
     if args.init == "scratch":
-        say_unlearned("this run", dict(omega_max=getattr(args, "omega_max", 1.0)), conditioning, args.omega)
+        say_unlearned("this run", dict(omega_max=args.omega_max), conditioning, args.omega)
         return new_network(args, data, conditioning).to(device).train(), None
     drawn = getattr(args, "cd_guidance", "fixed") == "drawn" and getattr(args, "cd", 1)     # by L_CD
     asked = max(args.omega, args.omega_max) if drawn else args.omega

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-UMASK = os.umask(0)                # can only be read by setting it, which other threads would see: once
+# Can only be read by setting it, and other threads would notice: so only once, at import.
+UMASK = os.umask(0)
 os.umask(UMASK)
 
 
@@ -123,11 +124,11 @@ def refuse_flips(path: str | Path) -> None:
         raise ValueError(f"bytes have changed in {damaged}")
 
 
-def read_json(path: str | Path, expected: str, kind: type = dict, repair: str = "make it again"):
-    """The object in a JSON file, of type `kind`; BadInput if it is damaged or another."""
+def read_json(path: str | Path, expected: str, repair: str = "make it again") -> dict:
+    """The dictionary in a JSON file; BadInput if the file is damaged or holds anything else."""
     with reading(path, expected, repair):
         found = json.loads(Path(path).read_text())
-        if not isinstance(found, kind):
+        if not isinstance(found, dict):
             raise ValueError(f"holds a {type(found).__name__}")
     return found
 

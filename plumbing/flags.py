@@ -74,12 +74,11 @@ def folder_path(text):
 def parser(doc, init_help):
     """The flags that every training script shares, in groups.
 
-    A script adds its own to p.method (and the like), then calls `resolve`.
+    A script adds its own to p.network, p.method or p.run, then calls `resolve`.
     """
     p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    p.inputs = p.add_argument_group("data")
-    add = p.inputs.add_argument
+    add = p.add_argument_group("data").add_argument
     add("--data", type=data_source, default="digits", help="`digits` (scikit-learn's, default), an .npz with images "
         "and labels, a folder of latent shards, of IDX or CIFAR files, or of small images")
     add("--vae", help="VAE checkpoint that decodes the pictures of latents "
@@ -93,8 +92,7 @@ def parser(doc, init_help):
     add("--ema", type=number(float, 0, 1), default=0.99995, help="EMA decay (0.99995, Table 6)")
     add("--ema_warmup", type=number(int, 0, 1), default=1, help="1: decay min(ema, (1 + n) / (10 + n)); 0: constant")
 
-    p.optimisation = p.add_argument_group("optimisation")
-    add = p.optimisation.add_argument
+    add = p.add_argument_group("optimisation").add_argument
     add("--steps", type=number(int, 1), help="optimizer steps; a finished run continues when given more")
     add("--batch_size", type=number(int, 1, BATCH), default=128,
         help="global batch, over all processes and micro-batches (128, Table 6)")
@@ -127,7 +125,7 @@ def parser(doc, init_help):
 
 
 def data_source(text):
-    """argparse type of --data: a folder is one, with or without a slash at its end; digits/ is a folder, no word."""
+    """argparse type of --data: a folder loses the slash at its end; but digits/ is a folder, digits scikit-learn's."""
     plain = text.rstrip("/") or text
     return text if plain == "digits" else plain
 
@@ -159,6 +157,17 @@ def teacher_flag(p):
         "from a distilled student with the original teacher")
 
 
+def guidance_flags(p):
+    """Flags of every script: the guidance of teacher and samples."""
+    add = p.method.add_argument
+    add("--omega", type=number(float, 1), default=6.0,
+        help="CFG scale omega of teacher and samples, and of FSF-DMD's fake side, but of no other (Table 6)")
+    add("--guide_to", type=number(float, 0, 1), default=0.9, help="guidance acts for t in [0, guide_to] (Table 6: "
+        "0.9); to a flow map that takes it as an input it is one, trained on [0.5, 1]")
+    add("--cfg_channels", type=number(int, 0), default=0,
+        help="CFG of a plain teacher on this many first channels; 0: all (Table 4: 3 of 32)")
+
+
 def flow_map_flags(p):
     """Flags of every script that trains a flow map: time law, derivative, distance, guidance, tokens."""
     add = p.method.add_argument
@@ -175,12 +184,7 @@ def flow_map_flags(p):
         help="1: add 1 - cosine over the channels to the distance (needs two channels or more)")
     add("--label_drop", type=number(float, 0, 1), default=0.1,
         help="probability of the null label in the consistency loss (Table 6)")
-    add("--omega", type=number(float, 1), default=6.0,
-        help="CFG scale omega of teacher and samples, and of FSF-DMD's fake side (Table 6)")
-    add("--guide_to", type=number(float, 0, 1), default=0.9, help="guidance acts for t in [0, guide_to] (Table 6: "
-        "0.9); to a flow map that takes it as an input it is one, trained on [0.5, 1]")
-    add("--cfg_channels", type=number(int, 0), default=0,
-        help="CFG of a plain teacher on this many first channels; 0: all (Table 4: 3 of 32)")
+    guidance_flags(p)
     add("--omega_max", type=number(float, 1), default=8.0, help="iMF draws omega on [1, omega_max]")
     add("--omega_law", choices=["loguniform", "truncexp"], default="loguniform",
         help="law of that draw: iMF's, or a truncated exponential of omega itself")

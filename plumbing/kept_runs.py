@@ -39,8 +39,8 @@ HERE = Path(__file__).resolve().parent.parent                      # where the s
 PATH_FLAGS = {"--out": (), "--data": ("digits",), "--init": ("imf", "fm", "scratch"), "--teacher": ()}
 MEASURES_READ = ("--vae", "--inception", "--ref")                     # flags of a measure that name a file
 
-# measure: evaluate.py's flags for latents.  start: the Job that has to end first, or None.  counts: of sampling steps,
-# a FID of latents for each; every: training steps between them, 0: at the end only.
+# measure: evaluate.py's flags for latents.  start: the Job that has to end first, or None.  counts: numbers of sampling
+# steps; with latents a FID is measured for each.  every: training steps between two measurements; 0: at the end only.
 Job = namedtuple("Job", "folder command measure start counts every", defaults=[(), 0])
 
 
@@ -66,7 +66,7 @@ def sources(*scripts):
 
 
 def chain(job):
-    """A job, the one that it starts from, the one that that starts from, ..."""
+    """A job, then its start, then the start of that one, ..."""
     found = [job]
     while found[-1].start:
         found.append(found[-1].start)

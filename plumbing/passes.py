@@ -3,9 +3,10 @@
 The formulas are those of the file headers.  A test compares them with FLOPs counted while the scripts run.
 """
 
-# One pass of DMD2's discriminator (some of the trunk's blocks, two of its own) in passes of its network, counted: of an
-# in-context network, and of a plain one.  Small networks have few blocks, so there it costs more than the network.
-# The trunk is the fake network, which learns; another --disc_trunk has no gradient, at B/1 and 1:5 7 passes less.
+# Cost of one pass of DMD2's discriminator (the trunk's first blocks, and two of its own), counted in passes of the
+# whole network: (of an in-context one, of a plain one).  Small networks have few blocks, so there it costs more than
+# the network.  The trunk is the fake network, which learns; with another --disc_trunk no gradient goes to the trunk's
+# weights, which saves 7 passes a step at B/1 and 1:5.
 DISCRIMINATOR = {
     "tiny": (1.04, 1.26),
     "small": (1.16, 1.24),

@@ -1,7 +1,8 @@
-"""What reproduce.py shows of its runs: statistics over seeds, Markdown tables, curves, samples.  Functions only.
+"""Runs of a table as statistics over seeds, Markdown tables, curves and samples.
 
+reproduce.py shows its tables with it; search.py and the benchmarks use parts.
 A run is what `collect` reads from its folder.  A row is an entry of `summary`: the runs of one row of a table, by seed.
-A table and its rows are reproduce.py's Table and Row, its jobs kept_runs.py's Job; nothing here knows how they are run.
+A table and its rows are reproduce.py's Table and Row, its jobs kept_runs.py's Job.
 """
 import json
 import math
@@ -314,11 +315,7 @@ def all_metrics(kind, rows):
 def levels_of(table):
     """The numbers of the rows that are drawn as a level, not as a curve: the start itself and the control."""
     mixed = any(row.start for row in table.rows)
-    levels = set()
-    for r, row in enumerate(table.rows, 1):
-        if row.command is None or mixed and row.start is None:
-            levels.add(r)
-    return levels
+    return {r for r, row in enumerate(table.rows, 1) if row.command is None or mixed and row.start is None}
 
 
 def curve(row, key):
@@ -400,8 +397,6 @@ def draw_curves(axis, metric, table, rows, against_passes=False):
             handles[label] = axis.axhline(values[:, -1].mean(), linewidth=1, color=color, linestyle=style)
             continue
         mean, error = values.mean(0), paired_error(row, base, key, steps, values)
-        if from_scratch and steps[0] == 0:                           # kept runs of earlier code: noise
-            steps, mean, error = steps[1:], mean[1:], error[1:]
         if against_passes:
             at = {e["step"]: e.get("passes", np.nan) for e in next(iter(row["seeds"].values()))["evaluations"]}
             steps = [at[step] for step in steps]
@@ -486,17 +481,20 @@ def folder_of(args, start):
     return args.out / "-".join(part for part in parts if part)
 
 
+def stored_runs(folder):
+    """What the runs.json in a folder of results holds; {} where there is none."""
+    path = folder / "runs.json"
+    return read_json(path, "earlier results") if path.exists() else {}
+
+
 def seeds_in(folder):
     """{row number: number of seeds} of the table that a folder holds."""
-    path = folder / "runs.json"
-    stored = read_json(path, "a table's runs") if path.exists() else {}
-    return {row["number"]: len(row["seeds"]) for row in stored.get("rows", [])}
+    return {row["number"]: len(row["seeds"]) for row in stored_runs(folder).get("rows", [])}
 
 
 def refuse_other_data(folder, data):
     """BadInput if a folder of results is of other data: folders are named by the last part of --data alone."""
-    path = folder / "runs.json"
-    before = read_json(path, "earlier results").get("data") if path.exists() else data
+    before = stored_runs(folder).get("data", data)
     if before != data and Path(before).resolve() != Path(data).resolve():
         raise BadInput(f"{folder}: holds the results of --data {before}; pass another --out")
 

@@ -19,14 +19,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common import Stream, ahead, barrier, rank, world
-from plumbing.checkpoints import load_checkpoint
+from plumbing.checkpoints import load_checkpoint, start_over
 from plumbing.files import BadInput, Locked, json_text, lock, read_json, read_lines, reading, refuse_flips, write_atomic
 
 # Flags that change how a run is carried out, not what it computes: a folder may go on with other values of these.
 RUNTIME_FLAGS = {"vae", "steps", "micro_batch", "device", "compile", "out", "resume", "log_every", "preview_every",
                  "eval_every", "save_every", "health_every", "dry_run"}
 
-# Of the namespace, but no flags.  wait: whether a folder at which another process is training is waited for.
+# In the namespace, but no flags.  wait: whether to wait for another process that trains in this folder.
 NO_FLAGS = {"sources", "wait"}
 
 # What a run writes, and evaluate.py of its model.pt: only these names are removed by --resume no.
@@ -77,12 +77,12 @@ def check_folder(args):
     """
     folder, data = Path(args.out), Path(args.data)
     elsewhere, over = "pass --out elsewhere", "choose another --out, or --resume no to start over"
-    if getattr(args, "wait", False):                                # the flags of the run that wants it do not reach it
+    if getattr(args, "wait", False):                        # a start: --out and --resume are not passed on to it
         elsewhere = over = (
             f"the start is trained there: run `python consistency.py --loss {args.loss} --data ... --out NEW`, "
             "then pass --init NEW/model.pt")
     check_writable(folder, "--out ")
-    if data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
+    if args.data != "digits" and data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
         raise BadInput(f"--out {folder}: lies in --data {data}, where it would be read as data; {elsewhere}")
     for path in own_paths(folder):
         if path.exists() and not path.is_file():
@@ -107,13 +107,6 @@ def check_folder(args):
         if (folder / "model.pt").exists() and not (folder / "state.pt").exists():       # the first is written last
             raise BadInput(f"{folder}: has a model.pt but no state.pt to go on from; --init {folder}/model.pt starts "
                            f"another run from it, {start_over(args)}")
-
-
-def start_over(args):
-    """What to do about a run folder that cannot be gone on with."""
-    if getattr(args, "wait", False):                                # a start: --resume does not reach it
-        return f"remove {args.out}, and the start is trained again"
-    return "--resume no starts over"
 
 
 def same_value(flag, before, now):
@@ -239,7 +232,7 @@ class Run:
             refuse_flips(path)
             saved = torch.load(path, map_location="cpu", weights_only=True)
             refuse_odd_history(saved["step"], saved["evaluations"])
-            if not same_data(saved.get("data", {}), self.fingerprint_of_data()):
+            if not same_data(saved["data"], self.fingerprint_of_data()):
                 raise BadInput(f"--data {self.data.source}: has changed since {path} was written; "
                                f"{start_over(self.args)}")
             for name, part in self.state.items():

@@ -795,7 +795,13 @@ def test_a_run_whose_data_have_changed_is_not_resumed(tmp_path, monkeypatch, cap
     train("consistency.py --loss imf --data set.npz --steps 2")
     small_images("set.npz", 60)
     said = refusal("fsf_dmd.py --data set.npz --steps 1 --resume no", capsys, monkeypatch)
-    assert "has changed since runs/consistency_imf-set-scratch/state.pt was written; remove runs/" in said
+    folder = Path("runs/consistency_imf-set-scratch")
+    assert f"has changed since {folder}/state.pt was written; remove {folder}, and the start is trained again" in said
+    whole = (folder / "state.pt").read_bytes()
+    cut(folder / "state.pt")
+    said = refusal("fsf_dmd.py --data set.npz --steps 1 --resume no", capsys, monkeypatch)
+    assert f"it cannot be resumed, remove {folder}, and the start is trained again" in said
+    (folder / "state.pt").write_bytes(whole)
     small_images("set.npz", 90)
 
     with np.load("set.npz") as found:
