@@ -181,7 +181,7 @@ class Features:
         if len(data.x) < 8:
             raise BadInput(f"--data {data.source}: {len(data.x)} images are too few to evaluate against, "
                            "expected at least 8")
-        digest = hashlib.sha256(data.x.numpy().tobytes() + data.y.numpy().tobytes()).hexdigest()[:12]
+        digest = digest_of(data)
         name = f"features-{digest}.pt"
         path = Path(cache) / f"features-{digest}-{recipe()}.pt"
         with torch.random.fork_rng(devices=[]):                  # the first process alone is here: no other may notice
@@ -315,6 +315,11 @@ def load_classifier(net: nn.Sequential, path: Path) -> bool:
             net.load_state_dict(state)
             return True
     return False
+
+
+def digest_of(data) -> str:
+    """By which images a classifier is found."""
+    return hashlib.sha256(data.x.numpy().tobytes() + data.y.numpy().tobytes()).hexdigest()[:12]
 
 
 def recipe() -> str:

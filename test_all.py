@@ -85,7 +85,7 @@ def test_load_official_reverses_time_and_sign(tmp_path):
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda s: s.pop("blocks.1.mlp.w3.bias"), "missing blocks.1.mlp.w3.bias"),
+    (lambda s: s.pop("blocks.1.mlp.w3.bias"), "1 differences: missing blocks.1.mlp.w3.bias"),
     (lambda s: s.update({"blocks.0.extra": torch.zeros(1)}), "unexpected blocks.0.extra"),
     (lambda s: s.update({"final_layer.linear.bias": torch.zeros(3)}), "final_layer.linear.bias is [3]"),
     (lambda s: s.pop("pos_embed"), "pos_embed is missing"),

@@ -245,11 +245,8 @@ def test_official_lightningdit_of_full_size_loads_with_nothing_left_over():
     assert net.config["qk_norm"]
     assert net.config["size"] == "B/1"
 
-    without_qk_norm = {k: v for k, v in weights.items() if "_norm.weight" not in k or "attn" not in k}
+    without_qk_norm = model.LightningDiT("tiny", qk_norm=False).state_dict()
     assert not model.load_official({"ema": without_qk_norm}).config["qk_norm"]
-    without_a_bias = {k: v for k, v in weights.items() if k != "module.blocks.3.mlp.w3.bias"}
-    with pytest.raises(ValueError, match="1 differences: missing blocks.3.mlp.w3.bias"):
-        model.load_official({"ema": without_a_bias})
 
 
 def test_latents_are_decoded_as_the_autoencoder_gave_them():
@@ -303,8 +300,13 @@ def photos(tmp_path_factory):
     return folder
 
 
+def encode_here(command):
+    """A command of vae.py in this process."""
+    vae.run(vae.parse_args(command.split()[1:]))
+
+
 @pytest.mark.slow
-def test_encoding_resumes_and_splits_without_a_trace(photos):
+def test_encoding_resumes_and_splits_without_a_trace(photos, monkeypatch, capsys):
     encode = "vae.py encode --images images --ckpt vae.pt --size 16"
     whole, half = photos / "latents", photos / "half"
     names = sorted(path.name for path in whole.glob("*.safetensors"))
@@ -316,7 +318,8 @@ def test_encoding_resumes_and_splits_without_a_trace(photos):
         (half / name).write_bytes((whole / name).read_bytes())
     (half / "latents_rank00_shard001.tmp").write_bytes(b"half a shard")
     before = (half / names[0]).stat().st_mtime_ns
-    run(photos, f"{encode} --out half --shard 7")
+    monkeypatch.chdir(photos)
+    encode_here(f"{encode} --out half --shard 7 --workers 0")
     assert (half / names[0]).stat().st_mtime_ns == before        # not made twice
     for name in names:
         a, b = data.open_shard(half / name), data.open_shard(whole / name)
@@ -336,13 +339,13 @@ def test_encoding_resumes_and_splits_without_a_trace(photos):
     assert a.num_classes == 2
 
     # The encoder in bfloat16; the same noise.
-    run(photos, f"{encode} --out rounded --precision bf16 --batch_size 5 --device cpu --workers 0")
+    encode_here(f"{encode} --out rounded --precision bf16 --batch_size 5 --device cpu --workers 0")
     c = data.load_data(str(photos / "rounded"))
     assert 1e-4 < (a.x[rows] - c.x[rows]).abs().max() < 0.2
 
-    printed = run(photos, f"{encode} --out two --shard 7 --seed 1", code=2, processes=1)
-    printed = printed.replace("processes 2 (there) 1 (here), ", "")
-    assert "latents made otherwise: seed 0 (there) 1 (here)" in printed
+    said = refusal(f"{encode} --out two --shard 7 --seed 1", capsys, monkeypatch)
+    said = said.replace("processes 2 (there) 1 (here), ", "")
+    assert "latents made otherwise: seed 0 (there) 1 (here)" in said
 
 
 @pytest.mark.slow
@@ -429,13 +432,14 @@ def test_latents_are_both_flips_normalised_once(photos):
 
 
 @pytest.mark.slow
-def test_unreadable_images_stop_an_encoding_or_are_left_out(photos):
+def test_unreadable_images_stop_an_encoding_or_are_left_out(photos, monkeypatch, capsys):
+    monkeypatch.chdir(photos)
     folder = photos / "damaged" / "a"
     folder.mkdir(parents=True)
     Image.fromarray(np.zeros((20, 20, 3), np.uint8)).save(folder / "0.png")
     (folder / "1.png").write_bytes((photos / "images" / "crops" / "01.png").read_bytes()[:200])
     encode = "vae.py encode --images damaged --ckpt vae.pt --size 16"
-    assert "1.png: not a readable image" in run(photos, f"{encode} --out d0 --workers 0", code=2)
+    assert "1.png: not a readable image" in refusal(f"{encode} --out d0 --workers 0", capsys, monkeypatch)
     assert not list((photos / "d0").glob("*.safetensors"))
     printed = run(photos, f"{encode} --out d1 --skip_bad 1 --dtype bf16")
     assert "1 images in 1 classes" in printed
@@ -531,16 +535,16 @@ def test_bad_latents_are_one_line_and_exit_code_2(photos, monkeypatch, capsys):
 # ---- from images to pictures and FID ---------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_from_images_to_pictures(photos):
+def test_from_images_to_pictures(photos, monkeypatch, capsys):
     """encode -> pretrain -> fsf_dmd -> sample -> decode -> PNG, from a folder of images and a VAE checkpoint."""
-    printed = run(photos, "vae.py check latents")
+    monkeypatch.chdir(photos)
+    encode_here("vae.py check latents")
+    printed = capsys.readouterr().out
     assert "4 shards, 24 images, latents [4, 8, 8] float32, both flips, all finite" in printed
     assert "12 to 12 images per class" in printed
 
-    run(
-        photos, "consistency.py --loss imf --data latents --size tiny --precision fp32 --steps 6 --batch_size 16 "
-        "--out imf --vae vae.pt",
-    )
+    train("consistency.py --loss imf --data latents --size tiny --precision fp32 --steps 6 --batch_size 16 --out imf "
+          "--vae vae.pt")
     printed = run(
         photos, "fsf_dmd.py --data latents --init imf/model.pt --precision fp32 --steps 4 --batch_size 16 "
         "--out fsf --vae vae.pt --health_every 4",
@@ -555,11 +559,11 @@ def test_from_images_to_pictures(photos):
     assert checkpoint["data"]["kind"] == "latents"
     assert checkpoint["data"]["vae"] == meta["vae_hash"]
 
-    run(photos, "evaluate.py fsf/model.pt --vae vae.pt --steps 2 --out pictures")
+    evaluate_here("fsf/model.pt --vae vae.pt --steps 2 --out pictures")
     with Image.open(photos / "pictures" / "samples.png") as picture:
         assert len(picture.convert("L").getcolors()) > 50
 
-    run(photos, "vae.py decode latents --ckpt vae.pt --out decoded --n 3")
+    encode_here("vae.py decode latents --ckpt vae.pt --out decoded --n 3")
     with Image.open(photos / "decoded" / "000002.png") as picture:
         found = np.array(picture).astype(float)
     net, _ = vae.load_vae(photos / "vae.pt")

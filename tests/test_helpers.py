@@ -98,22 +98,14 @@ def environment(threads=1):
 
 def run(folder, command, code=0, processes=1, threads=1):
     """A command as a user types it, in `folder`.  -> its output, after checking the exit code"""
-    return together(folder, command, code=code, processes=processes, threads=threads)[0]
-
-
-def together(folder, *commands, code=0, processes=1, threads=1):
-    """Commands side by side, each process with `threads` threads.  -> their outputs"""
-    started = []
-    for command in commands:
-        script, *flags = shlex.split(command)
-        python = [sys.executable]
-        if processes > 1:
-            python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        started.append(start(folder, [*python, str(HERE / script), *flags], threads))
-    outputs = [process.communicate(timeout=500) for process in started]
-    for command, process, (out, err) in zip(commands, started, outputs):
-        assert process.returncode == code, f"{command}: exit {process.returncode}\n{out}\n{err}"
-    return [out + err for out, err in outputs]
+    script, *flags = shlex.split(command)
+    python = [sys.executable]
+    if processes > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    process = start(folder, [*python, str(HERE / script), *flags], threads)
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == code, f"{command}: exit {process.returncode}\n{out}\n{err}"
+    return out + err
 
 
 def start(folder, words, threads=1):

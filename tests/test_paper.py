@@ -198,7 +198,7 @@ def test_teacher_and_student_may_come_from_different_files(home, monkeypatch, ca
         found = []
         for teacher in ("", "--teacher imf/model.pt"):
             out = f"{name}{len(found)}"
-            argv = f"{flags} --init cd/model.pt {teacher} --data toy.npz --steps 2 {health} --out {out}"
+            argv = f"{flags} --init cd/model.pt {teacher} --data toy.npz --steps 2 --batch_size 32 {health} --out {out}"
             script.train(script.parse_args(argv.split()))
             found.append(torch.load(f"{out}/state.pt", weights_only=True))
         weights = [checkpoints.load_checkpoint(f"{start}/model.pt")["weights"] for start in ("cd", "imf")]

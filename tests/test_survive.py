@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import copy
 import errno
+import gc
 import itertools
 import json
 import math
@@ -225,16 +226,15 @@ def test_a_start_over_that_is_killed_can_be_started_over(in_home, few_samples, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sig", [signal.SIGHUP, signal.SIGTERM])
-def test_a_signal_saves(home, sig):
-    out = f"signal-{sig}"
-    command = FSF.split()
+def test_a_closed_terminal_saves(home):
+    """SIGHUP; Ctrl-C and SIGTERM: test_ctrl_c_saves_and_says_how_to_go_on."""
+    out, command = "signal", FSF.split()
     process = start(home, [sys.executable, str(HERE / command[0]), *command[1:], "--steps", "5000", "--log_every", "1",
                            "--out", out])
     until((home / out / "metrics.jsonl").exists, process)
-    process.send_signal(sig)
+    process.send_signal(signal.SIGHUP)
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + sig and "and saved" in err and "Traceback" not in err
+    assert process.returncode == 128 + signal.SIGHUP and "and saved" in err and "Traceback" not in err
     assert state(home, out)["step"] > 0
 
 
@@ -455,45 +455,51 @@ def test_a_run_that_diverges_is_one_line_and_not_saved(in_home, few_samples, mon
 
 
 @pytest.mark.slow
-def test_a_second_start_is_refused_and_spares_the_first(home):
+def test_a_second_start_is_refused_and_spares_the_first(in_home, monkeypatch, capsys):
     words = f"{FSF} --out twice --log_every 1".split()
     command = [sys.executable, str(HERE / words[0]), *words[1:], "--steps"]
-    first = start(home, [*command, "5000"])
-    until((home / "twice" / "metrics.jsonl").exists, first)
+    first = start(in_home, [*command, "5000"])
+    until((in_home / "twice" / "metrics.jsonl").exists, first)
     for extra in ("", " --resume no"):
-        said = run(home, f"{FSF} --out twice --steps 5000{extra}", code=2).strip().splitlines()[-1]
+        said = refusal(f"{FSF} --out twice --steps 5000{extra}", capsys, monkeypatch)
         assert f"process {first.pid} on " in said and "is training there" in said
     first.send_signal(signal.SIGINT)
     first.communicate(timeout=120)
     assert first.returncode == 130
-    steps = [line["step"] for line in files.read_lines(home / "twice" / "metrics.jsonl") if "grad_norm" in line]
-    assert steps == sorted(set(steps)) and state(home, "twice")["step"] == steps[-1]
+    steps = [line["step"] for line in files.read_lines(in_home / "twice" / "metrics.jsonl") if "grad_norm" in line]
+    assert steps == sorted(set(steps)) and state(in_home, "twice")["step"] == steps[-1]
 
 
 @pytest.mark.slow
-def test_a_start_network_that_another_run_trains_is_waited_for(tmp_path, monkeypatch):
-    small_images(tmp_path / "toy.npz", 90)
-    command = [sys.executable, str(HERE / "fsf_dmd.py"), "--init", "fm", "--data", "toy.npz", "--steps", "2",
-               "--health_every", "0", "--warmup", "1", "--out"]
-    first = start(tmp_path, [*command, "a"])
-    lock = tmp_path / "runs" / "consistency_fm-toy-scratch" / "args.json"
-    until(lock.exists, first)
-    second = start(tmp_path, [*command, "b"])
-    outputs = [process.communicate(timeout=500) for process in (first, second)]
-    assert first.returncode == second.returncode == 0, outputs
-    assert "waiting" in outputs[1][1] and f"process {first.pid}" in outputs[1][1]
+def test_a_start_network_that_another_run_trains_is_waited_for(home, tmp_path, few_samples, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(home / "toy.npz", tmp_path)
+    shutil.copytree(home / "runs" / "cache", tmp_path / "runs" / "cache")
+    args = consistency.parse_args("--loss fm --data toy.npz".split())
+    folder = Path(args.out)
+    shutil.copytree(home / "fm", folder)                    # as if 60 of its steps were left
+    saved = torch.load(folder / "state.pt", weights_only=True)
+    torch.save(dict(saved, step=args.steps - 60, evaluations=[]), folder / "state.pt")
+    command = "fsf_dmd.py --init fm --data toy.npz --steps 2 --health_every 0 --warmup 1 --out"
+    first = start(tmp_path, [sys.executable, str(HERE / "fsf_dmd.py"), *command.split()[1:], "a"])
+    until(lambda: f"process {first.pid} on" in (folder / ".lock").read_text(), first)
+    train(f"{command} b")
+    outputs = first.communicate(timeout=500)
+    assert first.returncode == 0, outputs
+    said = capsys.readouterr().err
+    assert "waiting" in said and f"process {first.pid}" in said
     assert_same(state(tmp_path, "a"), state(tmp_path, "b"))
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_line_and_spares_the_last_files(home):
+def test_a_full_disk_is_one_line_and_spares_the_last_files(in_home, few_samples):
     """A limit on the size of a file fails in the same calls as a full disk, of torch's zip writer too."""
-    out, command = home / "full", f"{IMF} --log_every 1 --out full"
-    run(home, f"{command} --steps 8")
+    out, command = in_home / "full", f"{IMF} --log_every 1 --out full"
+    train(f"{command} --steps 8")
     before = contents(out)
     for kilobytes in (2000, 1):                             # state.pt has 3.4 MB, metrics.jsonl 3 KB
-        words = f"{sys.executable} {HERE / command} --steps 12"
-        found = subprocess.run(["bash", "-c", f"ulimit -f {kilobytes}; exec {words}"], cwd=home, env=environment(),
+        words = f"{sys.executable} {HERE / command} --steps 12 --save_every 1"
+        found = subprocess.run(["bash", "-c", f"ulimit -f {kilobytes}; exec {words}"], cwd=in_home, env=environment(),
                                capture_output=True, text=True, timeout=300)
         last = found.stderr.splitlines()[-1]
         assert found.returncode == 2 and "Traceback" not in found.stderr
@@ -501,8 +507,8 @@ def test_a_full_disk_is_one_line_and_spares_the_last_files(home):
         after = contents(out)
         assert all(after[name] == before[name] for name in ("state.pt", "model.pt", "args.json", "result.json"))
         assert not list(out.glob(".*.tmp"))
-    run(home, f"{command} --steps 12")                      # with space again it goes on
-    assert state(home, "full")["step"] == 12
+    train(f"{command} --steps 12")                          # with space again it goes on
+    assert state(in_home, "full")["step"] == 12
 
 
 @pytest.fixture
@@ -514,24 +520,25 @@ def small_disk(tmp_path):
     if mounted.returncode:
         pytest.skip("needs the right to mount a tmpfs")
     yield folder
+    gc.collect()                                            # of a file that is mapped into memory
     subprocess.run(["umount", str(folder)], check=True)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("mount"), reason="needs mount")
-def test_a_run_on_a_real_full_disk_goes_on_when_there_is_space_again(home, small_disk):
+def test_a_run_on_a_real_full_disk_goes_on_when_there_is_space_again(in_home, few_samples, small_disk):
     command = f"{IMF} --log_every 1 --preview_every 4 --out"
-    run(home, f"{command} {small_disk}/run --steps 8")      # state.pt and model.pt: 4.5 MB
+    train(f"{command} {small_disk}/run --steps 8")          # state.pt and model.pt: 4.5 MB
     before = contents(small_disk / "run")
-    said = run(home, f"{command} {small_disk}/run --steps 12", code=2)          # a second state.pt does not fit
+    said = run(in_home, f"{command} {small_disk}/run --steps 12 --save_every 1", code=2)    # no second state.pt fits
     assert said.splitlines()[-1].startswith("consistency.py: error: no space left on the disk")
     after = contents(small_disk / "run")
     assert "Traceback" not in said
     assert all(after[name] == before[name] for name in ("state.pt", "model.pt", "args.json", "result.json"))
     subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
-    run(home, f"{command} {small_disk}/run --steps 12")
-    run(home, f"{command} uninterrupted --steps 12")
-    assert_same(state(small_disk, "run"), state(home, "uninterrupted"))
+    train(f"{command} {small_disk}/run --steps 12")
+    train(f"{command} uninterrupted --steps 12")
+    assert_same(state(small_disk, "run"), state(in_home, "uninterrupted"))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
@@ -748,8 +755,6 @@ def test_a_record_of_before_inputs_were_kept_is_not_one_of_other_data(tmp_path):
     del record["inputs"]
     files.write_atomic(kept_runs.beside(job, ".json"), files.json_text(record))
     assert kept_runs.changes(job) == ["what it reads"]
-    kept_runs.Runner(args).run(job)
-    assert kept_runs.is_done(job) and not (job.folder / "notes.txt").exists()
 
     # Data that are replaced while the run reads them: it may have seen both.
     def replaces():
@@ -758,14 +763,12 @@ def test_a_record_of_before_inputs_were_kept_is_not_one_of_other_data(tmp_path):
             time.sleep(0.05)
         small_images(tmp_path / "set.npz", 90)
 
-    kept_runs.beside(job, ".json").unlink()
-    shutil.rmtree(job.folder)
     replacing = threading.Thread(target=replaces)
     replacing.start()
     with pytest.raises(common.BadInput, match="seed0: what it reads changed while it ran; the same command runs it"):
         kept_runs.Runner(args).run(job)
     replacing.join()
-    assert not kept_runs.is_done(job)
+    assert not kept_runs.is_done(job) and not (job.folder / "notes.txt").exists()
 
 
 def test_what_measures_an_fid_is_part_of_a_kept_run(tmp_path):
