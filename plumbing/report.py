@@ -369,8 +369,10 @@ def figure(kind, table, rows, path):
         axis.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         axis.tick_params(axis="y", which="both", labelsize=8)
-    band = f"band: standard error of the paired difference to row {table.reference}, where both were evaluated"
-    drawing.suptitle(f"mean over seeds; {band}", fontsize=8)
+    title = "mean over seeds"
+    if table.reference in rows:
+        title += f"; band: standard error of the paired difference to row {table.reference}, where both were evaluated"
+    drawing.suptitle(title, fontsize=8)
     drawing.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     write_atomic(path, lambda temporary: drawing.savefig(temporary, format="png", dpi=100))
 
