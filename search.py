@@ -5,7 +5,7 @@
     python search.py fm                      # from the velocity network (Table 4): 5 methods, 6 runs each
     python search.py scratch                 # Table 5: 6 methods, 6 runs each
     python search.py weak --method SiD       # one method
-    python search.py weak --data /usr/share/datasets/fashion-mnist --seeds 1  # 6 methods, 4 runs each; strong: 4; fm: 3
+    python search.py weak --data /usr/share/datasets/fashion-mnist --seeds 1  # 7 methods, 4 runs each; strong: 4; fm: 3
     python search.py scratch --data /usr/share/datasets/fashion-mnist --seeds 1  # 3 methods, 3 or 4 runs each
 
 Six settings a method from the weak start; four elsewhere, around what the weak search chose, or from scratch around the

@@ -487,6 +487,36 @@ def test_what_is_said_of_the_strong_start_of_fashion_mnist_is_in_the_numbers():
     assert Told("sid-fashion-mnist-strong").mean(SID, "fd_2step", 1) == "31.2"
 
 
+def test_what_is_said_of_one_fake_update_on_fashion_mnist_is_in_the_numbers():
+    told, of_1_to_5 = Told("table7-fashion-mnist-weak-row1-9"), Told(FASHION_2)
+    ALONE, GAN, DMD2 = 1, 9, 4
+    section = told.text.split("## Table 7, DMD2 with one fake update")[1].split("## Where it would help")[0]
+
+    def curve(of, number):
+        [row] = [row for row in of.stored["rows"] if row["number"] == number]
+        return np.array([[e["fd_2step"] for e in run["evaluations"]] for run in row["seeds"].values()])
+
+    ours, theirs = curve(told, ALONE), curve(of_1_to_5, DMD2)
+    for values in (ours[:, 0], theirs[:, 0], ours[:, -1], theirs[:, -1]):
+        first, second, third = (f"{value:.1f}" for value in values)
+        assert f"{first}, {second} and {third}" in section
+    assert (ours[:, 1] > ours[:, 0]).sum() == 2
+    assert max(told.gain(ALONE, GAN, "fd_2step", "0.817 ± 0.316")) < 0
+    assert [told.last[row][0]["passes"] for row in (ALONE, GAN)] == [425, 889]
+    for row in told.stored["rows"]:
+        assert " --lr " not in row["command"]                                           # the preset's: the best of 1:5
+
+    name = "search-fashion-mnist-weak-DMD2_1_1_no_GAN"
+    rows = json.loads((KEPT / name / "runs.json").read_text())["rows"]
+    settings = ["0.0001 --fake_lr 0.001", "0.0003 --fake_lr 0.001", "0.0003 --fake_lr 0.003", "0.001 --fake_lr 0.003"]
+    assert [row["setting"] for row in rows] == [f"--lr {setting}" for setting in settings]
+    assert [f"{row['distance'][0]:.1f}" for row in rows] == ["33.7", "37.9", "36.2", "70.2"]
+    assert {round(row["runs"][0]["evaluations"][-1]["passes"]) for row in rows} == {2252}
+    best = {method: distance for method, (_, distance) in best_of_search("weak", "fashion-mnist", seeds=1).items()}
+    found = [f"{best[method]:.1f}" for method in ("DMD2", "FSF-DMD, M = 2", "CD with masking")]
+    assert f"has {found[0]} (3,181 passes), FSF-DMD {found[1]} and CD with masking {found[2]}" in section
+
+
 def test_what_is_said_of_table_3_on_fashion_mnist_is_in_the_numbers():
     told = Told("table3-fashion-mnist-weak")
     gain, mean = told.gain, told.mean
