@@ -121,7 +121,9 @@ def preset_kind(source: str) -> str:
     """
     if data_kind(source) == "latents":
         return "latents"
-    side = 8
+    if source == "digits":                                       # a folder of this name may lie here
+        return "pixels"
+    side = 0
     if source.endswith(".npz"):
         if Path(source).is_file():
             shape, _ = npz_headers(source, f"--data {source}").get("images", ((), None))
@@ -137,7 +139,7 @@ def preset_kind(source: str) -> str:
 def data_name(source: str) -> str:
     """What the folders of runs and tables on a --data are named after: its file or folder, without the path."""
     path = Path(source)
-    return path.resolve().name if path.is_dir() else path.stem
+    return path.resolve().name if source != "digits" and path.is_dir() else path.stem
 
 
 def normalize(x: torch.Tensor, mean: list, std: list) -> torch.Tensor:

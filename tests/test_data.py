@@ -89,7 +89,7 @@ def test_small_images_in_folders_are_pixel_data(tmp_path, few_samples, monkeypat
     assert "fd_1step" in json.loads(Path("run/result.json").read_text())["last"]
 
 
-def test_of_a_folder_of_images_only_those_are_read_and_the_rest_is_said(tmp_path, monkeypatch, capsys):
+def test_of_a_folder_of_images_only_those_are_read_and_the_rest_is_said(tmp_path, capsys):
     """Hidden files are no images, other files are counted, what is transparent is white, parts are no classes."""
     for name in ("a", "b"):
         (tmp_path / "set" / name / ".ipynb_checkpoints").mkdir(parents=True)
@@ -114,9 +114,14 @@ def test_of_a_folder_of_images_only_those_are_read_and_the_rest_is_said(tmp_path
     args = argparse.Namespace(out=str(tmp_path / "set" / "runs" / "x"), data=str(tmp_path / "set"), resume="auto")
     with pytest.raises(common.BadInput, match="lies in --data"):
         run_folder.check_folder(args)
+
+
+def test_beside_a_folder_named_digits_the_digits_are_still_scikit_learns(tmp_path, few_samples, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "digits").mkdir()                                # beside which `digits` is still scikit-learn's
-    run_folder.check_folder(argparse.Namespace(out="digits/run", data="digits", resume="auto"))
+    for steps in (1, 2):
+        train(f"consistency.py --loss imf --batch_size 8 --steps {steps} --out digits/run")
+    assert state(tmp_path, "digits/run")["step"] == 2 and data.data_name("digits") == "digits"
+    assert checkpoints.load_checkpoint("digits/run/model.pt")["config"]["num_classes"] == 10
 
 
 def test_a_start_of_other_images_is_said(in_home, capsys):
