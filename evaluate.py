@@ -24,9 +24,9 @@ from common import BadInput, main, noise_by_index, pick_device, rank, setup, wor
 from data import Data, denormalize, load_data, normalize, preview, to_images
 from fid import (collect, describe, differ, feature_networks, image_source, inception_metrics, own_statistics,
                  read_reference, write_reference)
-from inception import Inception  # noqa: F401  (a public name of this file too, as the metrics two lines below)
-from metrics import EVAL_SEED, METRICS, Features
+from inception import Inception  # noqa: F401  (a public name of this file too, as those of the next line)
 from metrics import frechet_distance, inception_score, precision_recall  # noqa: F401
+from metrics import EVAL_SEED, METRICS, Features
 from model import LightningDiT, backward_simulation, euler_sample, fixed_guidance, guided_map, guided_velocity, sample
 from plumbing.checkpoints import load_checkpoint, load_network, refuse_not_finite, say_unlearned, weights_hash
 from plumbing.files import json_text, reading, refuse_flips, write_atomic

@@ -227,7 +227,7 @@ class TimestepEmbedder(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def features(self, t):                                                              # [B] -> [B, 256]
+    def features(self, t):                                                              # [B] -> [B, 256], as DiT's
         freqs = torch.exp(-math.log(10000) * torch.arange(128, device=t.device, dtype=t.dtype) / 128)
         angle = t[:, None] * freqs
         return torch.cat([angle.cos(), angle.sin()], dim=-1)                            # cos first

@@ -269,6 +269,7 @@ def test_cosine_and_guided_channels_reach_multi_channel_data(tmp_path, few_sampl
 
 # ---- who trains whom -------------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, order", [
     ("dmd2.py --ttur 3", [0, 1, 1, 1, 0, 1, 1, 1]),             # TTUR 1:3 as DMD2 counts
     ("sid.py --lambda_g 0.1", [1, 0, 1, 0]),                    # 1:1, fake first

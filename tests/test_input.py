@@ -68,6 +68,7 @@ def damaged_checkpoints(good):
         yield f"weights {type(value)}", good | dict(weights=good["weights"] | {name: value})
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints(in_home, monkeypatch, capsys):
     good = torch.load("imf/model.pt", weights_only=True)
     for name, checkpoint in damaged_checkpoints(good):

@@ -884,6 +884,7 @@ def two_modes_v(x, t):
     return (x - x0) / t
 
 
+@pytest.mark.slow
 def test_without_consistency_distillation_the_generator_collapses():
     """The paper: "unstable when L_CD is omitted".  Two modes, exact teacher; M = 1, shift 10.
 

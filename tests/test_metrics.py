@@ -665,6 +665,7 @@ def test_a_part_of_a_folder_sorted_by_class_has_every_class(tmp_path):
     assert torch.cat([images(0, 2), images(2, 9)])[:, 0, 0, 0].tolist() == [20 * i for i in (0, 2, 4, 7, 9)]
 
 
+@pytest.mark.slow
 def test_precision_is_of_the_generated_images_and_inception_score_of_ten_splits():
     """One mode: all generated images lie among the real ones, which they do not cover."""
     torch.manual_seed(0)

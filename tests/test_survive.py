@@ -198,6 +198,7 @@ def test_a_signal_after_the_last_step_is_not_lost(in_home):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_a_start_over_that_is_killed_can_be_started_over(in_home, few_samples, monkeypatch):
     """Whatever of the old run was removed by then, with the pictures that evaluate.py lays beside it."""
     command, killed = f"{IMF} --steps 1 --out again --resume no", 0
@@ -541,6 +542,7 @@ def test_a_run_on_a_real_full_disk_goes_on_when_there_is_space_again(in_home, fe
     assert_same(state(small_disk, "run"), state(in_home, "uninterrupted"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
 def test_freed_memory_is_not_faulted_in_again():
     """80 MB are 19,500 pages; as glibc is by itself, some processes fault all of them in again every time."""
@@ -786,6 +788,7 @@ def test_what_measures_an_fid_is_part_of_a_kept_run(tmp_path):
         assert {name for name in now if now[name] != before[name]} == {"measure"}
 
 
+@pytest.mark.slow
 def test_a_run_whose_data_have_changed_is_not_resumed(tmp_path, monkeypatch, capsys, few_samples):
     monkeypatch.chdir(tmp_path)
     small_images("set.npz", 60)
@@ -839,6 +842,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
     assert made.hash == kept.hash
 
 
+@pytest.mark.slow
 def test_a_distillation_goes_on_after_its_start_was_trained_further(tmp_path, few_samples, monkeypatch):
     """It has its own weights; one that begins is told that its start is another by now."""
     monkeypatch.chdir(tmp_path)
