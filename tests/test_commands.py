@@ -802,6 +802,7 @@ def test_a_network_of_latents_is_compiled_on_a_gpu_only_where_a_c_compiler_is(tm
     assert flags.resolve_compile(args, "latents") == "auto"
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line_and_exit_code_2(in_home, monkeypatch, capsys):
     write_bad_inputs(in_home)
     before = sorted(in_home.rglob("*"))

@@ -380,6 +380,7 @@ def test_inception_matches_torch_fidelity_and_pytorch_fid(tmp_path):
             assert (logits - expected).abs().max() <= 2e-4 * expected.std()
 
 
+@pytest.mark.slow
 def test_inception_weights_in_nvidias_layout(tmp_path):
     """378 tensors without gammas, in a TorchScript archive: the same network."""
     _, net, _ = golden_inception()

@@ -597,6 +597,7 @@ def passes_of_the_discriminator(net):
     return counted[0] / counted[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, side, channels", [("tiny", 8, 1), ("small", 28, 1), ("B/1", 16, 32)])
 @pytest.mark.parametrize("conditioning", ["in_context", "plain"])
 def test_a_pass_of_the_discriminator_costs_what_passes_says(size, side, channels, conditioning):
