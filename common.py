@@ -60,12 +60,14 @@ def main(train, parse_args):
             raise
         leave("another process of this run ended; the last state.pt is untouched, run the same command again "
               f"({first_line(error)})", 1)
-    except SystemExit:                                              # after a signal all processes stop at one step
+    except SystemExit as stop:                                      # after a signal all processes stop at one step
         if dist.is_initialized():
             dist.destroy_process_group()
+            exit_at_once(stop.code)
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
+        exit_at_once(0)
 
 
 def leave(words, code):
@@ -73,11 +75,21 @@ def leave(words, code):
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
     print(f"{Path(sys.argv[0]).name}: {' '.join(words.splitlines())}", file=sys.stderr, flush=True)
-    if dist.is_initialized():           # an orderly end waits for the others, which may wait in turn; gloo may abort
-        with contextlib.suppress(Exception):                        # a reader that is gone
-            sys.stdout.flush()
-        os._exit(code)
+    if dist.is_initialized():                                       # an orderly end waits for others that may wait too
+        exit_at_once(code)
     sys.exit(code)
+
+
+def exit_at_once(code):
+    """End one process of several.
+
+    While the interpreter ends by itself, a thread of gloo may free a tensor, which aborts the process
+    (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):                        # a reader that is gone
+            stream.flush()
+    os._exit(code)
 
 
 def is_lost(error):

@@ -286,6 +286,25 @@ def test_two_processes_of_torchrun_stop_together_and_save(home, sig):
     assert "and saved" in err and state(home, out)["step"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("end, code", [("return", 0), ("sys.exit(143)", 143), ("raise common.BadInput('no')", 2)])
+def test_one_of_several_processes_ends_before_the_interpreter_does(tmp_path, end, code):
+    """There a thread of gloo could abort it; what was printed is not lost."""
+    (tmp_path / "script.py").write_text(f"""import atexit, sys
+sys.path.insert(0, {str(HERE)!r})
+import common, torch.distributed as dist
+def train(_):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    atexit.register(print, "the interpreter's own end")
+    print("trained")
+    {end}
+common.main(train, lambda: None)
+""")
+    process = start(tmp_path, [sys.executable, "script.py"])
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (code, "trained\n"), err
+
+
 # ---- the run folder --------------------------------------------------------------------------------------------------
 
 def a_file(folder):
