@@ -5,7 +5,7 @@ Here: networks, calculus of flow maps, optimizer, the project itself.  In tests/
 identities between methods.  test_steps.py: the gradient of every update in the training loops.  test_commands.py: the
 scripts as a user runs them.  test_survive.py, test_input.py: what goes wrong.  test_data.py, test_images.py,
 test_metrics.py: data, autoencoder, official weights, metrics.  test_paper.py: the presets.  test_reproduce.py: the
-tables.  test_results.py: the numbers that the texts say.
+tables.  test_results.py, test_searches.py, test_benchmarks.py: the numbers that the texts say.
 
 Facts, not shapes: outputs of the official implementations (golden/), closed forms, identities between methods, exact
 resume, real command lines in a subprocess.

@@ -3,7 +3,6 @@
 The first half trains in this process, through the scripts' own parse_args and train; the second in a subprocess.
 """
 import argparse
-import importlib
 import json
 import re
 import shlex
@@ -839,69 +838,3 @@ def test_attention_is_asked_in_the_way_that_the_flash_kernel_takes(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         net(torch.randn(1, 32, 4, 4), 0.5, torch.tensor([3]), 0.0)
     assert asked == [({}, {torch.bfloat16}, {64}, 1)] * 5
-
-
-# ---- what stands beside the scripts ----------------------------------------------------------------------------------
-
-@pytest.mark.slow
-def test_the_surrogate_and_the_rehearsal_for_a_gpu_run(in_home, monkeypatch, capsys):
-    """Both leave their files; the second measures on the CPU, at tiny size, and what is measured is not done again."""
-    run(in_home, "benchmarks/surrogate.py toy=imf/model.pt --omega 1 2 --steps 3 --n 20 --device cpu --out surrogate")
-    rows = json.loads((in_home / "surrogate" / "runs.json").read_text())["rows"]
-    assert [row["omega"] for row in rows] == [1, 2] and all(len(row["bins"]) == 5 for row in rows)
-    assert all(-1 <= row["over_tau"][k]["cosine"] <= 1 for row in rows for k in ("k1", "k10"))
-    assert all(-1 <= at["two_explicit"] < 0.99999 for row in rows for at in row["bins"])   # they saw other samples
-    assert (in_home / "surrogate" / "surrogate.png").exists()
-    command = "benchmarks/gpu.py --rehearse 1 --block difference cost --out gpu"
-    run(in_home, command)
-    ways = json.loads((in_home / "gpu" / "gpu" / "difference.json").read_text())["rows"]
-    assert ways[0]["relative_error"] == 0 < ways[1]["relative_error"] < 0.01 < ways[-1]["relative_error"]
-
-    # Again, in this process; cost.py takes SIGTERM for itself.
-    monkeypatch.syspath_prepend(str(HERE / "benchmarks"))
-    gpu, on_term = importlib.import_module("gpu"), signal.getsignal(signal.SIGTERM)
-
-    def again(more):
-        try:
-            gpu.run(gpu.parse_args(shlex.split(f"{command} {more}")[1:]))
-        finally:
-            signal.signal(signal.SIGTERM, on_term)
-        return capsys.readouterr().out
-
-    assert "measured before" in again("") and "## difference" in (in_home / "gpu" / "gpu.md").read_text()
-    # Of the cost one row is measured: the block is not done, and the row is kept under a name that no block has.
-    kept = (in_home / "gpu" / "gpu" / "rows" / "cost.json").read_text()
-    assert [name.split(": ", 1)[1] for name in json.loads(kept)] == ["imf: Consistency distillation"]
-    assert "measured before" not in again("--again 1")
-    assert (in_home / "gpu" / "gpu" / "rows" / "cost.json").read_text() == kept
-
-
-@pytest.mark.slow
-def test_the_benchmark_of_a_step_compares_like_with_like(in_home):
-    """benchmarks/step.py: its straightforward network is ours, and every part that it names was met."""
-    run(in_home, "benchmarks/step.py --size tiny --batch_size 4 --repeats 1 --compile 0 --device cpu --out parts")
-    found = json.loads((in_home / "parts" / "runs.json").read_text())
-    assert found["backbone"]["largest_difference"] < 1e-5 * found["backbone"]["largest_output"]
-    assert [m["passes"] for m in found["methods"].values()] == [5, 10, 13]
-    for name, m in found["methods"].items():
-        lines = (in_home / "parts" / "README.md").read_text()
-        assert {"backward", "optimizer", "EMA", "finite difference", "logging"} <= m["parts"].keys() and name in lines
-
-
-@pytest.mark.slow
-def test_the_picture_of_several_networks_shows_what_they_generate(in_home):
-    """benchmarks/picture.py: under its caption stands the sample that `generate` makes, not another one's."""
-    run(in_home, "benchmarks/picture.py start=consistency.py:imf/model.pt v=fm/model.pt --steps 2 --out three.png")
-    picture = np.asarray(Image.open(in_home / "three.png").convert("L"))
-    made_for = checkpoints.load_checkpoint("imf/model.pt")["data"]
-    side, shape = 48, made_for["shape"]
-    assert picture.shape[0] == 3 * (20 + side + 4) + 4                  # real images and two networks
-    for band, path in enumerate(("imf/model.pt", "fm/model.pt"), 1):
-        net, checkpoint = checkpoints.load_network(path)
-        flags = checkpoint["args"]
-        x, _ = evaluate.generate(net, 3, shape, 2, flags["omega"], flags["guide_to"], classes=3)
-        expected = data.to_images(x, made_for)[..., 0]
-        top = band * (20 + side + 4) + 20
-        for column in range(3):
-            tile = picture[top:top + side, 4 + column * (side + 4):][:, :side]
-            assert (tile[::side // shape[1], ::side // shape[2]] == expected[column]).all()

@@ -1,0 +1,591 @@
+"""What cost.py and benchmarks/ measured is what the texts say, and they measure what they claim to."""
+import json
+import re
+import shlex
+import signal
+import statistics
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import consistency
+import cost
+import data
+import evaluate
+import finite_difference
+import fsf_dmd
+import gpu
+import step
+import strength
+import surrogate
+from plumbing import checkpoints, kept_runs
+from test_helpers import HERE, rand, run
+from told import FASHION_2, FASHION_STRONG, KEPT, Told, words_of_the_texts
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the texts say of cost
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def kept_cost():
+    """(runs.json of the kept cost table, its rows by label)."""
+    found = json.loads((KEPT / "cost-cpu" / "runs.json").read_text())
+    return found, {row["label"]: row for row in found["rows"]}
+
+
+def test_the_cost_table_follows_from_its_runs_and_stands_in_the_text():
+    found, rows = kept_cost()
+    page = (KEPT / "cost-cpu" / "README.md").read_text()
+    assert page == cost.page(found, "python cost.py --batch_size 4 --out results")
+    assert cost.markdown(found) in page and cost.markdown(found) in (HERE / "RESULTS.md").read_text()
+    assert list(rows) == [label for label, *_ in cost.COST]
+    assert (found["size"], found["batch"]) == ("B/1", 4)
+    for row, (_, start, command) in zip(found["rows"], cost.COST):
+        assert row["command"].replace(f"{str(start).upper()}.pt", "{start}") == command
+
+
+def test_what_is_said_of_cost_is_in_the_numbers():
+    """Hours of the ImageNet tables and ratios from the counted FLOPs; the passes of DMD2's header."""
+    _, rows = kept_cost()
+    results = (HERE / "RESULTS.md").read_text()
+    flops = {label: 128 * row["gflop_per_image"] + row["gflop_optimizer"] for label, row in rows.items()}
+    hours = {label: row["hours_modelled"] for label, row in rows.items()}
+    for label, row in rows.items():
+        assert hours[label] == pytest.approx(row["preset_steps"] * flops[label] * 1e9 / cost.RATE / 3600)
+    CD, M1, M2 = "imf: Consistency distillation", "imf: FSF-DMD M=1", "imf: FSF-DMD M=2"
+    DMD2, IDA, BOTH, ONE = "imf: DMD2 1:5", "imf: DMD2 + IDA", "imf: DMD2 + L_CD", "imf: DMD2 1:1"
+
+    def ttur(R, gan):                                                 # linear in R
+        one, five = hours[f"imf: DMD2 1:1{gan}"], hours[f"imf: DMD2 1:5{gan}"]
+        return one + (R - 1) / 4 * (five - one)
+
+    of_fm = [hours[label] for label in rows if label.startswith("fm: ")]
+    assert len(of_fm) == 4
+    from_scratch = ("iMF", "iMF + DMD2", "iMF + TwinFlow", "RCGM", "RCGM + TwinFlow", "FSF-DMD from scratch")
+    table_7 = [ttur(R, gan) for gan in (", no GAN", "") for R in (1, 2, 3, 4, 5, 5, 5, 5)]
+    sums = {
+        "2": sum(hours[label] for label in (CD, DMD2, IDA, BOTH, M2, M1)),
+        "3": 2 * hours[CD] + 2 * hours[M1] + 4 * hours[M2] + hours[DMD2],             # DMD2 with M = 1 as with M = 2
+        "4": sum(of_fm) + hours["fm: Consistency distillation"],      # FSF-DMD begins with as many steps of it
+        "5": sum(hours[label] for label in from_scratch),
+        "7": sum(table_7) + 4 * (hours[BOTH] - hours[DMD2]),          # four rows have L_CD
+        "8": 5 * hours[M2],
+        "9": 9 * hours[M2],
+    }
+    for table, total in sums.items():
+        command = rf"`python reproduce.py {table} --data latents \.\.\.`"
+        assert re.search(rf"^\| {table}, .*\| not run here \| {command} \| {total:.0f} \|$", results, re.M), table
+
+    text = " ".join(results[results.index("The hours are modelled"):].split())
+    share = {B: rows[CD]["gflop_optimizer"] / (B * rows[CD]["gflop_per_image"] + rows[CD]["gflop_optimizer"])
+             for B in (4, 128)}
+    paper = cost.paper_seconds()
+    seconds, memory = (rows[DMD2][name] / rows[M2][name] for name in ("sec_per_step", "memory_gb"))
+    of_m2, of_one = rows[M2]["memory_gb"], rows[ONE]["memory_gb"]
+    scratch, imf = "FSF-DMD from scratch", "iMF"
+    unmasked = flops[CD] + 128 * rows[CD]["gflop_per_image"] / rows[CD]["passes"]           # a pass more
+    for words in (
+        f"(iMF {hours['iMF']:.0f} hours, FM {hours['FM']:.0f})",
+        f"NorMuon is {share[4]:.0%} of CD's FLOPs here and {share[128]:.0%} at",
+        f"({seconds:.1f} times FSF-DMD, M = 2)",
+        f"DMD2 takes {flops[DMD2] / flops[M2]:.1f} times FSF-DMD, M = 2, and CD {flops[CD] / flops[M2]:.2f} times "
+        f"(without masking, as the paper's, {unmasked / flops[M2]:.2f}); in the paper's seconds 3.8 and "
+        f"{paper[CD] / paper[M2]:.2f}",
+        f"DMD2 + L_CD is {flops[BOTH] / flops[M2]:.1f} here and {paper[BOTH] / paper[M2]:.1f} there",
+        f"FSF-DMD takes {flops[scratch] / flops[imf]:.1f} times iMF, in the paper {paper['FSF-DMD'] / paper[imf]:.1f}",
+        f"RCGM {flops['RCGM'] / flops[imf]:.1f} times, in the paper {paper['RCGM'] / paper[imf]:.1f}",
+        f"DMD2 needs {memory:.1f} times",
+        f"{of_m2:.2f} of {of_one:.2f} ({of_m2 / of_one:.2f})",
+    ):
+        assert words in text, words
+    for label, percent, peak in ((imf, 18, 312e3), (M2, 12, 2250e3)):   # GFLOP/s in bf16 of an A100 and a B200
+        assert f"{flops[label] / paper[label] / peak:.0%}" == f"{percent}%"
+        assert f"{percent}% of a" in text
+
+    # What the GAN adds, in the header of dmd2.py: a + b R passes at TTUR 1:R.  Without it 1:5 takes 26.5 on average.
+    added = {R: rows[f"imf: DMD2 1:{R}"]["passes"] - rows[f"imf: DMD2 1:{R}, no GAN"]["passes"] for R in (1, 5)}
+    b = (added[5] - added[1]) / 4
+    assert (f"{added[1] - b:.1f}", f"{b:.1f}", f"{26.5 + added[5]:.1f}") == ("1.1", "3.3", "44.1")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A GPU, memory, the noise of sampling
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_said_of_a_gpu_is_in_the_numbers():
+    text = words_of_the_texts()
+    cost, profile, difference, throughput, runs = (
+        json.loads((KEPT / "gpu" / f"{block}.json").read_text())
+        for block in ("cost", "profile", "difference", "throughput", "runs"))
+    first, again = ({row["label"]: row for row in rows} for rows in (cost["rows"], cost["again"]))
+    one, two, dmd2, cd = (first[f"imf: {name}"] for name in ("FSF-DMD M=1", "FSF-DMD M=2", "DMD2 1:5",
+                                                             "Consistency distillation"))
+    table = json.loads((KEPT / "cost-cuda" / "runs.json").read_text())["rows"]
+    assert {row["label"]: row["sec_per_step"] for row in table} == {k: row["sec_per_step"] for k, row in first.items()}
+    pair = ("imf: FSF-DMD M=2", "imf: DMD2 1:5")
+    seconds = [[rows[label]["sec_per_step"] for label in pair] for rows in (first, again)]
+    parts = {kind: spent / profile["step_seconds"] for kind, spent in profile["seconds_of"].items()}
+    ways = {row["way"].split(", ")[-1].split(" ")[0]: row for row in difference["rows"][1:]}
+    decoding = throughput["rows"][1]["images_per_second"]
+    for words in (
+        f"{seconds[0][0]:.3f} s for FSF-DMD with M = 2 and {seconds[0][1]:.3f} s for DMD2 1:5",
+        f"{seconds[0][1] / seconds[0][0]:.1f} times as long",
+        f"{seconds[1][0]:.3f} and {seconds[1][1]:.3f} s, {seconds[1][1] / seconds[1][0]:.1f} times",
+        f"M = 1 takes {one['sec_per_step']:.3f} s (the paper 0.31), CD with masking {cd['sec_per_step']:.3f}",
+        f"{two['memory_gb']:.1f} GB for M = 2, {one['memory_gb']:.1f} for M = 1 and {dmd2['memory_gb']:.1f} for DMD2",
+        f"{len(cost['missing'])} of the {len(cost['missing']) + len(first)} rows were not run",
+        f"takes {two['sec_per_step']:.2f} to {seconds[1][0]:.2f} s, one of DMD2 {seconds[1][1]:.2f} to "
+        f"{seconds[0][1]:.2f} s",
+        f"(M = 1: {one['memory_gb']:.1f} GB), not with two ({two['memory_gb']:.1f}; DMD2 {dmd2['memory_gb']:.1f})",
+        f"The 4,000 steps of FSF-DMD take {4000 * two['sec_per_step'] / 60:.0f} minutes at an H200's "
+        f"{two['sec_per_step']:.2f} s",
+        f"{two['sec_per_step']:.2f} to {seconds[1][0]:.2f} s and {seconds[1][1]:.2f} to {seconds[0][1]:.2f} s; "
+        f"{two['memory_gb']:.1f} and {dmd2['memory_gb']:.1f} GB (M = 1: {one['memory_gb']:.1f})",
+        f"reaches {two['share_of_matrix_rate']:.0%} of the card's bf16 matrix rate ({cost['matrix_rate'] / 1e12:.0f}",
+        f"{parts['matrix products']:.0%} are matrix products, "
+        f"{parts['elementwise'] + parts['reductions']:.0%} elementwise",
+        f"{parts['attention']:.0%} attention, and for {parts['idle']:.0%} the card waits",
+        f"by {ways['float32']['relative_error']:.4f} in float32, by {ways['TF32']['relative_error']:.3f} in TF32",
+        f"and by {ways['bf16']['relative_error']:.2f} in bf16",
+        f"TF32 costs {ways['TF32']['seconds'] / ways['float32']['seconds']:.0%} of float32's time",
+        f"need {throughput['minutes_of_fid']:.1f} minutes",
+        f"({decoding:.0f} images a second, 8 at a time) is {50_000 / decoding / 60:.1f}",
+    ):
+        assert words in text, words
+    less = json.loads((KEPT / "gpu-h100" / "runs.json").read_text())
+    waiting, free = (row["sec_per_step"] for row in less["rows"])
+    idle = less["profile"]["seconds_of"]["idle"] / less["profile"]["step_seconds"]
+    for words in (f"a step takes {free} s instead of {waiting}", f"so {1 - free / waiting:.0%} is nothing",
+                  f"still idles for {idle:.0%} of a step"):
+        assert words in text, words
+    for row in runs["rows"]:
+        if row["setting"].startswith("fp32") and (row["script"], row["setting"]) != ("dmd2", "fp32 compiled"):
+            assert row["first_step"] < 0.01 and row["all_steps"] < 0.11
+
+
+def test_what_is_said_of_memory_and_of_sampling_noise_is_in_the_numbers():
+    text = words_of_the_texts()
+    rows = json.loads((KEPT / "memory-cpu" / "runs.json").read_text())["rows"]
+    (two, two_compiled), (_, one_compiled), (dmd, dmd_compiled) = ((r["memory_gb_eager"], r["memory_gb_compiled"])
+                                                                   for r in rows)
+    assert f"M = 2 takes {two / dmd:.2f} ({two:.2f} of {dmd:.2f} GB)" in text
+    assert f"{two_compiled / dmd_compiled:.2f} ({two_compiled:.2f} of {dmd_compiled:.2f} GB)" in text
+    assert f"with M = 1 {one_compiled / dmd_compiled:.2f} ({one_compiled:.2f} GB)" in text
+    assert f"the other way round M = 2 needs {rows[0]['memory_gb_before']:.2f} GB" in text
+    for suffix, words in (("eager", "{:.2f} of {:.2f} GB ({:.2f})"), ("compiled", "{:.2f} of {:.2f} ({:.2f})")):
+        two, dmd = rows[0][f"memory_gb_kept_{suffix}"], rows[2][f"memory_gb_kept_{suffix}"]
+        assert words.format(two, dmd, two / dmd) in text
+    runs = json.loads((KEPT / "noise-fashion-mnist" / "runs.json").read_text())["runs"]
+    spread = {name: statistics.stdev(run[f"{name}_2step"] for run in runs) for name in ("fd", "is", "recall")}
+    assert f"{spread['fd']:.1f} in distance, {spread['is']:.3f} in IS and {spread['recall']:.3f} in recall" in text
+
+# ---------------------------------------------------------------------------------------------------------------------
+# benchmarks/surrogate.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_flow_maps_under_one_name_are_shown_as_mean_and_deviation():
+    at = lambda value: {k: dict.fromkeys(surrogate.COSINES, value) for k in ("k1", "k10")}
+    rows = [dict(start=start, omega=3.0, over_tau=at(value))
+            for start, value in (("a", 0.25), ("b", -0.5), ("a", 0.75))]
+    bodies = surrogate.table(rows)[2:]
+    assert bodies == ["| a | 3 | " + " | ".join(["0.50 ± 0.35"] * 8) + " |",
+                      "| b | 3 | " + " | ".join(["-0.50"] * 8) + " |"]
+
+
+def test_what_is_said_of_the_surrogate_is_in_the_numbers():
+    rows = json.loads((KEPT / "surrogate-digits" / "runs.json").read_text())["rows"]
+    table, text = "\n".join(surrogate.table(rows)), (HERE / "RESULTS.md").read_text()
+    assert table in text and table in (KEPT / "surrogate-digits" / "README.md").read_text()
+    weak, strong = ([row for row in rows if row["start"] == start] for start in ("weak", "strong"))
+    assert len(weak) == len(strong) == 5 and {row["step"] for row in weak} == {400}
+    assert {row["step"] for row in strong} == {800}
+
+    def at(of, k, name):
+        return np.array([row["over_tau"][k][name] for row in of])
+
+    agree, cosine = ([at(rows, k, name) for k in ("k1", "k10")] for name in ("two_explicit", "cosine"))
+    assert f"({np.min(agree):.2f} to {np.max(agree):.2f} over all ten)" in text
+    assert f"({np.min(cosine):.2f} to {np.max(cosine):.2f}, in the mean below zero" in text
+    for of in (weak, strong):
+        cleanest, *others = surrogate.bins_of(of, "cosine").mean(0)
+        assert cleanest > 0 > max(others)
+    nearer = surrogate.bins_of(rows, "surrogate_to_mean") - abs(surrogate.bins_of(rows, "explicit_to_mean"))
+    assert nearer[:, :-1].min() > 0
+    pulls = [f"{at(of, k, 'surrogate_to_mean').mean():.2f}" for k in ("k1", "k10") for of in (weak, strong)]
+    assert pulls[0] == pulls[1] and f"({pulls[0]} to {pulls[2]} and {pulls[3]})" in text
+    for k, words, p in (("k1", "0.149 ± 0.043", 0.0015), ("k10", "0.095 ± 0.017", 0.00024)):
+        falls = at(weak, k, "cosine") - at(strong, k, "cosine")
+        assert f"{falls.mean():.3f} ± {falls.std(ddof=1):.3f}" == words and words in text and falls.min() > 0
+        assert scipy.stats.ttest_1samp(falls, 0).pvalue < p
+
+    rows = json.loads((KEPT / "surrogate-fashion-mnist" / "runs.json").read_text())["rows"]
+    table = "\n".join(surrogate.table(rows))
+    assert table in text and table in (KEPT / "surrogate-fashion-mnist" / "README.md").read_text()
+    plain, guided = rows
+    assert (plain["omega"], guided["omega"]) == (1, 3)
+    of = dict(pull=plain["over_tau"]["k1"]["surrogate_to_mean"], cosine=plain["over_tau"]["k1"]["cosine"],
+              guided=guided["over_tau"]["k10"]["cosine"], guided_pull=guided["over_tau"]["k10"]["surrogate_to_mean"])
+    assert {key: f"{value:.2f}" for key, value in of.items()} == dict(
+        pull="0.38", cosine="-0.26", guided="0.57", guided_pull="-0.06")
+    *others, noisiest = guided["bins"]
+    assert (f"{noisiest['cosine']:.2f}", f"{noisiest['length_ratio']:.2f}") == ("0.73", "1.01")
+    assert (f"{min(each['cosine'] for each in others):.2f}", f"{max(each['cosine'] for each in others):.2f}") == (
+        "-0.17", "0.05")
+
+    rows = json.loads((KEPT / "surrogate-fashion-mnist-strong" / "runs.json").read_text())["rows"]
+    table = "\n".join(surrogate.table(rows))
+    assert table in text and table in (KEPT / "surrogate-fashion-mnist-strong" / "README.md").read_text()
+    _, ours, guided = rows
+    assert (ours["omega"], ours["step"], guided["omega"]) == (1.5, 3680, 3)
+    for k, cosine, pull in (("k1", "-0.09", "0.28"), ("k10", "-0.03", "0.17")):
+        assert f"{ours['over_tau'][k]['cosine']:.2f}" == cosine
+        assert f"{ours['over_tau'][k]['surrogate_to_mean']:.2f}" == pull
+    assert (f"{guided['over_tau']['k10']['cosine']:.2f}", f"{guided['bins'][-1]['cosine']:.2f}") == ("0.52", "0.64")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# benchmarks/strength.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_said_of_the_strength_of_the_start_is_in_the_numbers():
+    text = words_of_the_texts()
+    rows = json.loads((KEPT / "strength-digits" / "runs.json").read_text())["rows"]
+    found = {(row["start_steps"], row["lam"]): row for row in rows}
+    assert sorted({steps for steps, _ in found}) == [100, 200, 400, 800]
+    assert sorted({lam for _, lam in found}) == [0.01, 0.05, 0.2]
+    above = {key: [statistics.mean(row["difference"][name]) > 0 for name in ("fd_1step", "fd_2step")]
+             for key, row in found.items()}
+    assert above.pop((800, 0.01)) == [True, False] and all(all(each) for each in above.values())
+    for N in (1, 2):
+        for steps in (100, 200, 400, 800):
+            over_lam = [statistics.mean(found[steps, lam]["difference"][f"fd_{N}step"]) for lam in (0.01, 0.05, 0.2)]
+            assert over_lam == sorted(over_lam)
+    for steps, lam, name, digits in ((100, 0.2, "fd_2step", 1), (800, 0.2, "fd_2step", 1), (800, 0.01, "fd_2step", 1),
+                                     (800, 0.2, "precision_2step", 3), (800, 0.2, "recall_2step", 3),
+                                     (100, 0.2, "precision_2step", 3)):
+        assert strength.signed(found[steps, lam]["difference"][name], digits) in text
+    starts = [f"{statistics.mean(found[steps, 0.01]['start_distance']):.1f}" for steps in (100, 800)]
+    assert f"From the start of distance {starts[0]} to that of {starts[1]}" in text
+    assert "\n".join(strength.table(rows)) in (KEPT / "strength-digits" / "README.md").read_text()
+
+
+def test_what_is_said_of_the_strength_of_the_start_on_fashion_mnist_is_in_the_numbers():
+    text = words_of_the_texts()
+    rows = json.loads((KEPT / "strength-fashion-mnist" / "runs.json").read_text())["rows"]
+    assert "\n".join(strength.table(rows)) in (KEPT / "strength-fashion-mnist" / "README.md").read_text()
+    found = {(row["start_steps"], row["lam"]): row for row in rows}
+    for (steps, name), words, p in (
+        ((1500, "fd_1step"), "+2.1 ± 0.5 at 1 step (p 0.020)", 0.0204),
+        ((1500, "fd_2step"), "+3.3 ± 0.2 at 2", 0.0013),
+        ((1500, "recall_2step"), "recall -0.025 ± 0.001", 0.001), ((300, "fd_1step"), "(-5.9 ± 3.8, p 0.12)", 0.116),
+        ((300, "fd_2step"), "level at 2 (-1.2 ± 3.3)", 0.6),
+        ((700, "fd_1step"), "lambda 0.03 at 1 step (+0.4 ± 2.1)", 1),
+        ((700, "fd_2step"), "at 2 (+3.0 ± 0.2, p 0.002)", 0.0016),
+    ):
+        differences = found[steps, 0.03]["difference"][name]
+        assert strength.signed(differences, 3 if name == "recall_2step" else 1) in words and words in text
+        assert scipy.stats.ttest_1samp(differences, 0).pvalue < p
+    assert max(found[300, 0.03]["difference"]["fd_1step"]) < 0
+    assert f"{max(found[1500, 0.1]['difference']['fd_2step']):+.1f} at 2 steps" in text
+    starts = [f"{statistics.mean(found[steps, 0.03]['start_distance']):.1f}" for steps in (1500, 300)]
+    assert f"(distance {starts[0]};" in text and f"300 steps ({starts[1]})" in text
+    for name, masked, ours in (("table2-digits-weak", 9, (7, 8)), ("table2-digits-strong", 9, (7, 8)),
+                               (FASHION_2, 9, (7, 8)), (FASHION_STRONG, 9, (7,)),
+                               ("table4-digits", 8, (6,)), ("table4-fashion-mnist-row1-3-4-5-6-7-8", 8, (6,))):
+        told = Told(name)
+        for row in ours:
+            for N in (1, 2, 4):                                         # "nowhere ahead in every seed"
+                assert told.gain(masked, row, f"fd_{N}step", all_five=False).max() > 0
+
+
+def test_what_is_said_of_the_weakest_start_at_equal_steps_and_at_equal_passes():
+    text, kept = words_of_the_texts(), {}
+    for name in ("weak", "passes"):
+        stored = json.loads((KEPT / f"strength-fashion-mnist-{name}" / "runs.json").read_text())
+        [kept[name]] = stored["rows"]
+        assert (stored["seeds"], stored["steps"], stored.get("cd_steps")) == (6, 174, 452 if name == "passes" else None)
+    for name, metric, words, p in (
+        ("weak", "fd_1step", "-5.904 ± 2.393 (p 0.0018", 0.00185), ("weak", "fd_2step", "(-0.817 ± 2.616)", 1),
+        ("weak", "recall_2step", "(-0.009 ± 0.005)", 0.01),
+        ("passes", "fd_1step", "+14.843 ± 8.475 at 1 step (p 0.0078", 0.0079),
+        ("passes", "fd_2step", "+5.125 ± 4.567 at 2 (p 0.04)", 0.041),
+        ("passes", "recall_2step", "recall -0.041 ± 0.016", 0.01),
+    ):
+        d = np.array(kept[name]["difference"][metric])
+        assert f"{d.mean():+.3f} ± {d.std(ddof=1):.3f}" in words and words in text, words
+        assert scipy.stats.ttest_1samp(d, 0).pvalue < p
+    ahead = kept["weak"]["difference"]["fd_1step"]
+    assert max(ahead) < 0 < min(kept["passes"]["difference"]["fd_1step"])
+    assert f"{np.mean(ahead[3:]):.3f}, p {scipy.stats.ttest_1samp(ahead[3:], 0).pvalue:.2g}" == "-5.189, p 0.053"
+    assert "Three new seeds agree" in text and "-5.189 (p 0.053)" in text
+    assert [f"{np.mean(kept[name]['cd']):.1f}" for name in ("passes", "weak")] == ["154.8", "160.8"]
+
+
+def test_what_is_said_of_more_guidance_is_in_the_numbers():
+    text = words_of_the_texts()
+    stored = json.loads((KEPT / "strength-fashion-mnist-omega3" / "runs.json").read_text())
+    assert (stored["omega"], stored["steps"], stored["cd_steps"], stored["seeds"]) == (3, 174, None, 3)
+    [row] = stored["rows"]
+    assert "\n".join(strength.table([row])) in (KEPT / "strength-fashion-mnist-omega3" / "README.md").read_text()
+    for name, words, p in (
+        ("fd_2step", "in all three (+9.1 ± 9.4, p 0.24)", 0.24), ("fd_1step", "in one (+4.4 ± 9.8)", 1),
+        ("precision_2step", "(-0.061 ± 0.014, p 0.018 alone)", 0.0185), ("recall_2step", "(-0.026 ± 0.014)", 0.09),
+    ):
+        found = row["difference"][name]
+        assert strength.signed(found, 1 if name.startswith("fd") else 3) in words and words in text, words
+        assert scipy.stats.ttest_1samp(found, 0).pvalue < p
+    assert min(row["difference"]["fd_2step"]) > 0 > min(row["difference"]["fd_1step"])
+    assert sum(d < 0 for d in row["difference"]["fd_1step"]) == 1
+    strong = json.loads((KEPT / "strength-fashion-mnist-strong-omega3" / "runs.json").read_text())
+    [row] = strong["rows"]
+    assert (strong["omega"], strong["steps"], strong["cd_steps"], strong["seeds"]) == (3, 174, None, 3)
+    assert "\n".join(strength.table([row])) in (KEPT / "strength-fashion-mnist-strong-omega3" / "README.md").read_text()
+    for name, words, p in (
+        ("fd_2step", "+29.3 ± 2.3 at 2 steps (p 0.0021)", 0.00215),
+        ("fd_1step", "+61.4 ± 6.1 at 1 (p 0.0033)", 0.00335),
+        ("precision_2step", "precision -0.063 ± 0.015", 0.02), ("recall_2step", "recall -0.048 ± 0.007", 0.02),
+    ):
+        found = row["difference"][name]
+        assert strength.signed(found, 1 if name.startswith("fd") else 3) in words and words in text, words
+        assert scipy.stats.ttest_1samp(found, 0).pvalue < p and (np.sign(found) == np.sign(found[0])).all()
+    assert [f"{np.mean(row[name]):.1f}" for name in ("start_distance", "cd")] == ["73.6", "73.9"]
+    assert "(distance 73.6 at omega 3;" in text and "gains nothing in distance (73.9)" in text
+    [weak] = json.loads((KEPT / "strength-fashion-mnist-weak" / "runs.json").read_text())["rows"]
+    assert f"({strength.signed(weak['difference']['precision_2step'], 3)}, six seeds)" in text
+
+
+def test_the_two_methods_of_the_figure_over_starts_differ_in_the_dm_term_alone():
+    """What FSF-DMD and consistency distillation share there has the same flags; the table subtracts in that order."""
+    parsed = []
+    for module, command in ((consistency, strength.CD_MASKED), (fsf_dmd, f"{strength.FSF} --M 2 --shift 10 --lam 0.2")):
+        words = shlex.split(command.format(start="imf", cd="", fsf=""))[1:]
+        parsed.append(vars(module.parse_args(words)))
+    shared = set(parsed[0]) & set(parsed[1]) - {"out", "sources", "health_every", "sampler"}
+    assert {"lr", "mask_prob", "batch_size", "omega", "huber_c", "ema", "steps"} <= shared
+    assert {k: parsed[0][k] for k in shared} == {k: parsed[1][k] for k in shared}
+
+    difference = dict(fd_1step=[-2.0, -4.0], fd_2step=[1.0, 3.0], precision_2step=[0.1, 0.2], recall_2step=[0.0, 0.1])
+    row = dict(start_steps=100, start_distance=[50.0, 52.0], lam=0.2, difference=difference, cd=[20.0, 22.0])
+    line = strength.table([row])[2]
+    assert "| 100 | 51.0 ± 1.4 | 21.0 ± 1.4 | 0.2 | -3.0 ± 1.4 | +2.0 ± 1.4 | +0.150 ± 0.071 |" in line
+    axis = strength.figure([row]).axes[0]
+    assert axis.lines[0].get_ydata().tolist() == [-3.0]
+
+
+def test_the_figure_over_starts_subtracts_cd_from_fsf_dmd(tmp_path):
+    jobs = {}
+    for name, distances in (("CD", (50.0, 30.0)), (0.1, (50.0, 26.0))):
+        evaluations = [dict.fromkeys(strength.SHOWN, distance) | dict(step=i) for i, distance in enumerate(distances)]
+        (tmp_path / str(name)).mkdir()
+        result = dict(evaluations=evaluations, other_sampler={})
+        (tmp_path / str(name) / "result.json").write_text(json.dumps(result))
+        jobs[100, name, 0] = kept_runs.Job(tmp_path / str(name), ("fsf_dmd.py",), (), None)
+    args = strength.parse_args("--starts 100 --lam 0.1 --seeds 1".split())
+    [row] = strength.differences(args, jobs)
+    assert row["difference"]["fd_2step"] == [-4.0] and row["cd"] == [30.0] and row["start_distance"] == [50.0]
+
+
+def test_the_figure_over_starts_gives_each_method_its_steps_and_both_one_omega():
+    """--steps is the length of both methods, --cd_steps of consistency distillation; the start has its own.
+
+    --omega guides both; the start has learned all, and is trained once.
+    """
+
+    def commands_of(flags):
+        args = strength.parse_args(shlex.split(f"--starts 30 --lam 0.1 --seeds 1 {flags}"))
+        planned = strength.planned(args)
+        commands = {name: " ".join(planned[30, name, 0].command) for name in ("start", "CD", 0.1)}
+        assert all("--lam 0.1" not in commands[name] for name in ("start", "CD"))
+        return commands.values()
+
+    def lengths(flags):
+        return [re.findall(r"--steps (\d+)", command) for command in commands_of(flags)]
+
+    def guided(flags):
+        return [re.findall(r"--omega ([\d.]+)", command) for command in commands_of(flags)]
+
+    assert guided("") == [[], [], []] and guided("--omega 3") == [[], ["3"], ["3"]]
+    assert lengths("") == [["30"], [], []]
+    assert lengths("--steps 5") == [["30"], ["5"], ["5"]]
+    assert lengths("--steps 5 --cd_steps 13") == [["30"], ["13"], ["5"]]
+
+
+def test_starts_measured_later_join_the_figure_over_starts_if_measured_alike(tmp_path):
+    path = tmp_path / "runs.json"
+
+    def call(start_steps, distance, steps=174, omega=None):
+        rows = [dict(start_steps=start_steps, lam=0.1, start_distance=[distance])]
+        command = f"--starts {start_steps} --steps {steps}"
+        stored = dict(data="digits", seeds=1, steps=steps, omega=omega, torch="2", commands=[command], rows=rows)
+        stored = strength.with_earlier(path, stored)
+        path.write_text(json.dumps(stored))
+        return [row["start_distance"][0] for row in stored["rows"]], stored["commands"]
+
+    assert call(300, 9.0) == ([9.0], ["--starts 300 --steps 174"])
+    assert call(100, 7.0) == ([7.0, 9.0], ["--starts 300 --steps 174", "--starts 100 --steps 174"])
+    assert call(300, 8.0) == ([7.0, 8.0], ["--starts 300 --steps 174", "--starts 100 --steps 174"])
+    assert call(300, 6.0, steps=100) == ([6.0], ["--starts 300 --steps 100"])       # other steps: nothing is kept
+    assert call(100, 5.0, steps=100, omega=3.0)[0] == [5.0]                         # another omega: neither
+
+# ---------------------------------------------------------------------------------------------------------------------
+# benchmarks/step.py and benchmarks/gpu.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_what_needs_a_gpu_is_listed_with_its_command_until_it_was_run():
+    text = (KEPT / "gpu.md").read_text()
+    assert text == gpu.page(KEPT / "gpu")
+    for block in gpu.BLOCKS:
+        run = (KEPT / "gpu" / f"{block}.json").exists()
+        assert run or f"Not run here: `python benchmarks/gpu.py --block {block}`" in text
+
+
+def test_what_is_said_of_a_step_is_in_the_numbers():
+    text = words_of_the_texts()
+    found = json.loads((KEPT / "step-cpu" / "runs.json").read_text())
+    assert (KEPT / "step-cpu" / "README.md").read_text() == step.page(found)
+    again = json.loads((KEPT / "step-cpu-again" / "runs.json").read_text())
+    assert (KEPT / "step-cpu-again" / "README.md").read_text() == step.page(again)
+    ours, compiled, bare = (again["backbone"][name] / again["backbone"]["straightforward"]
+                            for name in ("ours", "ours, compiled", "products and attention alone"))
+    assert f"{ours:.2f} and {compiled:.2f}, and its products and attention alone {bare:.2f}" in text
+    b, M1, M2 = found["backbone"], found["methods"]["FSF-DMD, M = 1"], found["methods"]["FSF-DMD, M = 2"]
+    shares = {part: spent / M2["seconds"] for part, spent in M2["parts"].items()}
+    small = sum(shares[part] for part in ("EMA", "losses and the rest", "random numbers and data"))
+    assert small < 0.01 and b["largest_difference"] < 1e-5
+    for words in (
+        f"takes {b['ours'] / b['straightforward']:.2f} times as long",
+        f"and {b['ours, compiled'] / b['straightforward']:.2f} times when it is compiled",
+        f"takes {M1['times_passes_and_optimizer']:.2f} (M = 1) and {M2['times_passes_and_optimizer']:.2f} (M = 2)",
+        f"at {M1['share_of_products']:.0%} and {M2['share_of_products']:.0%} of the rate",
+        f"NorMuon is {shares['optimizer']:.0%} of a step with M = 2, the finite difference "
+        f"{shares['finite difference']:.0%}",
+    ):
+        assert words in text, words
+
+# ---------------------------------------------------------------------------------------------------------------------
+# benchmarks/finite_difference.py
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_tf32_is_emulated_as_a_tensor_core_reads_float32():
+    one = torch.tensor([1 + 2 ** -10, 1 + 2 ** -11, 1 + 2 ** -12, -1 - 2 ** -11, 3.0])
+    assert finite_difference.to_tf32(one).tolist() == [1 + 2 ** -10, 1 + 2 ** -10, 1.0, -1 - 2 ** -10, 3.0]
+    x, w = rand(4, 8).float(), rand(6, 8, seed=1).float()
+    image, kernel = rand(1, 2, 4, 4).float(), rand(3, 2, 2, 2).float()
+    q, k, v = (rand(1, 2, 5, 8, seed=seed).float() for seed in range(3))
+    exact = F.scaled_dot_product_attention(q, k, v)
+    with finite_difference.tf32():
+        product = torch.nn.Linear(8, 6)
+        product.load_state_dict(dict(weight=w, bias=torch.zeros(6)))
+        torch.testing.assert_close(product(x), finite_difference.to_tf32(x) @ finite_difference.to_tf32(w).T)
+        convolved = F.conv2d(image, kernel)
+        attended = F.scaled_dot_product_attention(q, k, v)
+    rounded = F.conv2d(finite_difference.to_tf32(image), finite_difference.to_tf32(kernel))
+    assert torch.equal(convolved, rounded) and not torch.equal(rounded, F.conv2d(image, kernel))
+    assert 0 < (attended - exact).abs().max() < 4 * 2 ** -11 * v.abs().max()
+
+
+def test_what_is_said_of_the_finite_difference_is_in_the_numbers():
+    text = words_of_the_texts()
+    found = json.loads((KEPT / "finite-difference" / "runs.json").read_text())
+    assert finite_difference.page(found) in (KEPT / "finite-difference" / "README.md").read_text()
+    new, trained = ({row["h"]: row for row in rows} for rows in found["error"].values())
+    on_h200 = json.loads((KEPT / "gpu" / "difference.json").read_text())["rows"]
+    on_h200 = {row["way"].split(", ")[1].split(" ")[0]: row["relative_error"] for row in on_h200}
+    assert new[0.005]["TF32"] == pytest.approx(on_h200["TF32"], rel=0.1)
+    rows = {(row["method"], row["way"]): row for row in found["training"]}
+
+    def differences(method, way, N):
+        return np.array(rows[method, way][f"fd_{N}step"]) - np.array(rows[method, "exact"][f"fd_{N}step"])
+
+    largest = {way: max(abs(differences(method, way, N)).max() for method in finite_difference.METHODS for N in (1, 2))
+               for way in finite_difference.WAYS}
+    DISTILLED = ("CD with masking", "FSF-DMD, M = 2")
+    of_distilled = {}
+    for way in finite_difference.WAYS:
+        of_distilled[way] = {N: np.concatenate([differences(method, way, N) for method in DISTILLED]) for N in (1, 2)}
+    assert f"to {largest['float32, h = 0.005']:.2f}. In TF32" in text
+    one, two = of_distilled["TF32, h = 0.005"].values()
+    assert f"by {one.min():.2f} to {one.max():.2f}, in all three seeds, and within {abs(two).max():.2f} at 2" in text
+    one, imf = of_distilled["bf16, h = 0.005"][1], differences("iMF", "bf16, h = 0.005", 1)
+    assert f"by {one.min():.1f} to {one.max():.1f} at 1 step, an iMF by {imf.min():.1f} to {imf.max():.1f}" in text
+    one, two = of_distilled["TF32, h = 0.02"].values()
+    assert f"within {max(abs(one).max(), abs(two).max()):.2f} of the exact derivative" in text
+    errors = [f"{new[h]['TF32']:.3f} and {trained[h]['TF32']:.3f}" for h in (0.02, 0.005)]
+    assert f"errs by {errors[0]} (new network, trained one) instead of {errors[1]}" in text
+    assert f"the network of the line above errs by {new[0.005]['TF32']:.3f}" in text
+    assert trained[0.02]["TF32"] < min(trained[h]["TF32"] for h in trained if h != 0.02)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_surrogate_and_the_rehearsal_for_a_gpu_run(in_home, capsys):
+    """Both leave their files; the second measures on the CPU, at tiny size, and what is measured is not done again."""
+    run(in_home, "benchmarks/surrogate.py toy=imf/model.pt --omega 1 2 --steps 3 --n 20 --device cpu --out surrogate")
+    rows = json.loads((in_home / "surrogate" / "runs.json").read_text())["rows"]
+    assert [row["omega"] for row in rows] == [1, 2] and all(len(row["bins"]) == 5 for row in rows)
+    assert all(-1 <= row["over_tau"][k]["cosine"] <= 1 for row in rows for k in ("k1", "k10"))
+    assert all(-1 <= at["two_explicit"] < 0.99999 for row in rows for at in row["bins"])   # they saw other samples
+    assert (in_home / "surrogate" / "surrogate.png").exists()
+    command = "benchmarks/gpu.py --rehearse 1 --block difference cost --out gpu"
+    run(in_home, command)
+    ways = json.loads((in_home / "gpu" / "gpu" / "difference.json").read_text())["rows"]
+    assert ways[0]["relative_error"] == 0 < ways[1]["relative_error"] < 0.01 < ways[-1]["relative_error"]
+
+    # Again, in this process; cost.py takes SIGTERM for itself.
+    on_term = signal.getsignal(signal.SIGTERM)
+
+    def again(more):
+        try:
+            gpu.run(gpu.parse_args(shlex.split(f"{command} {more}")[1:]))
+        finally:
+            signal.signal(signal.SIGTERM, on_term)
+        return capsys.readouterr().out
+
+    assert "measured before" in again("") and "## difference" in (in_home / "gpu" / "gpu.md").read_text()
+    # Of the cost one row is measured: the block is not done, and the row is kept under a name that no block has.
+    kept = (in_home / "gpu" / "gpu" / "rows" / "cost.json").read_text()
+    assert [name.split(": ", 1)[1] for name in json.loads(kept)] == ["imf: Consistency distillation"]
+    assert "measured before" not in again("--again 1")
+    assert (in_home / "gpu" / "gpu" / "rows" / "cost.json").read_text() == kept
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_step_compares_like_with_like(in_home):
+    """benchmarks/step.py: its straightforward network is ours, and every part that it names was met."""
+    run(in_home, "benchmarks/step.py --size tiny --batch_size 4 --repeats 1 --compile 0 --device cpu --out parts")
+    found = json.loads((in_home / "parts" / "runs.json").read_text())
+    assert found["backbone"]["largest_difference"] < 1e-5 * found["backbone"]["largest_output"]
+    assert [m["passes"] for m in found["methods"].values()] == [5, 10, 13]
+    for name, m in found["methods"].items():
+        lines = (in_home / "parts" / "README.md").read_text()
+        assert {"backward", "optimizer", "EMA", "finite difference", "logging"} <= m["parts"].keys() and name in lines
+
+
+@pytest.mark.slow
+def test_the_picture_of_several_networks_shows_what_they_generate(in_home):
+    """benchmarks/picture.py: under its caption stands the sample that `generate` makes, not another one's."""
+    run(in_home, "benchmarks/picture.py start=consistency.py:imf/model.pt v=fm/model.pt --steps 2 --out three.png")
+    picture = np.asarray(Image.open(in_home / "three.png").convert("L"))
+    made_for = checkpoints.load_checkpoint("imf/model.pt")["data"]
+    side, shape = 48, made_for["shape"]
+    assert picture.shape[0] == 3 * (20 + side + 4) + 4                  # real images and two networks
+    for band, path in enumerate(("imf/model.pt", "fm/model.pt"), 1):
+        net, checkpoint = checkpoints.load_network(path)
+        flags = checkpoint["args"]
+        x, _ = evaluate.generate(net, 3, shape, 2, flags["omega"], flags["guide_to"], classes=3)
+        expected = data.to_images(x, made_for)[..., 0]
+        top = band * (20 + side + 4) + 20
+        for column in range(3):
+            tile = picture[top:top + side, 4 + column * (side + 4):][:, :side]
+            assert (tile[::side // shape[1], ::side // shape[2]] == expected[column]).all()

@@ -1,0 +1,201 @@
+"""The settings of the presets are the best of the searches in results/, and the texts say what these found."""
+import json
+import math
+import statistics
+
+import pytest
+
+import consistency
+import dmd2
+import fsf_dmd
+import reproduce
+import search
+import sid
+import twinflow
+from plumbing import report
+from test_helpers import HERE
+from told import KEPT, best_of_search, told_of_search, words_of_the_texts
+
+
+def test_the_new_start_of_the_digits_and_its_first_search_are_in_the_text():
+    """Both tables of RESULTS.md follow from their runs.json; presets of CD and FSF-DMD are the best of that search."""
+    text = (HERE / "RESULTS.md").read_text()
+    starts = json.loads((KEPT / "start-digits" / "runs.json").read_text())["rows"]
+    means = {}
+    for mask in (0.5, 0.75, 0.9):
+        of_both = [row for row in starts if row["mask_prob"] == mask]
+        assert [row["seed"] for row in of_both] == [100, 101] and all(row["steps"] == 400 for row in of_both)
+        means[mask] = [statistics.mean(row[f"fd_{N}step"] for row in of_both) for N in (1, 2, 4, 25)]
+        assert f"| {mask} | " + " | ".join(f"{mean:.1f}" for mean in means[mask]) + " |" in text
+    chosen = consistency.PRESETS["pixels", "scratch"]
+    assert (chosen["steps"], chosen["mask_prob"]) == (400, 0.9)
+
+    rows = json.loads((KEPT / "search-digits-weak" / "runs.json").read_text())["rows"]
+    lines = [report.markdown_line(cells) for cells in search.body(rows)]
+    assert "\n".join(lines) in text and "\n".join(lines) in (KEPT / "search-digits-weak" / "README.md").read_text()
+    assert all(len(row["distance"]) in (1, 2) for row in rows)
+    distance = {(row["method"], row["setting"]): statistics.mean(row["distance"]) for row in rows}
+    best = {}                                                         # of those that ran on both seeds
+    for row in rows:
+        if len(row["distance"]) == 2:
+            value = distance[row["method"], row["setting"]]
+            best[row["method"]] = min(value, best.get(row["method"], math.inf))
+    assert len(rows) == 6 * len(best) == 36
+    for method, script, names in (("DMD2", dmd2, ("lr", "fake_lr")), ("SiD", sid, ("lr", "fake_lr"))):
+        setting = " ".join(f"--{name} {script.PRESETS['pixels', 'imf'][name]}" for name in names)
+        assert distance[method, setting] == best[method]
+    assert distance["DMD2 + L_CD", "--lam 1 --lr 0.003 --fake_lr 0.003"] == best["DMD2 + L_CD"]
+    assert reproduce.FLAGS["cd1"][0] == " --lr 3e-3 --fake_lr 3e-3" and dmd2.PRESETS["pixels", "imf"]["lam"] == 1
+    assert distance["FSF-DMD, M = 1", "--lam 0.01 --shift 10"] == best["FSF-DMD, M = 1"]
+    lam, shift = (fsf_dmd.PRESETS["pixels", "imf"][name] for name in ("lam", "shift"))
+    assert distance["FSF-DMD, M = 2", f"--lam {lam} --shift {shift:.0f}"] == best["FSF-DMD, M = 2"]
+    assert distance["CD with masking", f"--lr {consistency.PRESETS['pixels', 'imf']['lr']}"] == best["CD with masking"]
+    words = (f"CD with masking takes the distance from {means[0.9][1]:.1f} to {best['CD with masking']:.1f}, "
+             f"and the best FSF-DMD with M = 2 to {best['FSF-DMD, M = 2']:.1f}")
+    assert words in " ".join(text.split())
+    fsf = {k: [distance["FSF-DMD, M = 2", f"--lam {lam} --shift {k}"] for lam in (0.01, 0.05, 0.2)] for k in (1, 10)}
+    assert fsf[1] == sorted(fsf[1]) and fsf[10] == sorted(fsf[10])    # every larger lambda costs distance,
+    assert all(one > ten for one, ten in zip(fsf[1][1:], fsf[10][1:], strict=True))                 # more at k = 1
+
+
+def test_what_is_said_of_the_weight_of_the_gan_is_in_the_numbers():
+    weak, of_gan = (json.loads((KEPT / f"search-digits-weak{name}" / "runs.json").read_text())["rows"]
+                    for name in ("", "-DMD2_s_lambda_G"))
+    assert dmd2.PRESETS["pixels", "imf"]["lr"] == 0.0003 and dmd2.PRESETS["pixels", "imf"]["fake_lr"] == 0.003
+    [papers] = [row["distance"] for row in weak if row["setting"] == "--lr 0.0003 --fake_lr 0.003"
+                and row["method"] == "DMD2"]
+    found = {row["setting"].removeprefix("--lambda_g "): row["distance"] for row in of_gan}
+    mean = {g: f"{statistics.mean(found[g]):.1f}" for g in ("0.012", "0.042", "0.15")}
+    for words in (f"lambda_G of 0.003 has {statistics.mean(papers):.1f} (above), 0.012 {mean['0.012']} and 0.042,",
+                  f"64 x 64 images, {mean['0.042']}; 0.15 has {mean['0.15']} on seed 100,",
+                  f"where 0.003 has {found['0.003'][0]:.1f}."):
+        assert words in words_of_the_texts(), words
+    assert found["0.003"][0] == pytest.approx(papers[0], abs=0.1)       # the same run, on another day
+
+
+def test_settings_from_the_strong_start_are_the_best_of_their_search():
+    best = {method: setting for method, (setting, _) in best_of_search("strong").items()}
+    assert reproduce.FLAGS_STRONG == {
+        "cd": f" {best['CD with masking']}",
+        "fsf": f" {best['CD with masking']}",                                      # the rate of its own L_CD
+        "m1": " " + best["FSF-DMD, M = 1"].removesuffix(" --shift 10"),
+        "dmd2": f" {best['DMD2']}",
+        "cd1": f" {best['DMD2 + L_CD']}",
+    }
+    assert best["FSF-DMD, M = 2"] == "--lam 0.01 --shift 10" and best["SiD"] == "--lr 0.0003 --fake_lr 0.003"
+    for script, names in ((fsf_dmd, dict(lam=0.01, shift=10)), (sid, dict(lr=3e-4, fake_lr=3e-3))):
+        preset = script.PRESETS["pixels", "imf"]
+        assert {name: preset[name] for name in names} == names
+    told_of_search("strong")
+
+
+def test_presets_from_a_velocity_network_are_the_best_of_their_search():
+    best = {method: setting for method, (setting, _) in best_of_search("fm").items()}
+    cd, fsf, both, of_sid = (script.PRESETS["pixels", "fm"] for script in (consistency, fsf_dmd, dmd2, sid))
+    assert best["CD with masking"] == f"--lr {cd['lr']}" and fsf["lr"] == cd["lr"]
+    assert best["FSF-DMD, M = 2"] == f"--lam {fsf['lam']} --shift {fsf['shift']:.0f}"
+    assert best["DMD2"] == f"--lr {both['lr']} --fake_lr {both['fake_lr']}"
+    assert best["SiD"] == f"--lr {of_sid['lr']} --fake_lr {of_sid['fake_lr']}"
+    assert best["DMD2 + L_CD"] == "--lam 1 --lr 0.003 --fake_lr 0.003" and both["lam"] == 1
+    assert reproduce.FLAGS["cd1_fm"][0] == " --lr 3e-3 --fake_lr 3e-3"
+    told_of_search("fm")
+
+
+def test_presets_from_scratch_are_the_best_of_their_search():
+    """Every method at the learning rate of the loss on the data that it is added to."""
+    best = {method: setting for method, (setting, _) in best_of_search("scratch").items()}
+    rcgm = consistency.PRESETS_OF_LOSS["rcgm"]["pixels", "scratch"]
+    fsf, both, twin = (script.PRESETS["pixels", "scratch"] for script in (fsf_dmd, dmd2, twinflow))
+    on_rcgm = twinflow.PRESETS_OF_RCGM["pixels", "scratch"]
+    assert best["iMF"] == f"--lr {fsf['lr']}" and fsf["lr"] == both["lr"] == twin["lr"]
+    assert f" --mask_prob 0.5 --lr {fsf['lr']} " in reproduce.FLAGS["imf"][0]
+    assert best["RCGM"] == " ".join(f"--{name} {rcgm[name]}" for name in ("target_ema", "delta", "lr"))
+    assert {name: on_rcgm[name] for name in ("target_ema", "delta", "lr")}.items() <= rcgm.items()
+    assert best["FSF-DMD"] == f"--lam {fsf['lam']} --shift {fsf['shift']:.0f}"
+    for method, preset in (("iMF + DMD2", both), ("iMF + TwinFlow", twin), ("RCGM + TwinFlow", on_rcgm)):
+        assert best[method] == f"--lam {preset['lam']}"
+    told_of_search("scratch")
+
+
+def test_presets_of_images_from_a_velocity_network_are_the_best_of_their_search():
+    """CD and FSF-DMD with one number of forward passes, DMD2 with half as many again, from the same start."""
+    best = {method: setting for method, (setting, _) in best_of_search("fm", "fashion-mnist", seeds=1).items()}
+    cd, fsf, both = (script.PRESETS["images", "fm"] for script in (consistency, fsf_dmd, dmd2))
+    assert best["CD with masking"] == f"--lr {cd['lr']}" and fsf["lr"] == cd["lr"]
+    assert best["FSF-DMD, M = 2"] == f"--lam {fsf['lam']} --shift {fsf['shift']:.0f}"
+    assert best["DMD2"] == f"--lr {both['lr']} --fake_lr {both['fake_lr']}"
+    rows = json.loads((KEPT / "search-fashion-mnist-fm" / "runs.json").read_text())["rows"]
+    for row in rows:
+        expected = 3359 if row["method"] == "DMD2" else 2250
+        assert row["runs"][0]["evaluations"][-1]["passes"] == pytest.approx(expected, rel=0.001)
+    told_of_search("fm", "fashion-mnist", seeds=1)
+
+
+def test_presets_of_images_from_an_imf_are_the_best_of_their_search():
+    best = {method: setting for method, (setting, _) in best_of_search("weak", "fashion-mnist", seeds=1).items()}
+    cd, fsf, both = (script.PRESETS["images", "imf"] for script in (consistency, fsf_dmd, dmd2))
+    assert best["CD with masking"] == f"--lr {cd['lr']}" and fsf["lr"] == cd["lr"]
+    assert best["FSF-DMD, M = 2"] == f"--lam {fsf['lam']} --shift {fsf['shift']:.0f}"
+    assert best["DMD2"] == f"--lr {both['lr']} --fake_lr {both['fake_lr']}"
+    told_of_search("weak", "fashion-mnist", seeds=1)
+    of_sid = sid.PRESETS["images", "imf"]
+    [(setting, lowest)] = best_of_search("weak-SiD", "fashion-mnist", seeds=1).values()
+    assert setting == f"--lr {of_sid['lr']} --fake_lr {of_sid['fake_lr']}"
+    told_of_search("weak-SiD", "fashion-mnist", seeds=1)
+    assert lowest < min(value for _, value in best_of_search("weak", "fashion-mnist", seeds=1).values())
+    rows = json.loads((KEPT / "search-fashion-mnist-weak-SiD" / "runs.json").read_text())["rows"]
+    assert [f"{row['distance'][0]:.1f}" for row in rows] == ["28.7", "26.1", "30.2", "52.2"]
+    [(setting, _)] = best_of_search("weak-FSF_DMD_M_1", "fashion-mnist", seeds=1).values()
+    assert setting == best["FSF-DMD, M = 2"]
+    rows = json.loads((KEPT / "search-fashion-mnist-weak-FSF_DMD_M_1" / "runs.json").read_text())["rows"]
+    found = [f"{row['distance'][0]:.1f}" for row in rows]
+    told = f"its best too ({found[0]}; 0.003 gives {found[1]}, 0.015 {found[2]}, 0.05 {found[3]};"
+    assert told in words_of_the_texts()
+
+
+def test_what_is_said_of_the_search_from_the_strong_start_of_fashion_mnist_is_in_the_numbers():
+    text, preset = words_of_the_texts(), {}
+    for script in (consistency, dmd2, sid):
+        preset[script] = script.PRESETS["images", "imf"]
+    rates = f"--lr {preset[dmd2]['lr']} --fake_lr {preset[dmd2]['fake_lr']}"
+    found = {}                                                        # {method: {setting: distance}}
+    for method in ("CD with masking", "DMD2", "SiD"):
+        name = "strong-" + method.replace(" ", "_")
+        told_of_search(name, "fashion-mnist", seeds=1)
+        rows = json.loads((KEPT / f"search-fashion-mnist-{name}" / "runs.json").read_text())["rows"]
+        found[method] = {row["setting"]: f"{row['distance'][0]:.1f}" for row in rows}
+    cd, both, of_sid = found.values()
+    [row] = json.loads((KEPT / "search-fashion-mnist-strong-DMD2" / "runs.json").read_text())["rows"][:1]
+    words_of_start = f"({row['runs'][0]['evaluations'][0]['fd_2step']:.1f} at 2 steps, with the sampler of DMD2)"
+    assert words_of_start in text
+    assert min(both, key=lambda setting: float(both[setting])) == rates                # the table's
+    words = [f"(the table's 0.004 {cd['--lr 0.004']}, 0.002 {cd['--lr 0.002']}, 0.001 {cd['--lr 0.001']};"]
+    assert preset[consistency]["lr"] == 0.004
+    pairs = [("0.0003", "0.003"), ("0.0003", "0.001"), ("0.0001", "0.001")]
+    rest = [f"{lr} and {fake} {both[f'--lr {lr} --fake_lr {fake}']}" for lr, fake in pairs]
+    words.append(f"the table's ({', '.join(rest)};")
+    pairs = [("0.0003", "0.001"), ("0.0003", "0.003"), ("0.00003", "0.001")]
+    rest = [f"{lr} and {fake} {of_sid[f'--lr {lr} --fake_lr {fake}']}" for lr, fake in pairs]
+    assert (preset[sid]["lr"], preset[sid]["fake_lr"]) == (0.0003, 0.001)
+    words.append(f"(the table's {rest[0]}, {rest[1]}, {rest[2]};")
+    for each in words:
+        assert each in text, each
+
+
+def test_presets_of_images_from_scratch_are_the_best_of_their_search():
+    """The additions to iMF and RCGM have the rate of these."""
+    rows = json.loads((KEPT / "search-fashion-mnist-scratch" / "runs.json").read_text())["rows"]
+    found = {(row["method"], row["setting"]): row["distance"][0] for row in rows}
+    best = {method: min((distance, setting) for (of, setting), distance in found.items() if of == method)[1]
+            for method in ("iMF", "RCGM", "FSF-DMD")}
+    preset = fsf_dmd.PRESETS["images", "scratch"]
+    assert best["FSF-DMD"] == f"--lr {preset['lr']} --lam {preset['lam']} --shift {preset['shift']:.0f}"
+    assert reproduce.FLAGS["imf"][1].endswith(best["iMF"]) and best["iMF"] == best["RCGM"] == f"--lr {preset['lr']}"
+    others = [dmd2.PRESETS, twinflow.PRESETS, twinflow.PRESETS_OF_RCGM, consistency.PRESETS_OF_LOSS["rcgm"]]
+    assert all(presets["images", "scratch"]["lr"] == preset["lr"] for presets in others)
+    of = {method: [f"{distance:.1f}" for (each, _), distance in found.items() if each == method] for method in best}
+    text = words_of_the_texts()
+    for words in ("iMF has {}, {}, {} and {}".format(*of["iMF"]), "RCGM {}, {}, {} and {}".format(*of["RCGM"]),
+                  f"{of['FSF-DMD'][0]} with the paper's lambda of 0.01 and k = 1",
+                  f"{of['FSF-DMD'][1]} with 0.001 and k = 10 (at 0.032 {of['FSF-DMD'][2]})"):
+        assert words in text, words

@@ -1,0 +1,98 @@
+"""What the tests of the texts share: the kept tables and searches, and the words of README, RESULTS and METHODS."""
+import json
+import math
+import statistics
+
+import numpy as np
+import scipy.stats
+
+import reproduce
+import search
+from plumbing import report
+from test_helpers import HERE
+
+PAPER = json.loads((HERE / "golden" / "paper_tables.json").read_text())
+KEPT = HERE / "results"
+FASHION_2, FASHION_4 = "table2-fashion-mnist-weak-row1-2-3-4-7-8-9-10-11-12", "table4-fashion-mnist-row1-3-4-5-6-7-8"
+FASHION_STRONG = "table2-fashion-mnist-strong-row1-2-3-4-7-9-10-11"
+
+
+def words_of_the_texts():
+    """README, RESULTS and METHODS as one text, every run of white space as one blank: a line may break anywhere."""
+    texts = [(HERE / name).read_text() for name in ("README.md", "RESULTS.md", "METHODS.md")]
+    return " ".join(" ".join(texts).split())
+
+
+class Told:
+    """A table in results/, and what the texts say of it."""
+
+    def __init__(self, name):
+        self.text = words_of_the_texts()
+        self.stored = json.loads((KEPT / name / "runs.json").read_text())
+        self.last = {}                                                # {row: [last evaluation of each seed]}
+        for row in self.stored["rows"]:
+            self.last[row["number"]] = [run["evaluations"][-1] for run in row["seeds"].values()]
+
+    def gain(self, a, b, metric, words="", all_five=True, p=None):
+        """The paired differences of row b to row a [5].
+
+        Their mean and deviation stand in the text as `words`, they have one sign (all_five), and a t-test is below p.
+        """
+        d = np.array([y[metric] - x[metric] for x, y in zip(self.last[a], self.last[b])])
+        if words:
+            digits = len(words.split(".")[-1])
+            found = f"{d.mean():+.{digits}f} ± {d.std(ddof=1):.{digits}f}"
+            assert found in (words, f"+{words}", f"-{words}"), (a, b, metric, found)
+            assert words in self.text, words
+        if all_five:
+            assert (np.sign(d) == np.sign(d[0])).all()
+        if p is not None:
+            assert scipy.stats.ttest_1samp(d, 0).pvalue < p
+        return d
+
+    def p(self, a, b, metric):
+        """Of the t-test of those differences."""
+        return scipy.stats.ttest_1samp(self.gain(a, b, metric, all_five=False), 0).pvalue
+
+    def mean(self, row, metric, digits):
+        return f"{statistics.mean(e[metric] for e in self.last[row]):.{digits}f}"
+
+    def mean_distance(self, row):
+        return float(self.mean(row, "fd_2step", 4))
+
+    def curves(self, row):
+        """[[distance at 2 steps, evaluation by evaluation] of each seed]"""
+        seeds = self.stored["rows"][row - 1]["seeds"].values()
+        return [[e["fd_2step"] for e in run["evaluations"]] for run in seeds]
+
+    def seconds(self, row):
+        seeds = self.stored["rows"][row - 1]["seeds"].values()
+        return statistics.median(run["sec_per_step"] for run in seeds)
+
+    def differences(self, metric):
+        table = reproduce.TABLES[self.stored["table"]]
+        runs = {row["number"]: row["seeds"] for row in self.stored["rows"]}
+        rows = report.summary(dict(enumerate(table.rows, 1)), runs)
+        return report.compare(rows, table.reference, metric)
+
+
+def best_of_search(start, data="digits", seeds=2):
+    """{method: (best setting of those on all seeds, its mean distance)}; the folder's table is that of its runs."""
+    folder = KEPT / f"search-{data}-{start}"
+    rows = json.loads((folder / "runs.json").read_text())["rows"]
+    lines = [report.markdown_line(cells) for cells in search.body(rows, seeds)]
+    assert "\n".join(lines) in (folder / "README.md").read_text()
+    best = {}
+    for row in rows:
+        value = statistics.mean(row["distance"])
+        if len(row["distance"]) == seeds and value < best.get(row["method"], (None, math.inf))[1]:
+            best[row["method"]] = (row["setting"], value)
+    assert len(rows) == 4 * len(best)                                 # as many settings for each
+    return best
+
+
+def told_of_search(start, data="digits", seeds=2):
+    """RESULTS.md names the best settings of a search and their distances."""
+    text = words_of_the_texts()
+    for method, (setting, distance) in best_of_search(start, data, seeds).items():
+        assert f"{method} `{setting}` {distance:.1f}" in text, method
