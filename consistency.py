@@ -8,7 +8,7 @@ numbers).  Table 2 row 3, Table 3 rows 1 and 9, Table 4 row 3, Table 5 "iMF" and
     --loss imf   improved MeanFlow [6]           Geng et al.: guidance omega and its interval [t_min, t_max] are inputs
     --loss ct    consistency training [6]        the same without guidance, tangent eps - x0 (MeanFlow)
     --loss cd    consistency distillation [16]   target and tangent from a frozen guided teacher
-    --loss rcgm  recursive consistency [66-67]   TwinFlow's base: du/dt by a step of delta and N jumps of the EMA
+    --loss rcgm  recursive consistency [66-67]   TwinFlow's base: du/dt by a step of delta and N jumps of its target EMA
     --loss isg   intra-segment guidance [61-62]  SenseFlow's: a teacher step in the segment, then the student's jump
 
 imf, ct and cd are one regression of the average velocity u(x_t, t, s) onto its own identity,
@@ -125,12 +125,12 @@ def regression(pred: Tensor, target: Tensor, c: float = 1e-3, cosine: bool = Tru
 def derivative_where_needed(net: Callable, x_t: Tensor, t: Tensor, s: Tensor, y: Tensor, guidance: Tensor,
                             tangent: Tensor, h: float = 0.005, exact: bool = False,
                             rows: Tensor | None = None) -> Tensor:
-    """d/dt of net(x_t, t, s, y, guidance) [B, C, H, W] in the rows with s < t; 0 in others: their factor t - s is 0."""
+    """d/dt of net(x_t, t, y, s, guidance) [B, C, H, W] in the rows with s < t; 0 in others: their factor t - s is 0."""
     rows = (s < t).nonzero()[:, 0] if rows is None else rows
     du_dt = torch.zeros_like(x_t)
     if len(rows):
         y, guidance = y[rows], guidance[rows]
-        du_dt[rows] = total_derivative(lambda x, t, s: net(x, t, s, y, guidance), x_t[rows], t[rows], s[rows],
+        du_dt[rows] = total_derivative(lambda x, t, s: net(x, t, y, s, guidance), x_t[rows], t[rows], s[rows],
                                        tangent[rows], h, exact)
     return du_dt
 
@@ -173,8 +173,7 @@ def imf_loss(net: Callable, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, y: Te
             v_cond[rows] = net(x_t[rows], t[rows], y[rows], None, gate_guidance(guidance[rows], t[rows]))
         if guided:
             v = guided_target(net, x_t, v, v_cond, t, y, guidance)
-    du_dt = derivative_where_needed(lambda x, t, s, y, guidance: net(x, t, y, s, guidance), x_t, t, s, y, guidance,
-                                    v_cond, h, exact, rows)
+    du_dt = derivative_where_needed(net, x_t, t, s, y, guidance, v_cond, h, exact, rows)
     return regression(pred, v - expand(t - s, v) * du_dt, **rho)
 
 
@@ -188,18 +187,19 @@ def distillation_loss(net: Callable, teacher: Callable, x0: Tensor, eps: Tensor,
     x_t = interpolate(x0, eps, t)                                                       # [B, C, H, W]
     with torch.no_grad():
         v = guided_velocity(teacher, x_t, t, y, guidance, channels)
-    guidance = torch.where((s == t)[:, None], gate_guidance(guidance, t), guidance)     # the velocity's, where s = t
-    du_dt = derivative_where_needed(lambda *at: guided_map(net, *at), x_t, t, s, y, guidance, v, h, exact, rows)
+    guidance = torch.where((s == t)[:, None], gate_guidance(guidance, t), guidance)     # s = t: as v was asked for
+    du_dt = derivative_where_needed(lambda x, t, y, s, guidance: guided_map(net, x, t, s, y, guidance), x_t, t, s, y,
+                                    guidance, v, h, exact, rows)
     return regression(guided_map(net, x_t, t, s, y, guidance), v - expand(t - s, v) * du_dt, **rho)
 
 
-def rcgm_loss(u: Callable, u_ema: Callable, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, delta: float = 0.01,
+def rcgm_loss(u: Callable, u_target: Callable, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, delta: float = 0.01,
               N: int = 2, clamp: float = 1.0, c: float = 1e-3, cosine: bool = True) -> Tensor:
     """Recursive consistency (RCGM) of each sample, Eq. 66-67 -> [B]: (t-s) u(x_t,t,s) = delta v + I.
 
-    I: N jumps of u_ema from t - delta to s.  u, u_ema: callables (x, t, s), the second never differentiated;
+    I: N jumps of u_target from t - delta to s.  u, u_target: callables (x, t, s), the second never differentiated;
     v [B, C, H, W] the (guided) velocity at (x_t, t).  As TwinFlow's code, u is regressed onto u - clamp(e) with
-    e = ((t-s) u - I) / delta - v, which for N = 1, u_ema = u and no clamp is MeanFlow's residual up to O(delta).
+    e = ((t-s) u - I) / delta - v, which for N = 1, u_target = u and no clamp is MeanFlow's residual up to O(delta).
     Where t - s < delta, e = u - v: flow matching.  clamp: on e; 0: off.  bf16, as there: e errs by 8% (digits, 0.01).
     """
     with torch.no_grad():
@@ -208,12 +208,12 @@ def rcgm_loss(u: Callable, u_ema: Callable, x_t: Tensor, t: Tensor, s: Tensor, v
         for i in range(N):
             a = t_next + (s - t_next) * (i / N)
             b = t_next + (s - t_next) * ((i + 1) / N)
-            move = expand(a - b, x) * u_ema(x, a, b)
+            move = expand(a - b, x) * u_target(x, a, b)
             x, I = x - move, I + move
     pred = u(x_t, t, s)                                                                 # [B, C, H, W]
-    e = torch.where(expand(t - s < delta, x_t), pred - v, (expand(t - s, x_t) * pred - I) / delta - v).detach()
-    if clamp:
-        e = e.clamp(-clamp, clamp)
+    jump = (expand(t - s, x_t) * pred - I) / delta                                      # Eq. 66 solved for v
+    e = (torch.where(expand(t - s < delta, x_t), pred, jump) - v).detach()
+    e = e.clamp(-clamp, clamp) if clamp else e
     return distance(pred, pred.detach() - e, c, cosine)                                 # Eq. 67
 
 
@@ -248,8 +248,8 @@ def isg_loss(u: Callable, teacher: Callable, x_t: Tensor, t: Tensor, s: Tensor, 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
-# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: the paper's Table 6, but
-# for lr, which our copy of it has lost: 6e-4 is a guess; CD trains past its peak.
+# pixels: under 24 a side, as the digits; images: larger, as Fashion-MNIST (RESULTS.md: which were searched); latents:
+# the paper's Table 6, but for lr, which our copy of it has lost: 6e-4 is a guess; CD trains past its peak.
 PRESETS = {
     ("pixels", "scratch"): dict(                    # mostly s = t: the velocity, which teaches, is ahead of the map
         size="tiny", steps=400, lr=6e-3, mask_prob=0.9, omega=1.0, guide_to=1.0, omega_max=1.0,
@@ -376,10 +376,10 @@ def train(args):
     state |= dict(target=target)
     features = metric_space(data, args)
     channels = args.cfg_channels                                                # of a plain teacher's CFG; 0: all
-    huber = dict(c=args.huber_c, cosine=args.cosine)
-    options = dict(h=args.fd_h, exact=args.jvp == "exact", tangent_norm=args.tangent_norm, **huber)
+    rho = dict(c=args.huber_c, cosine=args.cosine)
+    options = dict(h=args.fd_h, exact=args.jvp == "exact", tangent_norm=args.tangent_norm, **rho)
     guided = args.omega_max > 1                                                 # a loss on data draws omega above 1
-    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) if not drawn
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) where not drawn
 
     def u(y, guidance=None):
         return lambda x, t, s: guided_map(net, x, t, s, y, guidance)
@@ -425,7 +425,7 @@ def train(args):
                                                  channels, rows=b.moving, **options)  # moving: s < t
                     elif args.loss == "rcgm":                                   # Eq. 66-67
                         loss = guided_rcgm_loss(net, target, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided,
-                                                args.delta, args.order, args.clamp, **huber)
+                                                args.delta, args.order, args.clamp, **rho)
                     else:                                                       # Eq. 61-62
                         x_t = interpolate(b.x0, b.eps, b.t)
                         loss = isg_loss(u(b.y_drop, b.guidance), v_teacher(b.y_drop, b.guidance),

@@ -104,9 +104,9 @@ def ida_(fake: torch.nn.Module, generator: torch.nn.Module, a: float) -> None:
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
-# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: the paper's Table 6, but
-# for lr, which our copy of it has lost: 6e-4 is a guess.  Their steps reach the peak of Table 10 without L_CD; with
-# --cd 1 it is at 54,000 (imf) and 33,000 (fm): pass --steps.
+# pixels: under 24 a side, as the digits; images: larger, as Fashion-MNIST (RESULTS.md: which were searched); latents:
+# the paper's Table 6, but for lr, which our copy of it has lost: 6e-4 is a guess.  Their steps reach the peak of
+# Table 10 without L_CD; with --cd 1 it is at 54,000 (imf) and 33,000 (fm): pass --steps.
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=100, lr=3e-4, fake_lr=3e-3, M=2, lam=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
@@ -173,7 +173,7 @@ def parse_args(argv=None):
                        "expected --cd 1")
     if args.start == "scratch" and args.disc_trunk == "teacher":
         raise BadInput("--init scratch --disc_trunk teacher: there is no teacher, expected --disc_trunk fake")
-    if args.teacher and args.disc_trunk == "teacher" and args.init in ("imf", "fm"):    # the network that comes first
+    if args.teacher and args.disc_trunk == "teacher" and args.init in ("imf", "fm"):    # before a start is trained
         refuse_trunk(SIZES[args.size], load_checkpoint(args.teacher)["config"])
     if not args.cd:
         refuse(args, ["lam", "cd_guidance", *CONSISTENCY_FLAGS], "belongs to L_CD, which needs --cd 1")
@@ -225,7 +225,7 @@ def train(args):
     channels = args.cfg_channels                                                # of a plain teacher's CFG; 0: all
     options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
     guided = args.omega_max > 1                                                 # a loss on data draws omega above 1
-    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) if not drawn
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) where not drawn
 
     def u(y):
         return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))
@@ -253,7 +253,7 @@ def train(args):
         batch["eps_tau"] = g.normal(B, *shape)
         for name in ("fake", "gen", "real"):
             batch[f"t_{name}"], batch[f"eps_{name}"] = g.uniform(B), g.normal(B, *shape)
-        k = g.integers(args.M)
+        k = g.integers(args.M)                                  # Eq. 17: jumps before the one with gradient
         return batch, k
 
     def draw(g, step):
@@ -284,7 +284,7 @@ def train(args):
                 with autocast(args, device):
                     x_hat = backward_simulation(u(b.y), b.z, k, args.M)         # Eq. 17
                     loss, gap = dmd_loss(x_hat, v_fake(b.y), v_teacher(b.y), b.tau, b.eps_tau)
-                    objective = args.lam * loss                                 # Eq. 15, 59
+                    objective = args.lam * loss                                 # Eq. 15; DMD2: 59
                     if head:
                         gan = gan_generator_loss(D(b.y)(x_hat, b.t_gen, b.eps_gen))
                         objective = objective + args.lam * args.lambda_g * gan  # Eq. 54
@@ -316,7 +316,7 @@ def train(args):
                 for i, b in enumerate(micro_batches(of_turn, args, device)):
                     with autocast(args, device):
                         with torch.no_grad():
-                            x_hat = backward_simulation(u(b.y), b.z, k, args.M) if turn else samples[i]
+                            x_hat = samples[i] if turn == 0 else backward_simulation(u(b.y), b.z, k, args.M)
                         loss = fake_loss(v_fake(b.y), x_hat, b.t_fake, b.eps_fake)                # Eq. 52
                         accumulate(total, B * args.ttur, fake=loss)
                         if head:

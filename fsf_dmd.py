@@ -67,14 +67,14 @@ def rollout(u: Callable, eps: Tensor, M: int, grad: str = "all") -> tuple[Tensor
     """
     if M < 1 or grad not in ("all", "last"):
         raise ValueError(f"M {M}, grad {grad!r}: expected M >= 1 and all or last")
-    x, U = eps.detach(), torch.zeros_like(eps)
+    x_i, U = eps.detach(), torch.zeros_like(eps)
     for i in range(M):
         t, s = 1 - i / M, 1 - (i + 1) / M
         wanted = grad == "all" or i == M - 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):                # under no_grad: never
-            move = (t - s) * u(x, t, s)                                                 # Eq. 18 at sg x_i
+            move = (t - s) * u(x_i, t, s)                                               # Eq. 18 at sg x_i
         U = U + move                                                                    # Eq. 19-20
-        x = (x - move).detach()
+        x_i = (x_i - move).detach()
     return eps, U
 
 
@@ -107,8 +107,8 @@ def fsf_dmd_loss(x: Tensor, U: Tensor, fake: Callable, teacher: Callable, tau: T
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
-# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: the paper's Table 6, but
-# for lr, which our copy of it has lost: 6e-4 is a guess.
+# pixels: under 24 a side, as the digits; images: larger, as Fashion-MNIST (RESULTS.md: which were searched); latents:
+# the paper's Table 6, but for lr, which our copy of it has lost: 6e-4 is a guess.
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=200, lr=2e-3, M=2, lam=0.01, shift=10.0, omega=1.0, guide_to=1.0, omega_max=1.0,
@@ -196,7 +196,7 @@ def train(args):
     channels = args.cfg_channels                                                # of a plain teacher's CFG; 0: all
     options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
     guided = args.omega_max > 1                                                 # a loss on data draws omega above 1
-    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) if not drawn
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) where not drawn
 
     def u(y):
         return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))
@@ -219,7 +219,7 @@ def train(args):
         batch["z"] = g.normal(B, args.M, *shape)                # rollout noise; Eq. 17 needs M of them
         batch["tau"] = shift_time(g.uniform(B), args.shift)
         batch["eps_tau"] = g.normal(B, *shape)
-        k = g.integers(args.M)
+        k = g.integers(args.M)                                  # Eq. 17: jumps before the one with gradient
         return batch, k
 
     def panel(run):
@@ -248,7 +248,7 @@ def train(args):
                             x, U = b.z[:, 0], b.z[:, 0] - x_hat
                         loss, gap = fsf_dmd_loss(x, U, v_fake(b.y), v_teacher(b.y), b.tau, b.eps_tau,
                                                  args.weight, args.clip, args.cosine_factor)
-                        objective = args.lam * loss                             # Eq. 15, 59
+                        objective = args.lam * loss                             # Eq. 15; DMD2: 59
                     (objective.sum() / B).backward()
                     accumulate(total, B, fsf=loss, gap=gap)
 

@@ -115,16 +115,16 @@ def total_derivative(u: Callable, x: Tensor, t: Tensor, s: Tensor, tangent: Tens
 
 
 @torch.no_grad()
-def sample(u: Callable, eps: Tensor, y: Tensor, steps: int) -> Tensor:
+def sample(net: Callable, eps: Tensor, y: Tensor, steps: int) -> Tensor:
     """Few-step sampler: x <- f(x, t_i, t_{i+1}) on the uniform grid t_i = 1 - i / steps, deterministic.
 
-    u: callable (x, t, y, s), e.g. a decoupled or in_context LightningDiT.
-    eps [B, C, H, W] noise, y [B] labels -> samples at t = 0, without guidance but for what u adds (`guided_map`).
+    net: callable (x, t, y, s), e.g. a decoupled or in_context LightningDiT.
+    eps [B, C, H, W] noise, y [B] labels -> samples at t = 0, without guidance but for what net adds (`guided_map`).
     """
     x, grid = eps, torch.linspace(1, 0, steps + 1, device=eps.device)
     for t, s in zip(grid[:-1], grid[1:]):
         t, s = t.expand(len(x)), s.expand(len(x))
-        x = x - expand(t - s, x) * u(x, t, y, s)
+        x = x - expand(t - s, x) * net(x, t, y, s)
     return x
 
 
@@ -439,8 +439,9 @@ class LightningDiT(nn.Module):
         if x.shape[2] != x.shape[3] or x.shape[2] != self.grid * self.patch_size:
             raise ValueError(f"x {list(x.shape)}: expected {self.grid * self.patch_size} pixels a side")
         B, dtype = len(x), torch.promote_types(x.dtype, torch.float32)
-        zeros = torch.zeros(B, dtype=dtype, device=x.device)                            # no copy from the CPU
-        t, s = ((zeros + time).to(dtype) for time in (t, t if s is None else s))
+        zeros = torch.zeros(B, dtype=dtype, device=x.device)                            # [B] of a float, without a copy
+        t = (zeros + t).to(dtype)
+        s = t if s is None else (zeros + s).to(dtype)
 
         cos, sin = self.feat_rope.freqs_cos, self.feat_rope.freqs_sin                   # [N, head_dim]
         with torch.autocast(x.device.type, enabled=False):                              # times stay in fp32
@@ -622,12 +623,13 @@ def load_official(source: str | dict, input_size: int = 32) -> nn.Module:
     state = {k.removeprefix("module.").removeprefix("net."): v for k, v in state.items()}  # of DDP; of iMF's file
     if any(k.startswith("shared_blocks.") for k in state):
         return load_imf(state, input_size)
-    (D, channels, patch, _), (_, tokens, _) = sizes(state, "x_embedder.proj.weight", 4), sizes(state, "pos_embed", 3)
+    D, channels, patch, _ = shape_of(state, "x_embedder.proj.weight", 4)
+    tokens = shape_of(state, "pos_embed", 3)[1]
     depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
     names = {(d["depth"], d["hidden_size"], d["patch_size"]): name for name, d in SIZES.items()}     # for people only
     net = LightningDiT(names.get((depth, D, patch), "B/1"), "plain", depth=depth, hidden_size=D, patch_size=patch,
-                       num_heads=max(1, D // sizes(state, "feat_rope.freqs_cos", 2)[1]), in_channels=channels,
-                       num_classes=sizes(state, "y_embedder.embedding_table.weight", 2)[0] - 1,
+                       num_heads=max(1, D // shape_of(state, "feat_rope.freqs_cos", 2)[1]), in_channels=channels,
+                       num_classes=shape_of(state, "y_embedder.embedding_table.weight", 2)[0] - 1,
                        input_size=patch * math.isqrt(tokens), qk_norm="blocks.0.attn.q_norm.weight" in state)
     own = net.state_dict()
     refuse_differences(net, state, "LightningDiT")
@@ -662,20 +664,20 @@ def load_imf(state, input_size):
         for old, new in names.items():
             key = key.replace(old, new)
         own[key] = value
-    D, channels, patch, _ = sizes(own, "x_embedder.proj.weight", 4)
+    D, channels, patch, _ = shape_of(own, "x_embedder.proj.weight", 4)
     if input_size % patch:
         raise ValueError(f"input_size {input_size} must be a multiple of patch_size {patch}")
     net = IMFDiT(input_size=input_size, in_channels=channels, patch_size=patch, hidden_size=D,
-                 num_heads=max(1, D // sizes(own, "blocks.0.q_norm.weight", 1)[0]), depth=shared + count("u_heads."),
-                 mlp_hidden=sizes(own, "blocks.0.w1.weight", 2)[0],
-                 num_classes=sizes(own, "y_embedder.embedding_table.weight", 2)[0] - 1,
-                 tokens=[sizes(own, f"tokens.{i}", 2)[0] for i in range(5)])
+                 num_heads=max(1, D // shape_of(own, "blocks.0.q_norm.weight", 1)[0]), depth=shared + count("u_heads."),
+                 mlp_hidden=shape_of(own, "blocks.0.w1.weight", 2)[0],
+                 num_classes=shape_of(own, "y_embedder.embedding_table.weight", 2)[0] - 1,
+                 tokens=[shape_of(own, f"tokens.{i}", 2)[0] for i in range(5)])
     refuse_differences(net, own, "iMF network")
     net.load_state_dict(own)
     return net
 
 
-def sizes(state, key, rank):
+def shape_of(state, key, rank):
     """Shape of a tensor of official weights; ValueError if it is missing, of another type or rank, or empty."""
     if key not in state:
         raise ValueError(f"{key} is missing (found {', '.join(list(map(str, state))[:3]) or 'nothing'} ...)")

@@ -106,8 +106,9 @@ class NorMuon(torch.optim.Optimizer):
                                  f"{g['weight_decay']} is out of range")
             if g["scale"] not in ("aspect", "rms"):
                 raise ValueError(f"NorMuon: scale {g['scale']!r}, expected 'aspect' or 'rms'")
-        if any(p.ndim != 2 for group in self.param_groups if group["muon"] for p in group["params"]):
-            raise ValueError("NorMuon orthogonalises matrices only: put other parameters into a group with muon=False")
+            if g["muon"] and any(p.ndim != 2 for p in g["params"]):
+                raise ValueError("NorMuon orthogonalises matrices only: put other parameters into a group with "
+                                 "muon=False")
 
     def load_state_dict(self, state_dict):
         """torch casts optimizer states to the parameter's dtype on loading; ours stay float32.
@@ -159,6 +160,7 @@ class NorMuon(torch.optim.Optimizer):
             O = newton_schulz(U.to(dtype), group["ns_steps"]).float()                   # [K, m, n]
             power = O.pow(2).mean(-1, keepdim=True)                                     # [K, m, 1]
             second = torch.stack([self.state[p]["second"] for p in ps]).lerp_(power, 1 - group["beta2"])
+            torch._foreach_copy_([self.state[p]["second"] for p in ps], list(second.unbind(0)))
             r = 1 / (second.sqrt() + 1e-10)
             # ||O r||_F needs only the row powers: sum_ij (O_ij r_i)^2 = n sum_i power_i r_i^2
             before = power.sum(1, keepdim=True).sqrt()                                  # ||O||_F / sqrt(n)
@@ -169,7 +171,6 @@ class NorMuon(torch.optim.Optimizer):
                 size = 0.2 * m ** 0.5 / (after + 1e-10)                                 # RMS of the update = 0.2
             updates = list((O * (r * size)).unbind(0))
 
-            torch._foreach_copy_([self.state[p]["second"] for p in ps], list(second.unbind(0)))
             decayed = [p for p in ps if p.grad is not None]
             if group["weight_decay"] and decayed:
                 torch._foreach_mul_(decayed, 1 - group["lr"] * group["weight_decay"])

@@ -76,12 +76,14 @@ FOUR_OF_RCGM = [
 
 CD_MASKED = "consistency.py --loss cd --init {start}"                 # masking is the preset; plain CD has its rate
 SID = "sid.py --init {start}"
+ONE_FAKE_UPDATE = " --ttur 1 --no_gan"                                # 8.5 passes a step; steps: for FSF-DMD's passes
 FROM_WEAK = {
     "CD with masking":    (CD_MASKED, SIX_RATES),
     "FSF-DMD, M = 2":     (FSF + " --M 2", SIX_LAMBDAS),
     "FSF-DMD, M = 1":     (FSF + " --M 1", SIX_LAMBDAS),
     "DMD2":               (DMD2, TWO_SIDES),
     "DMD2 + L_CD":        (DMD2_CD, BOTH_LOSSES),
+    "DMD2, 1:1, no GAN":  (DMD2 + ONE_FAKE_UPDATE + " --steps 300", TWO_SIDES),
     "SiD":                (SID, ["--lr 0.00003 --fake_lr 0.001", *TWO_SIDES[:5]]),
     # 0.003: the paper's; 0.042: as heavy beside the DM loss, a mean over elements, as on DMD2's 64 x 64 x 3
     "DMD2's lambda_G":    (DMD2, [f"--lambda_g {g}" for g in (0.003, 0.012, 0.042, 0.15)]),
@@ -92,6 +94,7 @@ FROM_STRONG = {
     "FSF-DMD, M = 1":     (FSF + " --M 1 --lr 0.002", FOUR_LAMBDAS),
     "DMD2":               (DMD2, FOUR_OF_TWO_SIDES),
     "DMD2 + L_CD":        (DMD2_CD, FOUR_OF_BOTH_LOSSES),
+    "DMD2, 1:1, no GAN":  (DMD2 + ONE_FAKE_UPDATE + " --steps 300", FOUR_OF_TWO_SIDES),
     "SiD":                (SID, FOUR_OF_TWO_SIDES),
 }
 FROM_FM = {
@@ -116,7 +119,6 @@ FROM_FM_OF_IMAGES = {
     "FSF-DMD, M = 2":     (FSF + " --M 2 --lr 0.008",                 # the best of CD's first three rates
                            [f"--lam {lam} --shift 10" for lam in (0.001, 0.01, 0.05, 0.2)]),
 }
-# Without the GAN 1:1 takes 8.5 forward passes a step: 2,252, as many as FSF-DMD.
 FROM_WEAK_OF_IMAGES = {
     "CD with masking":    (CD_MASKED, ["--lr 0.001", "--lr 0.002", "--lr 0.004", "--lr 0.008"]),
     "DMD2":               (DMD2, [TWO_SIDES[i] for i in (1, 2, 4, 5)]),
@@ -125,7 +127,7 @@ FROM_WEAK_OF_IMAGES = {
     "FSF-DMD, M = 1":     (FSF + " --M 1 --lr 0.004 --steps 225",     # as many passes as M = 2
                            [f"--lam {lam} --shift 10" for lam in (0.0003, 0.003, 0.015, 0.05)]),
     "DMD2 + L_CD":        (DMD2_CD, FOUR_OF_BOTH_LOSSES),
-    "DMD2, 1:1, no GAN":  (DMD2 + " --ttur 1 --no_gan --steps 265 --eval_every 133", FOUR_OF_TWO_SIDES),
+    "DMD2, 1:1, no GAN":  (DMD2 + ONE_FAKE_UPDATE + " --steps 265 --eval_every 133", FOUR_OF_TWO_SIDES),
     "SiD":                (SID, FOUR_OF_TWO_SIDES),
 }
 FROM_STRONG_OF_IMAGES = {

@@ -87,14 +87,14 @@ def sid_loss(x_hat: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps:
         weight = 1 / error.flatten(1).abs().mean(1).clamp(min=1e-5)
     else:
         weight = WEIGHTS[w](tau)
-    loss = weight * tau ** 2 * (delta * (residual - alpha * delta)).view_as(eps).flatten(1).sum(1)
-    return loss, delta.detach().flatten(1).abs().mean(1)
+    gap = delta.detach().flatten(1).abs().mean(1)                       # [B], for the log
+    return weight * tau ** 2 * (delta * (residual - alpha * delta)).view_as(eps).flatten(1).sum(1), gap     # generator
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
-# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: the paper's Table 6, but
-# for lr, which our copy of it has lost and which is a guess; and for the steps, those of dmd2.py from an iMF.
+# pixels: under 24 a side, as the digits; images: larger, as Fashion-MNIST (RESULTS.md: which were searched); latents:
+# the paper's Table 6, but for lr, a guess, which our copy of it has lost; and the steps, those of dmd2.py from an iMF.
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=200, lr=3e-4, fake_lr=3e-3, omega=1.0, guide_to=1.0,
@@ -163,7 +163,7 @@ def train(args):
     state |= dict(fake=fake, head=head, opt_fake=opt_fake)
     features = metric_space(data, args)
     channels = args.cfg_channels                                                # of a plain teacher's CFG; 0: all
-    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # of all but the fake side
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) where not drawn
 
     def u(y):
         return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))

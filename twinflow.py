@@ -72,8 +72,8 @@ def twinflow_losses(u: Callable, fake: Callable, teacher: Callable, z: Tensor, t
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
-# pixels: the digits; images: Fashion-MNIST (RESULTS.md: which were searched); latents: the paper's Table 6, but
-# for lr, which our copy of it has lost: 6e-4 is a guess; and for the steps from an iMF.
+# pixels: under 24 a side, as the digits; images: larger, as Fashion-MNIST (RESULTS.md: which were searched); latents:
+# the paper's Table 6, but for lr, which our copy of it has lost: 6e-4 is a guess; and for the steps from an iMF.
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=200, lr=3e-3, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
@@ -156,7 +156,7 @@ def train(args):
     features = metric_space(data, args)
     options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
     guided = args.omega_max > 1                                                 # a loss on data draws omega above 1
-    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) if not drawn
+    fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) where not drawn
 
     def u(y):
         return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))

@@ -111,6 +111,7 @@ def test_what_is_said_of_cost_is_in_the_numbers():
     b = (added[5] - added[1]) / 4
     assert (f"{added[1] - b:.1f}", f"{b:.1f}", f"{26.5 + added[5]:.1f}") == ("1.1", "3.3", "44.1")
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A GPU, memory, the noise of sampling
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,6 +184,7 @@ def test_what_is_said_of_memory_and_of_sampling_noise_is_in_the_numbers():
     spread = {name: statistics.stdev(run[f"{name}_2step"] for run in runs) for name in ("fd", "is", "recall")}
     assert f"{spread['fd']:.1f} in distance, {spread['is']:.3f} in IS and {spread['recall']:.3f} in recall" in text
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # benchmarks/surrogate.py
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,6 +248,7 @@ def test_what_is_said_of_the_surrogate_is_in_the_numbers():
         assert f"{ours['over_tau'][k]['cosine']:.2f}" == cosine
         assert f"{ours['over_tau'][k]['surrogate_to_mean']:.2f}" == pull
     assert (f"{guided['over_tau']['k10']['cosine']:.2f}", f"{guided['bins'][-1]['cosine']:.2f}") == ("0.52", "0.64")
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # benchmarks/strength.py
@@ -432,6 +435,7 @@ def test_starts_measured_later_join_the_figure_over_starts_if_measured_alike(tmp
     assert call(300, 6.0, steps=100) == ([6.0], ["--starts 300 --steps 100"])       # other steps: nothing is kept
     assert call(100, 5.0, steps=100, omega=3.0)[0] == [5.0]                         # another omega: neither
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # benchmarks/step.py and benchmarks/gpu.py
 # ---------------------------------------------------------------------------------------------------------------------
@@ -467,6 +471,7 @@ def test_what_is_said_of_a_step_is_in_the_numbers():
         f"{shares['finite difference']:.0%}",
     ):
         assert words in text, words
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # benchmarks/finite_difference.py

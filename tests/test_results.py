@@ -58,6 +58,7 @@ def test_the_index_of_results_names_every_folder_and_links_lead_somewhere():
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), (page, target)
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What the texts say of the tables
 # ---------------------------------------------------------------------------------------------------------------------
