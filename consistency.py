@@ -394,20 +394,20 @@ def train(args):
         r = g.uniform(B, 1 if args.loss == "fm" else 2)                         # Eq. 1: one draw of the law
         batch["t"], batch["s"] = draw_times(r, args.time_law, args.mask_prob)
         batch["y_drop"] = torch.where(g.uniform(B) < args.label_drop, null, batch["y"])
-        batch["guidance"] = fixed.expand(B, 3)
-        if args.cd_guidance == "drawn" or not teacher:
-            batch["guidance"] = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
         if args.loss == "isg":                                                  # segment [s, t], r inside it
             batch["t"] = 1 - g.integers(args.M, B) / args.M
             batch["s"] = batch["t"] - 1 / args.M
             batch["r"] = batch["s"] + (0.1 + 0.8 * g.uniform(B)) / args.M       # SenseFlow: 0.05 off both ends of 0.5
+        batch["guidance"] = fixed.expand(B, 3)
+        if args.cd_guidance == "drawn" or not teacher:
+            drawn = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
+            batch["guidance"] = whole_interval(drawn, batch["t"], batch["s"])
         return batch
 
     with Run(args, state, ema, data) as run:
         begin(run, features)
-        for step, drawn in run.steps(draw):
+        for step, batch in run.steps(draw):
             total = {}
-            batch = drawn
 
             # -- update
             for b in micro_batches(batch, args, device):

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from common import (BadInput, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     frozen_view, gradient_norm, main, micro_batches, setup, sync_gradients, trainable, update_ema)
-from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, pretrained
+from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, pretrained, whole_interval
 from data import load_data
 from evaluate import metric_space
 from model import (SIZES, DiscriminatorHead, IMFDiT, backward_simulation, expand, guided_map, guided_velocity,
@@ -247,7 +247,8 @@ def train(args):
         batch["y_drop"] = torch.where(g.uniform(B) < args.label_drop, null, batch["y"])
         batch["guidance"] = fixed.expand(B, 3)
         if args.cd_guidance == "drawn" or not teacher:
-            batch["guidance"] = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
+            drawn = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
+            batch["guidance"] = whole_interval(drawn, batch["t"], batch["s"])
         batch["z"] = g.normal(B, args.M, *shape)                # rollout noise; Eq. 17 needs M of them
         batch["tau"] = 0.02 + 0.96 * g.uniform(B)                 # U(0.02, 0.98), as DMD2
         batch["eps_tau"] = g.normal(B, *shape)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from common import (BadInput, accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
                     gradient_norm, main, micro_batches, setup, sync_gradients, target_decay, update_ema)
-from consistency import draw_guidance, draw_times, guided_rcgm_loss, imf_loss, pretrained
+from consistency import draw_guidance, draw_times, guided_rcgm_loss, imf_loss, pretrained, whole_interval
 from data import load_data
 from evaluate import metric_space
 from model import IMFDiT, guided_map, guided_velocity, interpolate
@@ -173,7 +173,8 @@ def train(args):
         batch = dict(x0=data.x[rows], y=data.y[rows], eps=g.normal(B, *shape))
         batch["t"], batch["s"] = draw_times(g.uniform(B, 2), args.time_law, args.mask_prob)
         batch["y_drop"] = torch.where(g.uniform(B) < args.label_drop, null, batch["y"])
-        batch["guidance"] = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
+        drawn = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
+        batch["guidance"] = whole_interval(drawn, batch["t"], batch["s"])
         for name in ("z", "eps_fake", "eps_tau"):
             batch[name] = g.normal(B, *shape)
         for name in ("t_fake", "tau"):

@@ -291,6 +291,26 @@ def test_a_step_of_sid(random_starts, monkeypatch, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("command", ["consistency --loss cd", "fsf_dmd", "dmd2 --cd 1 --ttur 1 --lambda_g 0"])
+def test_rows_that_learn_the_velocity_have_the_whole_interval_where_guidance_is_drawn(random_starts, monkeypatch,
+                                                                                      capsys, command):
+    """iMF's rule, in L_CD too: a jump is asked with its drawn interval, the velocity at s = t with [0, 1]."""
+    name, _, flags = command.partition(" ")
+    turns, module = [], importlib.import_module(name)
+    real = module.micro_batches
+    monkeypatch.setattr(module, "micro_batches", lambda batch, *rest: turns.append(batch) or real(batch, *rest))
+    run = RUN if name != "consistency" else RUN.replace("--health_every 0 ", "")
+    module.train(module.parse_args(f"{flags} --init a.pt --cd_guidance drawn --omega_max 4 {run} --out "
+                                   f"interval-{name}".split()))
+    for turn in turns:
+        omega, t_min, t_max = turn["guidance"].unbind(1)
+        velocity = turn["s"] == turn["t"]
+        assert velocity.sum() == B / 2 and omega.unique().numel() == B
+        assert (t_min[velocity] == 0).all() and (t_max[velocity] == 1).all()
+        assert (t_min[~velocity] > 0).all() and (t_max[~velocity] < 1).all()
+    capsys.readouterr()
+
+
 @pytest.mark.parametrize("command", ["dmd2 --ttur 1 --lambda_g 0", "sid --lambda_g 0", "fsf_dmd --rollout dmd2"])
 def test_the_last_jump_of_a_rollout_is_drawn(random_starts, monkeypatch, command):
     """k of Eq. 17 takes each of 0 .. M - 1."""
