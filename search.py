@@ -1,7 +1,7 @@
 """The settings of the presets, as many for every method, on seeds that no table reports.
 
-    python search.py weak                    # from the iMF of 400 steps: 6 methods, 8 runs each, and DMD2's lambda_G
-    python search.py strong                  # from the iMF of 800 steps: 6 methods, 6 runs each
+    python search.py weak                    # from the iMF of 400 steps: 7 methods, 8 runs each, and DMD2's lambda_G
+    python search.py strong                  # from the iMF of 800 steps: 7 methods, 6 runs each
     python search.py fm                      # from the velocity network (Table 4): 5 methods, 6 runs each
     python search.py scratch                 # Table 5: 6 methods, 6 runs each
     python search.py weak --method SiD       # one method
@@ -11,9 +11,10 @@
 Six settings a method from the weak start; four elsewhere, around what the weak search chose, or from scratch around the
 presets.  Of images of 24 pixels or more CD and FSF-DMD have the same number of forward passes; from scratch there are
 three or four settings, for half of the preset's steps.  Every setting is the command line of a script, run on seed 100
-for the preset's steps; the best two of a method run on seed 101 too, and their mean decides.  A run starts from a start
-of its own seed.  The criterion is the distance after the last step at 2 sampling steps, with the sampler that the
-network was trained for.  The paper's own lambda and shift are among the settings.
+for the preset's steps (DMD2 1:1 without GAN for FSF-DMD's forward passes); the best two of a method run on seed 101
+too, and their mean decides.  A run starts from a start of its own seed.  The criterion is the distance after the last
+step at 2 sampling steps, with the sampler that the network was trained for.  The paper's own lambda and shift are among
+the settings.
 Runs are kept, stopped and continued as reproduce.py's.  Leaves search-<data>-<start> in --out: README.md, runs.json.
 """
 import argparse
