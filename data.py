@@ -331,8 +331,11 @@ def image_files(folder: str | Path) -> tuple[list, list]:
     """
     if not Path(folder).is_dir():
         raise BadInput(f"{folder}: no such folder, expected one sub-folder per class")
-    folders = [entry for entry in Path(folder).iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    classes = sorted(entry.name for entry in folders)
+    entries = [entry for entry in Path(folder).iterdir() if not entry.name.startswith(".")]
+    for entry in entries:
+        if not entry.exists() and entry.suffix.lower() not in IMAGE_SUFFIXES:          # it may have been a class
+            raise BadInput(f"{entry}: is a link that leads nowhere; repair it, or remove it")
+    classes = sorted(entry.name for entry in entries if entry.is_dir())
     if classes and {name.lower() for name in classes} <= PARTS:
         raise BadInput(f"{folder}: its sub-folders are no classes but parts of a data set ({', '.join(classes)}); "
                        f"pass {Path(folder) / classes[0]}, or another of them")
@@ -472,6 +475,9 @@ def open_shard(path: str | Path) -> safe_open:
 def read_stats(folder: str | Path, channels: int) -> tuple[list, list]:
     """(mean, std), lists of C floats, of a folder's latents_stats.pt; BadInput if it is none for so many channels."""
     path = Path(folder) / "latents_stats.pt"
+    if not path.exists():
+        raise BadInput(f"{path}: no such file, expected the statistics of these latents; "
+                       "`python vae.py encode` leaves them beside the shards")
     state = read_weights(path)
     mean, std = state.get("mean"), state.get("std")
     complete = mean is not None and std is not None and mean.dtype in LATENT_TYPES and std.dtype in LATENT_TYPES

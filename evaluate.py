@@ -312,7 +312,7 @@ def is_guided(conditioning: str, sampler: str) -> bool:
 
 def guidance_words(conditioning: str, sampler: str, omega: float, guide_to: float, channels: int | None) -> str:
     if not is_guided(conditioning, sampler):
-        return "guidance in the weights"
+        return "no guidance but what the weights hold"
     return f"omega {omega} on [0, {guide_to}]" + (f" in {channels} channels" if channels else "")
 
 
@@ -372,7 +372,7 @@ def sampling(args: argparse.Namespace, checkpoint: dict) -> tuple[float, float, 
                        "expected euler or renoised")
     given = [f"--{flag}" for flag in ("omega", "guide_to", "cfg_channels") if getattr(args, flag) is not None]
     if given and not is_guided(conditioning, sampler):
-        raise BadInput(f"{', '.join(given)}: {args.what}, sampled so, takes no guidance, it has it in its weights; "
+        raise BadInput(f"{', '.join(given)}: {args.what}, sampled so, takes no guidance but what its weights hold; "
                        "leave that out")
     if not plain and args.cfg_channels:
         raise BadInput(f"--cfg_channels: belongs to a velocity network, which {args.what} is not; leave that out")

@@ -241,9 +241,10 @@ class Features:
             right = ", which a single class has taught nothing"
         probs, y = (self.of_test[1], self.test[1]) if self.test else (self.probabilities(self.real), self.real_y)
         share = (probs.argmax(1) == y).double().mean().item()
+        largest = y.bincount().max().item() / len(y)             # what the name of one class for all would reach
         if self.test:
             right = f", {100 * share:.1f}% right on {len(self.test[1])} test images"
-        elif share < 0.5:
+        elif not right and share <= max(0.5, largest):
             right = f", {100 * share:.1f}% right on its own training images: too little to measure with"
         if len(self.reference.near) < len(self.real):
             near = f" (precision and recall: {len(self.reference.near)} of them, evenly)"

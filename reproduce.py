@@ -389,7 +389,9 @@ def refuse_contradictions(args, given):
     if idle and not latents:
         flags = ", ".join(f"--{flag}" for flag in idle)
         raise BadInput(f"{flags}: does nothing for table {args.table} on {args.data}; leave that out")
-    if args.start == "strong" and ("imf" not in starts or latents or args.init):
+    if args.start == "strong" and "imf" not in starts:
+        raise BadInput(f"--start strong: the strong start is an iMF, and table {args.table} has none; leave that out")
+    if args.start == "strong" and (latents or args.init):
         raise BadInput("--start strong: the two regimes are iMFs of pixels, trained here; "
                        "on latents pass --init with a network trained longer")
     if args.init:

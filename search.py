@@ -183,8 +183,8 @@ def run(args):
     kind = preset_kind(args.data)
     searches = {"pixels": SEARCHES, "images": SEARCHES_OF_IMAGES, "latents": {}}[kind]
     if args.start not in searches:
-        known = ", ".join(searches) or "none of latents"
-        raise BadInput(f"{args.start}: is not searched on {args.data}, expected {known}")
+        expected = ", ".join(searches) or "digits or images"
+        raise BadInput(f"{args.start}: is not searched on {args.data}, expected {expected}")
     start_command, methods = searches[args.start]
     if args.method and args.method not in methods:
         raise BadInput(f"--method {args.method}: is not searched from {args.start}, expected {', '.join(methods)}")

@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import BadInput, autocast, barrier, main, noise_by_index, pick_device, rank, setup, world
-from data import image_files, latents_to_uint8, open_shard, read_image, read_meta, read_stats, say_unread, shards
+from data import (image_files, latents_to_uint8, open_shard, read_image, read_meta, read_rgb, read_stats, say_unread,
+                  shards)
 from data import denormalize, load_data, normalize  # noqa: F401  (public names of this file too)
 from model import refuse_differences
 from plumbing.checkpoints import read_weights, refuse_not_finite, weights_hash
@@ -284,7 +285,7 @@ def encode(args: argparse.Namespace) -> None:
     files, classes = image_files(args.images)
     say_unread(args.images)
     if args.size % vae.downscale:
-        raise BadInput(f"--size {args.size}: the {name} needs a multiple of {vae.downscale}")
+        raise BadInput(f"--size {args.size}: this autoencoder ({name}) needs a multiple of {vae.downscale}")
     out = Path(args.out)
     if out.resolve().is_relative_to(Path(args.images).resolve()):
         raise BadInput(f"--out {out}: lies in --images {args.images}, where it would be read as images; "
@@ -551,9 +552,19 @@ def decode(args: argparse.Namespace) -> None:
         raise BadInput(f"--out {out}: holds {others[0]}, which is none of these {len(latents)} images; pass another")
     out.mkdir(parents=True, exist_ok=True)
     for i, z in enumerate(tqdm(latents, desc=f"decode {name}", unit=" images", dynamic_ncols=True)):
-        image = Image.fromarray(latents_to_uint8(vae, z[None].to(device))[0])
-        write_atomic(out / f"{i:06d}.png", lambda temporary, image=image: image.save(temporary, format="PNG"))
+        image, path = Image.fromarray(latents_to_uint8(vae, z[None].to(device))[0]), out / f"{i:06d}.png"
+        if path.exists() and not is_same_picture(path, image):
+            raise BadInput(f"--out {out}: its {path.name} is another picture, which would be replaced; pass another")
+        write_atomic(path, lambda temporary, image=image: image.save(temporary, format="PNG"))
     print(f"{out}: {len(latents)} images")
+
+
+def is_same_picture(path: Path, image: Image.Image) -> bool:
+    """Whether a file holds this picture, pixel for pixel: an earlier call of the same command left it."""
+    with contextlib.suppress(BadInput):
+        there = read_rgb(path)
+        return there.size == image.size and there.tobytes() == image.tobytes()
+    return False
 
 
 def read_latents(path: Path) -> torch.Tensor:

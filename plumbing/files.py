@@ -40,6 +40,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def first_line(error: BaseException, width: int = 120) -> str:
     """The first words of an exception of a library, for one line of ours."""
     text = " ".join(str(error).split())
+    if text.startswith("Weights only load failed"):                 # torch: a page of advice on its defaults
+        text = "holds objects, not only tensors" if "GLOBAL" in text else "torch.save did not write it"
     return text[:width] if text else type(error).__name__
 
 
@@ -106,6 +108,8 @@ def reading(path: str | Path, expected: str, repair: str = "make it again"):
         raise
     except (FileNotFoundError, NotADirectoryError):
         raise BadInput(f"{path}: no such file, expected {expected}") from None
+    except PermissionError:
+        raise BadInput(f"{path}: may not be read, expected {expected}; give yourself the right to read it") from None
     except IsADirectoryError:
         raise BadInput(f"{path}: is a folder, expected {expected}") from None
     except MemoryError:
@@ -145,9 +149,16 @@ def json_text(obj, **options) -> str:
 
 
 def files_below(folder: str | Path) -> list[Path]:
-    """All files below a folder, sorted.  Links to folders are followed, unless they lead back up."""
+    """All files below a folder, sorted.  Links to folders are followed, unless they lead back up.
+
+    BadInput for a folder that may not be read.
+    """
+    def refuse(error):
+        if isinstance(error, PermissionError):
+            raise BadInput(f"{error.filename}: may not be read; give yourself the right to read it")
+
     found = []
-    for at, folders, names in os.walk(folder, followlinks=True):
+    for at, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         above = {os.path.realpath(each) for each in (at, *Path(at).parents)}
         folders[:] = [name for name in folders if os.path.realpath(Path(at) / name) not in above]
         found += [Path(at) / name for name in names]

@@ -84,6 +84,13 @@ def check_folder(args):
     check_writable(folder, "--out ")
     if args.data != "digits" and data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
         raise BadInput(f"--out {folder}: lies in --data {data}, where it would be read as data; {elsewhere}")
+    if args.data != "digits" and data.is_dir() and Path("runs").resolve().is_relative_to(data.resolve()):
+        raise BadInput(f"--data {data}: holds the folder you are in, whose runs/ would be read as data; "
+                       "work in another folder")
+    for flag in ("init", "teacher"):
+        network = Path(getattr(args, flag, None) or "scratch")
+        if network.is_file() and network.resolve().parent == folder.resolve():
+            raise BadInput(f"--out {folder}: holds --{flag} {network}, which this run would write over; {elsewhere}")
     for path in own_paths(folder):
         if path.exists() and not path.is_file():
             raise BadInput(f"--out {folder}: {path.name} in it is no file; nothing was touched")
@@ -288,9 +295,12 @@ class Run:
         self.clock, self.clock_step = time.perf_counter(), self.step
 
     def ask_to_stop(self, signum, frame):
-        self.asked = signum
         if signum == signal.SIGHUP:                                 # nobody to show it to: writing there would fail
             self.bar.disable = True
+        elif self.main and not self.asked:                          # os.write: a handler may come inside of a print
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this step, or after the evaluation that is under way\n")
+        self.asked = signum
 
     def steps(self, draw):
         """(step, draw(its Stream, step)) of every step that is left.

@@ -520,6 +520,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(home):
         _, err = process.communicate(timeout=60)
         assert process.returncode == code
         assert "and saved; run the same command again to resume" in err and "Traceback" not in err
+        assert err.count("stopping after this step, or after the evaluation that is under way\n") == 1
     steps = state(home, "stopped")["step"] + 1
     assert "resuming at step" in run(home, f"{TOY['fsf_dmd.py']} --out stopped --steps {steps}")
 

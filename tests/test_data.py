@@ -3,7 +3,9 @@
 Data and batches, the autoencoder, latent shards, official weights, and the way from images to pictures and FID.
 """
 import argparse
+import errno
 import json
+import os
 import shlex
 import shutil
 from pathlib import Path
@@ -89,7 +91,7 @@ def test_small_images_in_folders_are_pixel_data(tmp_path, few_samples, monkeypat
     assert "fd_1step" in json.loads(Path("run/result.json").read_text())["last"]
 
 
-def test_of_a_folder_of_images_only_those_are_read_and_the_rest_is_said(tmp_path, capsys):
+def test_of_a_folder_of_images_only_those_are_read_and_the_rest_is_said(tmp_path, capsys, monkeypatch):
     """Hidden files are no images, other files are counted, what is transparent is white, parts are no classes."""
     for name in ("a", "b"):
         (tmp_path / "set" / name / ".ipynb_checkpoints").mkdir(parents=True)
@@ -114,6 +116,34 @@ def test_of_a_folder_of_images_only_those_are_read_and_the_rest_is_said(tmp_path
     args = argparse.Namespace(out=str(tmp_path / "set" / "runs" / "x"), data=str(tmp_path / "set"), resume="auto")
     with pytest.raises(common.BadInput, match="lies in --data"):
         run_folder.check_folder(args)
+    args.out = str(tmp_path / "elsewhere")
+    run_folder.check_folder(args)
+    monkeypatch.chdir(tmp_path / "set")                             # of the metrics runs/cache/ would be made here
+    with pytest.raises(common.BadInput, match="holds the folder you are in, whose runs/ would be read as data"):
+        run_folder.check_folder(args)
+
+
+def test_a_class_that_cannot_be_read_is_not_left_out(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "deeper").mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / name / "deeper" / "0.png")
+        Image.new("L", (8, 8)).save(tmp_path / name / "1.png")
+    (tmp_path / "away.png").symlink_to("nowhere")                   # beside the classes: is not read anyway
+    assert [label for _, label in data.image_files(tmp_path)[0]] == [0, 0, 1, 1]
+    (tmp_path / "c").symlink_to("nowhere")
+    with pytest.raises(common.BadInput, match="c: is a link that leads nowhere"):
+        data.image_files(tmp_path)
+    (tmp_path / "c").unlink()
+
+    def scan(path, real=os.scandir):
+        if Path(path).name == "deeper":                             # root, as whom tests may run, may read everything
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "scandir", scan)
+        with pytest.raises(common.BadInput, match="deeper: may not be read"):
+            data.image_files(tmp_path)
 
 
 def test_beside_a_folder_named_digits_the_digits_are_still_scikit_learns(tmp_path, few_samples, monkeypatch):
@@ -465,7 +495,7 @@ BAD_LATENTS = [  # command, words of the one line
     (f"{TRAIN} toomany", "labels go up to 7, but meta.json names 2 classes"),
     (f"{TRAIN} uneven", "do not fit together"),
     (f"{TRAIN} cut", "not a whole safetensors file"),
-    (f"{TRAIN} statless", "latents_stats.pt: no such file"),
+    (f"{TRAIN} statless", "latents_stats.pt: no such file, expected the statistics of these latents; `python vae.py"),
     (f"{TRAIN} evilstats", "latents_stats.pt: not a file of weights"),
     (f"{TRAIN} flat", "no images in class folders"),
     (f"{TRAIN} large", "expected square images of at most 64; larger ones: python vae.py encode"),
@@ -475,7 +505,8 @@ BAD_LATENTS = [  # command, words of the one line
     ("vae.py check images", "holds no latent shards"),
     ("vae.py decode latents --ckpt other.pt --out d", "other.pt: is not the VAE"),
     ("vae.py decode latents --ckpt half.pt --out d", "not a VAE checkpoint of LDM's layout"),
-    ("vae.py decode latents --ckpt evil.pt --out d", "evil.pt: not a file of weights"),
+    ("vae.py decode latents --ckpt evil.pt --out d", "evil.pt: not a file of weights (holds objects, not only"),
+    ("vae.py decode latents --ckpt vae.pt --out mine --n 2", "mine: its 000000.png is another picture"),
     ("vae.py encode --images flat --ckpt vae.pt --out e", "no images in class folders"),
     ("vae.py encode --images nowhere --ckpt vae.pt --out e", "nowhere: no such folder"),
     (f"{ENCODE} --out e --size 17", "needs a multiple of 2"),
@@ -517,6 +548,8 @@ def write_bad_latents(photos):
     (photos / "statless" / "latents_stats.pt").unlink()
     folder("evilstats", dict(mean=Evil(), std=Evil()))
 
+    (photos / "mine").mkdir()
+    Image.new("RGB", (16, 16)).save(photos / "mine" / "000000.png")
     (photos / "flat").mkdir()
     (photos / "large" / "a").mkdir(parents=True)
     Image.fromarray(np.zeros((80, 80, 3), np.uint8)).save(photos / "large" / "a" / "0.png")

@@ -605,7 +605,7 @@ def test_what_is_said_of_guidance_is_what_is_sampled(conditioning):
         one, six = (evaluate.generate(net, 4, (2, 4, 4), 2, omega, sampler=sampler)[0] for omega in (1.0, 6.0))
         assert torch.equal(one, six) != evaluate.is_guided(conditioning, sampler), sampler
     assert evaluate.guidance_words("plain", "euler", 6.0, 0.9, 3) == "omega 6.0 on [0, 0.9] in 3 channels"
-    assert evaluate.guidance_words("decoupled", "flow_map", 6.0, 0.9, 3) == "guidance in the weights"
+    assert evaluate.guidance_words("decoupled", "flow_map", 6.0, 0.9, 3) == "no guidance but what the weights hold"
 
 
 def test_images_behind_links_are_found_once_and_changed_ones_are_noticed(tmp_path):

@@ -140,7 +140,7 @@ def test_a_lock_names_its_holder_and_is_freed_however_it_dies(tmp_path):
 # ---- signals and lost processes --------------------------------------------------------------------------------------
 
 def test_a_signal_that_comes_while_the_processes_agree_is_not_lost(monkeypatch):
-    run = SimpleNamespace(asked=None, stop_signal=None, model=torch.nn.Linear(1, 1), bar=SimpleNamespace())
+    run = SimpleNamespace(asked=None, stop_signal=None, model=torch.nn.Linear(1, 1), main=False)
 
     def late(tensor, op):                                   # the other process has none, this one is told meanwhile
         run_folder.Run.ask_to_stop(run, signal.SIGTERM, None)
@@ -346,6 +346,21 @@ def test_a_folder_that_will_not_do_is_refused_before_the_pretraining(in_home, mo
     assert words in said and sorted(in_home.rglob("*")) == before
     said = refusal("fsf_dmd.py --init imf --data toy.npz --seed 9 --out toy.npz/below", capsys, monkeypatch)
     assert "toy.npz is a file" in said and sorted(in_home.rglob("*")) == before
+
+
+@pytest.mark.parametrize("flags", ["--init imf/model.pt", "--init fm/model.pt --teacher imf/model.pt"])
+@pytest.mark.parametrize("resume", ["auto", "no"])
+def test_a_run_does_not_write_over_the_network_that_it_needs(in_home, monkeypatch, capsys, flags, resume):
+    before = contents(in_home / "imf")
+    said = refusal(f"fsf_dmd.py {flags} --data toy.npz --out ./imf --resume {resume}", capsys, monkeypatch)
+    assert "imf/model.pt, which this run would write over; pass --out elsewhere" in said
+    assert contents(in_home / "imf") == before
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path):
+    with pytest.raises(files.BadInput, match="x.pt: may not be read, expected a model.pt; give yourself the right"):
+        with files.reading("x.pt", "a model.pt", "train it again"):
+            raise PermissionError(errno.EACCES, "Permission denied", "x.pt")
 
 
 def flip(path):
