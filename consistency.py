@@ -193,13 +193,13 @@ def distillation_loss(net: Callable, teacher: Callable, x0: Tensor, eps: Tensor,
     return regression(guided_map(net, x_t, t, s, y, guidance), v - expand(t - s, v) * du_dt, **rho)
 
 
-def rcgm_loss(u: Callable, u_target: Callable, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, delta: float = 0.01,
+def rcgm_loss(u: Callable, u_ema: Callable, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, delta: float = 0.01,
               N: int = 2, clamp: float = 1.0, c: float = 1e-3, cosine: bool = True) -> Tensor:
     """Recursive consistency (RCGM) of each sample, Eq. 66-67 -> [B]: (t-s) u(x_t,t,s) = delta v + I.
 
-    I: N jumps of u_target from t - delta to s.  u, u_target: callables (x, t, s), the second never differentiated;
+    I: N jumps of u_ema from t - delta to s.  u, u_ema: callables (x, t, s), the second never differentiated;
     v [B, C, H, W] the (guided) velocity at (x_t, t).  As TwinFlow's code, u is regressed onto u - clamp(e) with
-    e = ((t-s) u - I) / delta - v, which for N = 1, u_target = u and no clamp is MeanFlow's residual up to O(delta).
+    e = ((t-s) u - I) / delta - v, which for N = 1, u_ema = u and no clamp is MeanFlow's residual up to O(delta).
     Where t - s < delta, e = u - v: flow matching.  clamp: on e; 0: off.  bf16, as there: e errs by 8% (digits, 0.01).
     """
     with torch.no_grad():
@@ -208,7 +208,7 @@ def rcgm_loss(u: Callable, u_target: Callable, x_t: Tensor, t: Tensor, s: Tensor
         for i in range(N):
             a = t_next + (s - t_next) * (i / N)
             b = t_next + (s - t_next) * ((i + 1) / N)
-            move = expand(a - b, x) * u_target(x, a, b)
+            move = expand(a - b, x) * u_ema(x, a, b)
             x, I = x - move, I + move
     pred = u(x_t, t, s)                                                                 # [B, C, H, W]
     jump = (expand(t - s, x_t) * pred - I) / delta                                      # Eq. 66 solved for v

@@ -115,16 +115,16 @@ def total_derivative(u: Callable, x: Tensor, t: Tensor, s: Tensor, tangent: Tens
 
 
 @torch.no_grad()
-def sample(net: Callable, eps: Tensor, y: Tensor, steps: int) -> Tensor:
+def sample(u: Callable, eps: Tensor, y: Tensor, steps: int) -> Tensor:
     """Few-step sampler: x <- f(x, t_i, t_{i+1}) on the uniform grid t_i = 1 - i / steps, deterministic.
 
-    net: callable (x, t, y, s), e.g. a decoupled or in_context LightningDiT.
-    eps [B, C, H, W] noise, y [B] labels -> samples at t = 0, without guidance but for what net adds (`guided_map`).
+    u: callable (x, t, y, s), e.g. a decoupled or in_context LightningDiT.
+    eps [B, C, H, W] noise, y [B] labels -> samples at t = 0, without guidance but for what u adds (`guided_map`).
     """
     x, grid = eps, torch.linspace(1, 0, steps + 1, device=eps.device)
     for t, s in zip(grid[:-1], grid[1:]):
         t, s = t.expand(len(x)), s.expand(len(x))
-        x = x - expand(t - s, x) * net(x, t, y, s)
+        x = x - expand(t - s, x) * u(x, t, y, s)
     return x
 
 
