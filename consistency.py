@@ -78,7 +78,7 @@ def distance(pred: Tensor, target: Tensor, c: float = 1e-3, cosine: bool = True)
     """rho of each sample [B]: pseudo-Huber sqrt(mean e^2 + c^2) - c, plus the mean over positions of 1 - cosine.
 
     pred, target [B, C, ...]; the cosine over channels needs C >= 2 and is left out otherwise.  view_as stands in all
-    losses: a network of another shape, as [B, H, W], raises an error; else a difference would become [B, B, H, W].
+    losses: a network that lost an axis, [B, H, W], raises an error; else the difference would become [B, B, H, W].
     """
     huber = ((pred - target).view_as(pred).flatten(1).pow(2).mean(1) + c ** 2).sqrt() - c
     return huber + cosine_distance(pred, target) if cosine and pred.shape[1] > 1 else huber
@@ -94,8 +94,8 @@ def flow_matching_loss(u: Callable, x0: Tensor, eps: Tensor, t: Tensor, cosine: 
 
     u: callable (x, t, s).  cosine: LightningDiT's recipe adds 1 - cosine over the channels.
     """
-    v = u(interpolate(x0, eps, t), t, t).view_as(x0)                                    # [B, C, H, W]
-    loss = (v - (eps - x0)).flatten(1).pow(2).mean(1)
+    v = u(interpolate(x0, eps, t), t, t)                                                # [B, C, H, W]
+    loss = (v - (eps - x0)).view_as(x0).flatten(1).pow(2).mean(1)
     return loss + cosine_distance(v, eps - x0) if cosine and x0.shape[1] > 1 else loss
 
 
@@ -240,10 +240,10 @@ def isg_loss(u: Callable, teacher: Callable, x_t: Tensor, t: Tensor, s: Tensor, 
     -> velocity; s < r < t [B].  Pseudo-Huber of each element, as its code.
     """
     with torch.no_grad():
-        x_r = x_t - expand(t - r, x_t) * teacher(x_t, t).view_as(x_t)                   # Eq. 61
+        x_r = x_t - expand(t - r, x_t) * teacher(x_t, t)                                # Eq. 61
         target = flow_map(u, x_r, r, s)
     error = flow_map(u, x_t, t, s) - target                                             # Eq. 62
-    return ((error ** 2 + c ** 2).sqrt() - c).flatten(1).mean(1)
+    return ((error ** 2 + c ** 2).sqrt() - c).view_as(x_t).flatten(1).mean(1)
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------

@@ -333,7 +333,7 @@ def image_files(folder: str | Path) -> tuple[list, list]:
         raise BadInput(f"{folder}: no such folder, expected one sub-folder per class")
     entries = [entry for entry in Path(folder).iterdir() if not entry.name.startswith(".")]
     for entry in entries:
-        if not entry.exists() and entry.suffix.lower() not in IMAGE_SUFFIXES:          # it may have been a class
+        if not entry.exists() and not entry.suffix:                 # it may have been a class
             raise BadInput(f"{entry}: is a link that leads nowhere; repair it, or remove it")
     classes = sorted(entry.name for entry in entries if entry.is_dir())
     if classes and {name.lower() for name in classes} <= PARTS:

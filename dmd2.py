@@ -66,19 +66,19 @@ def dmd_loss(x_hat: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps:
     """
     with torch.no_grad():
         x_tau = interpolate(x_hat, eps, tau)
-        v_fake, v_teacher = fake(x_tau, tau).view_as(eps), teacher(x_tau, tau).view_as(eps)
+        v_fake, v_teacher = fake(x_tau, tau), teacher(x_tau, tau)
         delta = v_fake - v_teacher                                                      # Eq. 50: x_hat moves along it
         gap = delta.flatten(1).abs().mean(1)                                            # [B], for the log
         scale = (v_teacher - (eps - x_hat)).flatten(1).abs().mean(1) + 1e-6             # 1e-6: as FastGen, against 0/0
         target = x_hat + delta / expand(scale, x_hat)                                   # Eq. 51
-    return 0.5 * (x_hat - target).flatten(1).pow(2).mean(1), gap
+    return 0.5 * (x_hat - target).view_as(eps).flatten(1).pow(2).mean(1), gap
 
 
 def fake_loss(fake: Callable, x_hat: Tensor, t: Tensor, eps: Tensor) -> Tensor:
     """Flow matching of the fake network on generated samples, Eq. 52 -> [B].  fake: callable (x_t, t)."""
     x_hat = x_hat.detach()
-    error = fake(interpolate(x_hat, eps, t), t).view_as(eps) - (eps - x_hat)            # Eq. 52
-    return error.flatten(1).pow(2).mean(1)
+    error = fake(interpolate(x_hat, eps, t), t) - (eps - x_hat)                         # Eq. 52
+    return error.view_as(eps).flatten(1).pow(2).mean(1)
 
 
 def gan_generator_loss(logits_fake: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def rollout(u: Callable, eps: Tensor, M: int, grad: str = "all") -> tuple[Tensor
         t, s = 1 - i / M, 1 - (i + 1) / M
         wanted = grad == "all" or i == M - 1
         with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):                # under no_grad: never
-            move = (t - s) * u(x_i, t, s).view_as(eps)                                  # Eq. 18 at sg x_i
+            move = (t - s) * u(x_i, t, s)                                               # Eq. 18 at sg x_i
         U = U + move                                                                    # Eq. 19-20
         x_i = (x_i - move).detach()
     return eps, U
@@ -91,7 +91,7 @@ def fsf_dmd_loss(x: Tensor, U: Tensor, fake: Callable, teacher: Callable, tau: T
     with torch.no_grad():
         x_hat = x - U
         x_tau = interpolate(x_hat, eps, tau)
-        v_fake, v_teacher = fake(x_tau, tau).view_as(eps), teacher(x_tau, tau).view_as(eps)
+        v_fake, v_teacher = fake(x_tau, tau), teacher(x_tau, tau)
         delta = v_fake - v_teacher                                                      # Eq. 13: x_hat moves along it
         gap = delta.flatten(1).abs().mean(1)                                            # [B], for the log
         if clip:
@@ -102,7 +102,7 @@ def fsf_dmd_loss(x: Tensor, U: Tensor, fake: Callable, teacher: Callable, tau: T
         if cosine_factor:
             q = q * torch.cos(math.pi / 2 * tau)
         target = U - delta
-    return q * (U - target).flatten(1).pow(2).mean(1), gap                              # Eq. 14, 22
+    return q * (U - target).view_as(x).flatten(1).pow(2).mean(1), gap                   # Eq. 14, 22
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------

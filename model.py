@@ -93,7 +93,7 @@ def flow_map(u: Callable, x: Tensor, t: Tensor | float, s: Tensor | float) -> Te
 
     u: callable (x, t, s).
     """
-    return x - expand(t - s, x) * u(x, t, s).view_as(x)
+    return x - expand(t - s, x) * u(x, t, s)
 
 
 @torch.no_grad()

@@ -56,18 +56,18 @@ def twinflow_losses(u: Callable, fake: Callable, teacher: Callable, z: Tensor, t
     [-clip, clip] (TwinFlow's tutorial does not, its large-scale code and the paper have 1).
     """
     # In z's precision, if u's is bf16: there a small gap would be lost in U - target.
-    U = u(z, 1.0, 0.0).view_as(z).to(z.dtype)                                           # [B, C, H, W]
+    U = u(z, 1.0, 0.0).to(z.dtype)                                                      # [B, C, H, W]
     x_hat = (z - U).detach()
-    error = fake(interpolate(x_hat, eps_t, t), t).view_as(z) - (eps_t - x_hat)
-    adv = error.flatten(1).pow(2).mean(1)                                               # Eq. 63
+    error = fake(interpolate(x_hat, eps_t, t), t) - (eps_t - x_hat)
+    adv = error.view_as(z).flatten(1).pow(2).mean(1)                                    # Eq. 63
     with torch.no_grad():
         x_tau = interpolate(x_hat, eps_tau, tau)
-        delta = fake(x_tau, tau).view_as(z) - teacher(x_tau, tau).view_as(z)            # Eq. 64
+        delta = fake(x_tau, tau) - teacher(x_tau, tau)                                  # Eq. 64
         gap = delta.flatten(1).abs().mean(1)                                            # [B], for the log
         if clip:
             delta = delta.clamp(-clip, clip)
         target = U - delta
-    return adv, (U - target).flatten(1).pow(2).mean(1), gap                             # Eq. 65
+    return adv, (U - target).view_as(z).flatten(1).pow(2).mean(1), gap                  # Eq. 65
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------

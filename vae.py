@@ -19,6 +19,7 @@ import re
 from pathlib import Path
 
 from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -553,17 +554,17 @@ def decode(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for i, z in enumerate(tqdm(latents, desc=f"decode {name}", unit=" images", dynamic_ncols=True)):
         image, path = Image.fromarray(latents_to_uint8(vae, z[None].to(device))[0]), out / f"{i:06d}.png"
-        if path.exists() and not is_same_picture(path, image):
+        if path.exists() and not is_almost(path, image):
             raise BadInput(f"--out {out}: its {path.name} is another picture, which would be replaced; pass another")
         write_atomic(path, lambda temporary, image=image: image.save(temporary, format="PNG"))
     print(f"{out}: {len(latents)} images")
 
 
-def is_same_picture(path: Path, image: Image.Image) -> bool:
-    """Whether a file holds this picture, pixel for pixel: an earlier call of the same command left it."""
+def is_almost(path: Path, image: Image.Image) -> bool:
+    """Whether a file holds this picture, as an earlier call left it: another number of threads moves a pixel by 1."""
     with contextlib.suppress(BadInput):
-        there = read_rgb(path)
-        return there.size == image.size and there.tobytes() == image.tobytes()
+        there, here = (np.asarray(each, dtype=int) for each in (read_rgb(path), image))
+        return there.shape == here.shape and abs(there - here).max() <= 2
     return False
 
 

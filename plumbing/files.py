@@ -41,7 +41,7 @@ def first_line(error: BaseException, width: int = 120) -> str:
     """The first words of an exception of a library, for one line of ours."""
     text = " ".join(str(error).split())
     if text.startswith("Weights only load failed"):                 # torch: a page of advice on its defaults
-        text = "holds objects, not only tensors" if "GLOBAL" in text else "torch.save did not write it"
+        text = "holds objects, not only tensors" if "GLOBAL" in text else "not readable as tensors alone"
     return text[:width] if text else type(error).__name__
 
 
@@ -151,10 +151,11 @@ def json_text(obj, **options) -> str:
 def files_below(folder: str | Path) -> list[Path]:
     """All files below a folder, sorted.  Links to folders are followed, unless they lead back up.
 
-    BadInput for a folder that may not be read.
+    BadInput for a folder that may not be read; hidden ones are left out then.
     """
     def refuse(error):
-        if isinstance(error, PermissionError):
+        names = Path(error.filename).relative_to(folder).parts
+        if isinstance(error, PermissionError) and not any(name.startswith(".") for name in names):
             raise BadInput(f"{error.filename}: may not be read; give yourself the right to read it")
 
     found = []

@@ -84,12 +84,13 @@ def check_folder(args):
     check_writable(folder, "--out ")
     if args.data != "digits" and data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
         raise BadInput(f"--out {folder}: lies in --data {data}, where it would be read as data; {elsewhere}")
-    if args.data != "digits" and data.is_dir() and Path("runs").resolve().is_relative_to(data.resolve()):
+    shards = data.is_dir() and any(data.glob("*.safetensors"))      # of latents nothing below the folder is read
+    if args.data != "digits" and data.is_dir() and not shards and Path.cwd().is_relative_to(data.resolve()):
         raise BadInput(f"--data {data}: holds the folder you are in, whose runs/ would be read as data; "
                        "work in another folder")
     for flag in ("init", "teacher"):
         network = Path(getattr(args, flag, None) or "scratch")
-        if network.is_file() and network.resolve().parent == folder.resolve():
+        if network.is_file() and network.resolve() in [path.resolve() for path in own_paths(folder)]:
             raise BadInput(f"--out {folder}: holds --{flag} {network}, which this run would write over; {elsewhere}")
     for path in own_paths(folder):
         if path.exists() and not path.is_file():

@@ -121,6 +121,8 @@ def test_of_a_folder_of_images_only_those_are_read_and_the_rest_is_said(tmp_path
     monkeypatch.chdir(tmp_path / "set")                             # of the metrics runs/cache/ would be made here
     with pytest.raises(common.BadInput, match="holds the folder you are in, whose runs/ would be read as data"):
         run_folder.check_folder(args)
+    Path("shard.safetensors").touch()                               # of latents nothing below the folder is read
+    run_folder.check_folder(args)
 
 
 def test_a_class_that_cannot_be_read_is_not_left_out(tmp_path):
@@ -128,7 +130,9 @@ def test_a_class_that_cannot_be_read_is_not_left_out(tmp_path):
         (tmp_path / name / "deeper").mkdir(parents=True)
         Image.new("L", (8, 8)).save(tmp_path / name / "deeper" / "0.png")
         Image.new("L", (8, 8)).save(tmp_path / name / "1.png")
-    (tmp_path / "away.png").symlink_to("nowhere")                   # beside the classes: is not read anyway
+    for name in ("away.png", "labels.csv"):                         # beside the classes: are not read anyway
+        (tmp_path / name).symlink_to("nowhere")
+    (tmp_path / "a" / ".hidden").mkdir()
     assert [label for _, label in data.image_files(tmp_path)[0]] == [0, 0, 1, 1]
     (tmp_path / "c").symlink_to("nowhere")
     with pytest.raises(common.BadInput, match="c: is a link that leads nowhere"):
@@ -136,12 +140,15 @@ def test_a_class_that_cannot_be_read_is_not_left_out(tmp_path):
     (tmp_path / "c").unlink()
 
     def scan(path, real=os.scandir):
-        if Path(path).name == "deeper":                             # root, as whom tests may run, may read everything
+        if Path(path).name in closed:                               # root, as whom tests may run, may read everything
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return real(path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "scandir", scan)
+        closed = (".hidden",)
+        assert len(data.image_files(tmp_path)[0]) == 4
+        closed = (".hidden", "deeper")
         with pytest.raises(common.BadInput, match="deeper: may not be read"):
             data.image_files(tmp_path)
 
@@ -568,6 +575,23 @@ def test_bad_latents_are_one_line_and_exit_code_2(photos, monkeypatch, capsys):
         assert words in said, (command, said)
     assert sorted(photos.rglob("*")) == before
     assert not (photos / "executed").exists()
+
+
+def test_decoding_again_replaces_its_own_pictures_alone(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    decode = f"vae.py decode {photos / 'latents'} --ckpt {photos / 'vae.pt'} --out shown --n 2"
+    encode_here(decode)
+    first = np.asarray(Image.open("shown/000000.png")).astype(int)
+    for change, refused in ((1, False), (9, True)):                     # another number of threads moves a pixel by 1
+        changed = np.where(first > 127, first - change, first + change)
+        Image.fromarray(changed.astype(np.uint8)).save("shown/000000.png")
+        if refused:
+            assert "its 000000.png is another picture" in refusal(decode, capsys, monkeypatch)
+            continue
+        encode_here(decode)
+        assert (np.asarray(Image.open("shown/000000.png")) == first).all()
+    assert (np.asarray(Image.open("shown/000000.png")) == changed).all()                # untouched
+    capsys.readouterr()
 
 
 # ---- from images to pictures and FID ---------------------------------------------------------------------------------

@@ -497,44 +497,28 @@ def hermite_grid(points):
     return zz, ee, (w[:, None] * w[None, :]).reshape(-1) / w.sum() ** 2
 
 
-@pytest.mark.parametrize("shape, wrong", [
-    ((3, 1, 4, 4), lambda x: x[:, 0]),                              # [B, H, W] of one channel is no other network
-    ((3, 2, 4, 4), lambda x: x[:, 0]),
-    ((3, 2, 4, 4), lambda x: x[:, :1]),                             # one channel for two
-    ((3, 2), lambda x: x[:, :1]),
-    ((3, 2, 4, 4), lambda x: x[:1]),
-], ids=["an axis of one", "a channel axis", "a channel", "an element", "the batch"])
-def test_a_network_of_another_shape_is_refused_where_it_would_broadcast(shape, wrong):
-    """[B, H, W] beside [B, 1, H, W] would make [B, B, H, W], and a loss of healthy size; so would [B, 1] for [B, 2]."""
+@pytest.mark.parametrize("lost", ["the channel axis", "the last axis"])
+def test_a_network_that_loses_an_axis_is_refused_where_it_would_broadcast(lost):
+    """[B, H, W] beside [B, 1, H, W] would make [B, B, H, W], and a loss of healthy size."""
+    shape = (3, 1, 4, 4) if lost == "the channel axis" else (3, 2, 1)
     x, eps, t, s = rand(*shape), rand(*shape, seed=1), uniform(3), torch.zeros(3, dtype=torch.float64)
     right = lambda x, *times: 0.5 * x
-    other = lambda x, *times: 0.5 * wrong(x)
+    wrong = lambda x, *times: 0.5 * (x[:, 0] if lost == "the channel axis" else x[..., 0])
     losses = dict(
         fm=lambda u: consistency.flow_matching_loss(u, x, eps, t),
         ct=lambda u: consistency.consistency_loss(u, x, t, s, eps - x, eps - x, cosine=False),
         rcgm=lambda u: consistency.rcgm_loss(u, right, x, t, s, eps - x, cosine=False),
         isg=lambda u: consistency.isg_loss(u, right, x, t, s, t / 2),
-        isg_teacher=lambda u: consistency.isg_loss(right, u, x, t, s, t / 2),
-        rollout=lambda u: fsf_dmd.rollout(u, x, 2)[1],
-        fsf_fake=lambda u: fsf_dmd.fsf_dmd_loss(x, x, u, right, t, eps)[0],
-        fsf_teacher=lambda u: fsf_dmd.fsf_dmd_loss(x, x, right, u, t, eps)[0],
-        dmd_fake=lambda u: dmd2.dmd_loss(x, u, right, t, eps)[0],
-        dmd_teacher=lambda u: dmd2.dmd_loss(x, right, u, t, eps)[0],
+        fsf=lambda u: fsf_dmd.fsf_dmd_loss(x, x, u, u, t, eps)[0],
+        dmd=lambda u: dmd2.dmd_loss(x, u, u, t, eps)[0],
         fake=lambda u: dmd2.fake_loss(u, x, t, eps),
-        sid_fake=lambda u: sid.sid_loss(x, u, right, t, eps)[0],
-        sid_teacher=lambda u: sid.sid_loss(x, right, u, t, eps)[0],
-        twinflow=lambda u: sum(twinflow.twinflow_losses(u, right, right, x, t, eps, t, eps)[:2]),
-        twinflow_fake=lambda u: sum(twinflow.twinflow_losses(right, u, right, x, t, eps, t, eps)[:2]),
-        twinflow_teacher=lambda u: sum(twinflow.twinflow_losses(right, right, u, x, t, eps, t, eps)[:2]),
+        sid=lambda u: sid.sid_loss(x, u, u, t, eps)[0],
+        twinflow=lambda u: sum(twinflow.twinflow_losses(u, right, right, x, t, eps, t, eps)),
     )
-    same = wrong(x).numel() == x.numel()
-    for name, loss in losses.items():
+    for loss in losses.values():
         assert loss(right).isfinite().all()
-        if same and name not in ("ct", "rcgm"):
-            assert torch.equal(loss(other), loss(right)), name
-            continue
         with pytest.raises(RuntimeError, match="shape|size"):
-            loss(other)
+            loss(wrong)
 
 
 @pytest.mark.parametrize("theta, t", [(1.5, 0.5), (0.6, 0.3), (2.0, 0.9)])

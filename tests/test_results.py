@@ -360,6 +360,10 @@ def test_what_is_said_of_one_fake_update_at_rates_of_its_own_is_in_the_numbers()
     for d, after in ((strong, ")"), (fashion, f", p {p_fashion} alone)"), (weak, ")")):
         assert f"({d.mean():+.3f} ± {d.std(ddof=1):.3f}{after}" in text
     assert fashion.min() > 0 and (weak > 0).sum() == 4 and abs(strong.mean()) < 0.1
+    halves = [[e["fd_2step"] for e in run["evaluations"][1:]] for run in one_fake_update()[2]["seeds"].values()]
+    rising = [f"from {half:.1f} to {end:.1f}" for half, end in halves if end > half]
+    assert len(halves) == 3 and " and ".join(rising) == "from 39.3 to 42.3 and from 38.7 to 40.7"
+    assert "from 39.3 to 42.3 and from 38.7 to 40.7" in text
     for mine, table in zip(last, ("table2-digits-weak", "table2-digits-strong", FASHION_2), strict=True):
         assert difference(mine, table, FSF, "fd_4step").min() > 0
     d = difference(last[1], "table2-digits-strong", DMD2)

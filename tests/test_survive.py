@@ -355,6 +355,10 @@ def test_a_run_does_not_write_over_the_network_that_it_needs(in_home, monkeypatc
     said = refusal(f"fsf_dmd.py {flags} --data toy.npz --out ./imf --resume {resume}", capsys, monkeypatch)
     assert "imf/model.pt, which this run would write over; pass --out elsewhere" in said
     assert contents(in_home / "imf") == before
+    (in_home / "kept").mkdir(exist_ok=True)
+    shutil.copy(in_home / "imf" / "model.pt", in_home / "kept" / "mine.pt")             # it would stay
+    said = refusal(f"fsf_dmd.py --init kept/mine.pt --data toy.npz --out kept --resume {resume}", capsys, monkeypatch)
+    assert "kept: exists and is no run folder, expected a new one; nothing was touched" in said
 
 
 def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path):
