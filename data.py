@@ -31,7 +31,7 @@ from safetensors import safe_open
 
 from common import BadInput, rank
 from plumbing.checkpoints import read_weights
-from plumbing.files import files_below, first_line, read_json, reading, write_atomic
+from plumbing.files import files_below, first_line, hidden, read_json, reading, write_atomic
 from plumbing.idx_cifar import image_side, is_idx_or_cifar, read_idx_or_cifar
 
 # Pillow's own messages about damaged files are off: our line names the file.  Off for the whole process, because
@@ -258,11 +258,6 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pgm", ".ppm", ".pn
 def images_below(folder: str | Path) -> list[Path]:
     """The image files below a folder, as `files_below`, but none that is hidden (.ipynb_checkpoints, ._0.png)."""
     return [path for path in files_below(folder) if path.suffix.lower() in IMAGE_SUFFIXES and not hidden(path, folder)]
-
-
-def hidden(path: Path, folder: str | Path) -> bool:
-    """Whether a name in a path below a folder begins with a dot."""
-    return any(name.startswith(".") for name in path.relative_to(folder).parts)
 
 
 def read_rgb(path: str | Path, largest: int | None = None, on_white: bool = False) -> Image.Image:

@@ -1,4 +1,4 @@
-"""python -m pytest -q -n 2        the whole suite, CPU only, 6 to 8 minutes on 2 cores
+"""python -m pytest -q -n 2        the whole suite, CPU only, 5 to 8 minutes on 2 cores
 python -m pytest -q -n 2 -m "not slow"        the fast lane: what takes at most about 3 seconds a test
 
 Here: networks, calculus of flow maps, optimizer, the project itself.  In tests/, test_methods.py: losses, rollouts,

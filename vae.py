@@ -561,7 +561,7 @@ def decode(args: argparse.Namespace) -> None:
 
 
 def is_almost(path: Path, image: Image.Image) -> bool:
-    """Whether a file holds this picture, as an earlier call left it: another number of threads moves a pixel by 1."""
+    """Whether a file holds this picture, as an earlier call left it: other threads move a pixel by 1 or 2."""
     with contextlib.suppress(BadInput):
         there, here = (np.asarray(each, dtype=int) for each in (read_rgb(path), image))
         return there.shape == here.shape and abs(there - here).max() <= 2

@@ -148,14 +148,18 @@ def json_text(obj, **options) -> str:
     return json.dumps(finite(obj), allow_nan=False, **options)
 
 
+def hidden(path: Path, folder: str | Path) -> bool:
+    """Whether a name in a path below a folder begins with a dot."""
+    return any(name.startswith(".") for name in path.relative_to(folder).parts)
+
+
 def files_below(folder: str | Path) -> list[Path]:
     """All files below a folder, sorted.  Links to folders are followed, unless they lead back up.
 
     BadInput for a folder that may not be read; hidden ones are left out then.
     """
     def refuse(error):
-        names = Path(error.filename).relative_to(folder).parts
-        if isinstance(error, PermissionError) and not any(name.startswith(".") for name in names):
+        if isinstance(error, PermissionError) and not hidden(Path(error.filename), folder):
             raise BadInput(f"{error.filename}: may not be read; give yourself the right to read it")
 
     found = []

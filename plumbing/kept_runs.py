@@ -29,9 +29,8 @@ import torch
 from tqdm import tqdm
 
 from common import BadInput, world
-from data import hidden
 from plumbing.checkpoints import load_checkpoint
-from plumbing.files import files_below, json_text, listing_hash, lock, read_json, write_atomic
+from plumbing.files import files_below, hidden, json_text, listing_hash, lock, read_json, write_atomic
 
 HERE = Path(__file__).resolve().parent.parent                      # where the scripts lie
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from common import Stream, ahead, barrier, rank, world
+from data import data_kind
 from plumbing.checkpoints import load_checkpoint, start_over
 from plumbing.files import BadInput, Locked, json_text, lock, read_json, read_lines, reading, refuse_flips, write_atomic
 
@@ -82,10 +83,10 @@ def check_folder(args):
             f"the start is trained there: run `python consistency.py --loss {args.loss} --data ... --out NEW`, "
             "then pass --init NEW/model.pt")
     check_writable(folder, "--out ")
-    if args.data != "digits" and data.is_dir() and folder.resolve().is_relative_to(data.resolve()):
+    of_folder = args.data != "digits" and data.is_dir()
+    if of_folder and folder.resolve().is_relative_to(data.resolve()):
         raise BadInput(f"--out {folder}: lies in --data {data}, where it would be read as data; {elsewhere}")
-    shards = data.is_dir() and any(data.glob("*.safetensors"))      # of latents nothing below the folder is read
-    if args.data != "digits" and data.is_dir() and not shards and Path.cwd().is_relative_to(data.resolve()):
+    if of_folder and data_kind(args.data) == "pixels" and Path.cwd().is_relative_to(data.resolve()):
         raise BadInput(f"--data {data}: holds the folder you are in, whose runs/ would be read as data; "
                        "work in another folder")
     for flag in ("init", "teacher"):
