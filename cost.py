@@ -254,8 +254,7 @@ def time_steps(command, folder, steps):
         finally:
             child.kill()                                              # no checkpoint of it is wanted, no picture
             child.wait()
-    first = min(len(lines) - 1, warmup)
-    kept = lines[first:steps]
+    kept = lines[warmup:steps]
     median = float(np.median([line["sec_per_step"] for line in kept]))
     return median, max(line["memory_gb"] for line in kept)
 

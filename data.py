@@ -128,9 +128,9 @@ def preset_kind(source: str) -> str:
         if Path(source).is_file():
             shape, _ = npz_headers(source, f"--data {source}").get("images", ((), None))
             side = shape[1] if len(shape) > 2 else 0
-    elif Path(source).is_dir() and is_idx_or_cifar(source):
+    elif is_idx_or_cifar(source):
         side = image_side(source)
-    elif Path(source).is_dir():
+    else:
         files, _ = image_files(source)
         side = read_rgb(files[0][0]).width
     return "images" if side >= 24 else "pixels"
@@ -246,8 +246,8 @@ def refuse_labels(labels: "np.ndarray | torch.Tensor", shown: str | Path) -> Non
     if low < 0:
         raise BadInput(f"{shown}: labels start at {low}, expected 0 .. classes - 1")
     if high >= MAX_CLASSES:
-        raise BadInput(f"{shown}: labels go up to {high}, expected at most {MAX_CLASSES - 1}, "
-                       "the number of classes less one")
+        raise BadInput(f"{shown}: labels go up to {high}, expected 0 .. classes - 1 of at most "
+                       f"{MAX_CLASSES} classes")
 
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")     # by content: no other parser of Pillow is asked

@@ -141,15 +141,7 @@ def show(path: Path, nets: list, data: Data, args: argparse.Namespace, steps: li
     A row holds the first ten classes, a band PER_CLASS rows.  args, restate, shift: as in `evaluate`, and args.vae.
     """
     shown = min(data.num_classes, 10)
-    rows_of = [(data.y == c).nonzero()[:, 0] for c in range(shown)]
-    real = []
-    for k in range(PER_CLASS):
-        for rows in rows_of:
-            if len(rows):
-                real.append(data.x[rows[k % len(rows)].view(1)])
-            else:                                                # no image of this class: an even patch
-                real.append(torch.zeros(1, *data.x.shape[1:]))
-    bands = [("real", torch.cat(real))]
+    bands = [("real", real_images(data, shown, PER_CLASS))]
     for caption, net, sampler in nets:
         for N in sampler_steps(sampler, steps, few=(1, 2)):
             x, _ = generate(net, PER_CLASS * shown, data.x.shape[1:], N, args.omega, args.guide_to,
@@ -157,6 +149,21 @@ def show(path: Path, nets: list, data: Data, args: argparse.Namespace, steps: li
             bands.append((f"{caption}: {N}-step samples", restate(x)))
     device = next(nets[0][1].parameters()).device
     preview(path, bands, data.meta, decoder_for(data, args, device))
+
+
+def real_images(data: Data, classes: int, per_class: int = 1) -> torch.Tensor:
+    """Real images [per_class * classes, C, H, W], one of each class in turn; an even patch where a class has none."""
+    rows_of, found = [(data.y == c).nonzero()[:, 0] for c in range(classes)], []
+    for k in range(per_class):
+        for rows in rows_of:
+            none = torch.zeros(1, *data.x.shape[1:])
+            found.append(data.x[rows[k % len(rows)].view(1)] if len(rows) else none)
+    return torch.cat(found)
+
+
+def steps_in(metrics: dict) -> list[int]:
+    """The numbers of sampling steps of an evaluation, from its fd_1step, fd_2step, ..."""
+    return sorted(int(name.removeprefix("fd_").removesuffix("step")) for name in metrics if name.startswith("fd_"))
 
 
 def table(rows: list, features: Features) -> str:
@@ -172,8 +179,7 @@ def table(rows: list, features: Features) -> str:
 
     lines = [line("", "steps", METRICS)]
     for name, metrics in rows:
-        steps = {int(key.removeprefix("fd_").removesuffix("step")) for key in metrics if key.startswith("fd_")}
-        for N in sorted(steps):
+        for N in steps_in(metrics):
             lines.append(line(name, N, numbers(metrics[f"{metric}_{N}step"] for metric in METRICS)))
     floor = features.floor()
     lines.append(line(features.floor_name(), "", numbers(floor[metric] for metric in METRICS)))
@@ -236,7 +242,7 @@ def measure(args: argparse.Namespace) -> None:
     network, spaces = feature_networks(args.inception, args.vgg, args.pipeline, device)
     if ref and differ(ref["spaces"], spaces):
         raise BadInput(f"--ref {args.ref}: is in the features of {ref['spaces']}, but the images would be in those of "
-                       f"{spaces}; make it again with these flags, or take its")
+                       f"{spaces}; make it again with these flags, or pass the flags that it was made with")
     if n <= 2048 and not args.few:
         raise BadInput(f"{n} images give no covariance of 2048 features, expected more than 2048; "
                        "--few 1 computes it all the same")
@@ -408,8 +414,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         "with --inception 50,000, or all of a folder)")
     p.add_argument("--omega", type=number(float, 1), help="CFG scale (default: the run's)")
     p.add_argument("--guide_to", type=number(float, 0, 1),
-                   help="guidance acts for t in [0, guide_to]; to a flow map that takes it as an input it is one, "
-                   "trained on [0.5, 1] (default: the run's)")
+                   help="guidance acts for t in [0, guide_to]; some flow maps take it as an input, and have "
+                   "learned 0.5 to 1 only (default: the run's)")
     p.add_argument("--cfg_channels", type=number(int, 0),
                    help="CFG of a plain network on this many first channels, 0: all (default: the run's)")
     p.add_argument("--seed", type=number(int, 0, SEED), default=EVAL_SEED,

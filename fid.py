@@ -139,12 +139,9 @@ def collect(network: Callable, images: Callable, n: int, folder: Path, identity:
 def claim(folder: Path, identity: dict) -> None:
     """Write identity.json; where another one was, or a damaged one, the features beside it are removed first."""
     saved = folder / "identity.json"
-    same = False
-    if saved.exists():
-        with contextlib.suppress(BadInput):
-            same = read_json(saved, "the identity of features") == identity
-    if same:
-        return
+    with contextlib.suppress(BadInput):                          # not there, or damaged
+        if read_json(saved, "the identity of features") == identity:
+            return
     for old in [*folder.glob("features_*.pt"), *folder.glob(".features_*.tmp")]:
         old.unlink()
     write_atomic(saved, json.dumps(identity))

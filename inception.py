@@ -215,10 +215,10 @@ def load_inception(path: str | Path, pipeline: str = "adm") -> tuple[Inception, 
 def is_torchscript(path: str | Path) -> bool:
     """Whether a file is an archive of torch.jit.save; torch.save's have no constants."""
     with reading(path, "a whole file of weights", "fetch it again"):
-        return zipfile.is_zipfile(path) and archive_folder(path, "constants.pkl") is not None
+        return zipfile.is_zipfile(path) and archive_folder(path) is not None
 
 
-def archive_folder(path, name):
+def archive_folder(path, name="constants.pkl"):
     """The folder of a zip archive that holds NAME, or None."""
     with zipfile.ZipFile(path) as archive:
         return next((member.removesuffix(name) for member in archive.namelist()

@@ -32,6 +32,7 @@ import model
 import normuon
 from plumbing import kept_runs
 from test_helpers import HERE, METHODS, environment, gaussian_u, gaussian_v, golden, rand, small_net, spread, uniform
+from told import words_of_the_texts
 
 # isort: split
 from test_helpers import Evil, randomize, refusal, run, small_images, state  # noqa: F401  (others take them from here)
@@ -614,13 +615,8 @@ def test_the_table_of_losses_to_paste_names_all_that_a_copy_needs():
 TEXTS = ("README.md", "RESULTS.md", "METHODS.md")
 
 
-def words_of(*texts):
-    """Texts as one, every run of white space as one blank: a line may break anywhere."""
-    return " ".join(" ".join((HERE / name).read_text() for name in texts).split())
-
-
 @pytest.mark.parametrize("text", TEXTS)
-def test_commands_of_the_texts_exist_and_parse(text, capsys):
+def test_commands_of_the_texts_exist_and_parse(text):
     written = (HERE / text).read_text()
     blocks = "\n".join(re.findall(r"```(?:sh|bash)\n(.*?)```", written, re.S))
     parts = [part.strip() for line in blocks.splitlines() for part in line.split("#")[0].split("&&")]
@@ -637,7 +633,6 @@ def test_commands_of_the_texts_exist_and_parse(text, capsys):
         with pytest.raises(SystemExit) as stop:
             parse_args([*argv, "--dry_run"])
         assert stop.value.code == 0, command
-    capsys.readouterr()
 
 
 def test_every_unsettled_choice_of_the_paper_is_a_flag_in_methods():
@@ -667,7 +662,7 @@ def test_flags_and_links_of_the_texts_exist(text):
 
 def test_numbers_of_the_texts_come_from_the_results():
     """Those of no table (of reproduce.py's: test_reproduce.py)."""
-    words = words_of(*TEXTS)
+    words = words_of_the_texts()
     benchmark = json.loads((HERE / "results" / "frechet-benchmark" / "runs.json").read_text())
     assert f"{benchmark['ratio']} times less CPU" in words
     assert benchmark["relative_difference"] < 1e-9 and benchmark["ratio"] >= 5

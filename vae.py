@@ -343,8 +343,6 @@ def hash_of(files: list, rows: range, folder: str) -> str:
 
 def is_whole(path: Path, of_files: str) -> bool:
     """Whether a shard of these files is there, with the sums that `finish_encoding` needs."""
-    if not path.exists():
-        return False
     try:
         shard_sums(path)
         with open_shard(path) as shard:
@@ -378,15 +376,10 @@ def claim_folder(out: Path, identity: dict) -> None:
             raise BadInput(f"--out {out}: holds latents made otherwise: {', '.join(differ)}; choose another folder")
         if before == identity:
             return
-    elif out.exists() and any(not is_leftover(path) for path in out.iterdir()):
+    elif out.exists() and set(out.iterdir()) - set(out.glob(".encode.json.*.tmp")):      # of a process that was killed
         raise BadInput(f"--out {out}: is not empty and holds no latents of this command, expected a new folder")
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(saved, json.dumps(identity, indent=1))
-
-
-def is_leftover(path: Path) -> bool:
-    """Whether a file is the beginning of an encode.json, of a process that was killed."""
-    return path.name.startswith(".encode.json.") and path.suffix == ".tmp"
 
 
 def encode_shard(path: Path, vae: VAE, files: list, rows: range, of_files: str, args: argparse.Namespace,

@@ -9,13 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 from common import BadInput, main  # noqa: E402
 from data import load_data, preview  # noqa: E402
-from evaluate import generate, sampling  # noqa: E402
+from evaluate import generate, real_images, sampling  # noqa: E402
 from plumbing.checkpoints import load_network  # noqa: E402
 from plumbing.flags import Parser, number  # noqa: E402
 from plumbing.passes import passes_until  # noqa: E402
@@ -48,8 +46,7 @@ def run(args):
         data = data or load_data(checkpoint["data"]["source"])
         found.append((name, script, net, checkpoint))
     classes = min(data.num_classes, 10)
-    first = torch.cat([(data.y == c).nonzero()[:1, 0] for c in range(classes)])         # a class may have none
-    bands = [("real images", data.x[first])]
+    bands = [("real images", real_images(data, classes))]
     for name, script, net, checkpoint in found:
         flags = argparse.Namespace(omega=None, guide_to=None, cfg_channels=None, sampler=None, what=name)
         omega, guide_to, channels, sampler = sampling(flags, checkpoint)

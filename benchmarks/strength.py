@@ -60,7 +60,7 @@ def run(args):
     if data_kind(args.data) == "latents":
         raise BadInput(f"--data {args.data}: holds latents, expected pixels")
     if preset_kind(args.data) == "images" and not args.steps:
-        raise BadInput(f"--data {args.data}: needs --steps, the presets of the two methods have not as many")
+        raise BadInput(f"--data {args.data}: needs --steps, the presets of the two methods differ in theirs")
     jobs = planned(args)
     failed = run_all(args, list(jobs.values()))
     if failed:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
-from common import BadInput, Stream, frozen_copy, main, pick_device, update_ema  # noqa: E402
+from common import BadInput, Stream, frozen_copy, main, pick_device, trainable, update_ema  # noqa: E402
 from consistency import flow_matching_loss  # noqa: E402
 from data import load_data  # noqa: E402
 from fsf_dmd import rollout  # noqa: E402
@@ -67,7 +67,9 @@ def run(args):
         name, _, path = start.partition("=")
         if not path:
             raise BadInput(f"{start}: expected NAME=MODEL")
-        net, checkpoint = load_network(path, conditioning=("in_context",))
+        net, checkpoint = load_network(path)
+        if net.conditioning != "in_context":
+            raise BadInput(f"{path}: is a {net.conditioning} network, expected in_context")
         if not checkpoint["data"]:
             raise BadInput(f"{path}: official weights do not say on which data they were trained; expected a model.pt")
         data = load_data(checkpoint["data"]["source"])
@@ -132,8 +134,8 @@ def cosine(a, b):
 def train_fake(generator, steps, seed):
     """(EMA of the explicit fake network, [[step, its loss on held-out samples]]): flow matching on the samples."""
     net = generator.net
-    fake = frozen_copy(net).requires_grad_(True)
-    fake.pos_embed.requires_grad_(False)                        # a fixed table
+    fake = frozen_copy(net)
+    trainable(True, fake)
     ema, opt = frozen_copy(net), NorMuon(param_groups(fake), lr=LR)
     held_out, losses = generator.sample("held out", 0, 1000), []
     noise = held_out[2].normal(*held_out[0].shape).to(generator.device)

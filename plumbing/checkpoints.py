@@ -53,8 +53,6 @@ def load_checkpoint(path):
     """
     if str(path).endswith(".safetensors"):
         return official(path, read_weights(path))
-    if not Path(path).exists():
-        raise BadInput(f"{path}: no such file")
     with reading(path, "a model.pt", "take another, or train it again"):
         if zipfile.is_zipfile(path):                                # official weights may be older than that format
             refuse_flips(path)
@@ -121,15 +119,13 @@ def official(path, state):
     return dict(config=net.config, weights=net.state_dict(), data=None, args={}, step=0)
 
 
-def load_network(path, data=None, conditioning=None):
+def load_network(path, data=None):
     """(network with the EMA weights of a model.pt, its checkpoint).
 
     data: refuse a network that was made for other shapes, classes or latents.
     """
     checkpoint = load_checkpoint(path)
     config = checkpoint["config"]
-    if conditioning and config["conditioning"] not in conditioning:
-        raise BadInput(f"{path}: is a {config['conditioning']} network, expected {' or '.join(conditioning)}")
     if data is not None:
         refuse_other_data(path, checkpoint, data)
     try:
@@ -178,8 +174,8 @@ def say_other_data(path, checkpoint, data):
         return
     found, here = torch.tensor([*made_for["mean"], *made_for["std"]]), torch.tensor([*data.mean, *data.std])
     if (found - here).abs().max() > 1e-3 and first_process():
-        print(f"{path}: was trained on {made_for['source']}, of other mean and deviation than {data.source}, and takes "
-              "images as normalised by these")
+        print(f"{path}: was trained on {made_for['source']}, of other mean and deviation than {data.source}; "
+              f"it goes on with those of {data.source}")
 
 
 def refuse_jumps(path, checkpoint, why):
@@ -274,8 +270,10 @@ def starting_networks(args, data, device, pretrained, conditioning="in_context",
         refuse_jumps(args.teacher, checkpoint, "pass the network that it was distilled from")
         say_other_data(args.teacher, checkpoint, data)
         say_unlearned(args.teacher, checkpoint["args"], given.conditioning, asked)
-    path = pretrained(args, args.init) if args.init in ("imf", "fm") else args.init
-    if path == args.init:
+    path = args.init
+    if path in ("imf", "fm"):
+        path = pretrained(args, path)
+    else:
         checkpoint = load_checkpoint(path)
         refuse_other_data(path, checkpoint, data)
         if given is None:

@@ -163,7 +163,7 @@ def guidance_flags(p):
     add("--omega", type=number(float, 1), default=6.0,
         help="CFG scale omega of teacher and samples, and of FSF-DMD's fake side, but of no other (Table 6)")
     add("--guide_to", type=number(float, 0, 1), default=0.9, help="guidance acts for t in [0, guide_to] (Table 6: "
-        "0.9); to a flow map that takes it as an input it is one, trained on [0.5, 1]")
+        "0.9); some flow maps take it as an input, and have learned 0.5 to 1 only")
     add("--cfg_channels", type=number(int, 0), default=0,
         help="CFG of a plain teacher on this many first channels; 0: all (Table 4: 3 of 32)")
 
@@ -222,13 +222,12 @@ def resolve(p, argv, presets, script):
     defaults = {k: p.get_default(k) for k in everything}
     given = given_flags(p, argv, everything)
     kind, inits = preset_kind(everything["data"]), sorted({init for _, init in presets})
-    init = given.get("init") or defaults["init"]
+    init = everything["init"]
     init_kind, stored = init, {}
     if init not in inits:
         init_kind, stored = look_into(init, inits, given, defaults)
     preset = presets[kind, init_kind] | stored
     values = defaults | preset | given
-    values["init"] = init
     if values.get("teacher") and not Path(values["teacher"]).is_file():
         raise BadInput(f"--teacher {values['teacher']}: no such file, expected a model.pt")
     if not values["out"]:

@@ -85,19 +85,14 @@ def identity(job):
     found = dict(command=list(job.command), absolute=absolute(job.command), measure=measure, sources=sources_of(job))
     if job.every:
         found["every"] = job.every
-    inputs = inputs_of(job)
+    inputs = [content_hash(path) for path in from_outside(job, job.command) if Path(path).exists()]
     if inputs:
         found["inputs"] = inputs
     return found
 
 
-def inputs_of(job):
-    """[hash] of what a job reads from outside."""
-    return [content_hash(path) for path in from_outside(job, job.command) if Path(path).exists()]
-
-
 def absolute(command):
-    """A command with its paths resolved: the same one from another folder, or with a path spelled in another way."""
+    """A command with its paths resolved, so that it is the same from any folder and however a path is spelled."""
     words = list(command)
     for i in range(1, len(words)):
         if names_a_path(words, i):
@@ -124,7 +119,7 @@ def from_outside(job, command):
 
 
 def look_again():
-    """Hashes of now, not of when this process began."""
+    """Forget the hashes: files may have changed since."""
     sources.cache_clear()
     content_hash.cache_clear()
 
@@ -170,7 +165,7 @@ def is_done(job):
 def trained_on(job, known):
     """Whether a run that was done has been trained further since, by hand."""
     step = known.get("step")
-    return known.get("done") is True and isinstance(step, int) and (logged_step(job.folder) or 0) > step
+    return isinstance(step, int) and (logged_step(job.folder) or 0) > step
 
 
 def has_result(job):
@@ -343,7 +338,7 @@ class Runner:
             if at < reached:                                          # its network is gone: nothing can measure it now
                 continue
             measure = self.fids(job, evaluate, at)
-            # Where nothing is left to measure, the run is at the next piece.
+            # A piece whose FIDs are all there is passed over: the next one trains through it.
             if measure or at == total:
                 lines += [[*job.command, "--steps", str(at)], *measure]
         return lines

@@ -28,15 +28,14 @@ def consistency_passes(args: dict, teacher: bool) -> float:
 def velocity_passes(args: dict) -> int:
     """The frozen teacher's guided velocity: CFG of a plain network takes two passes.
 
-    Counted by --init's name alone: a --teacher of another kind, or the network of a file that `args` has as "fm" and
-    that is a flow map by now (one pass), is not looked at.
+    Only --init counts: not a --teacher of another kind, nor that a file counted as "fm" may hold a flow map (one pass).
     """
     return 2 if args["start"] == "fm" else 1
 
 
 def passes_a_step(script: str, args: dict) -> float:
     """Forward passes of a step after any --warmup.  args: the flags of a run, as its args.json has them."""
-    scratch, teacher = args["start"] == "scratch", velocity_passes(args)
+    scratch, velocity = args["start"] == "scratch", velocity_passes(args)
     if script == "consistency.py":
         return of_consistency(args)
     if script == "fsf_dmd.py" and args["lam"] == 0:              # L_CD, or L_CT, alone
@@ -47,18 +46,18 @@ def passes_a_step(script: str, args: dict) -> float:
             rollout = 3 + (args["M"] - 1) / 2                    # k jumps without gradient, k drawn from 0 .. M - 1
         elif args["rollout_grad"] == "last":
             rollout = 3 + (args["M"] - 1)
-        return consistency_passes(args, not scratch) + rollout + teacher + 1
+        return consistency_passes(args, not scratch) + rollout + velocity + 1
     if script == "twinflow.py":
         base = consistency_passes(args, teacher=False) if args["base"] == "imf" else rcgm_passes(args)
         return base + 3 + 3 + 2                                  # the generator, L_adv, and the gap
 
     simulated = 1 + (args["M"] - 1) / 2                          # Eq. 17 without gradient
     if script == "sid.py":                                       # without its GAN
-        return simulated + 3 + simulated + 2 + 2 * (teacher + 1) # backward to the input alone: 1
+        return simulated + 3 + simulated + 2 + 2 * (velocity + 1)  # backward to the input alone: 1
     gan = 0.0
     if args["lambda_g"]:                                         # forward, backward to x_hat; 3 each of real and fake
         gan = DISCRIMINATOR[args["size"]][args["start"] == "fm"] * (2 + 6 * args["ttur"])
-    generator = simulated + 2 + teacher + 1
+    generator = simulated + 2 + velocity + 1
     fake = 3 + (args["ttur"] - 1) * (simulated + 3)              # the first turn takes the generator's x_hat
     both = consistency_passes(args, not scratch) if args["cd"] else 0
     return generator + fake + gan + both

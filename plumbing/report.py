@@ -10,12 +10,11 @@ import re
 from pathlib import Path
 
 import numpy as np
-import torch
 from scipy.stats import ttest_rel
 
 from common import BadInput, pick_device
 from data import data_kind, data_name, load_data, preview
-from evaluate import decoder, generate, parse_args, restated, sampling
+from evaluate import decoder_for, generate, parse_args, real_images, restated, sampling, steps_in
 from plumbing.checkpoints import load_checkpoint, load_network
 from plumbing.files import json_text, read_json, read_lines, write_atomic
 from plumbing.passes import passes_a_step, passes_until
@@ -140,7 +139,7 @@ def summarise(number, row, runs):
     for name in finals[0] if finals else ():
         if "_" in name and all(name in final for final in finals):    # a FID of 1 step may be there for some seeds only
             last[name] = [final[name] for final in finals]
-    shown = [int(name.removesuffix("step").split("_")[1]) for name in last if name.startswith("fd_")]
+    shown = steps_in(last)
     N = shown[0] if len(shown) == 1 else 2                           # a velocity is sampled with its own number
     best = []
     for run in seeds.values():
@@ -300,8 +299,7 @@ def all_metrics(kind, rows):
     header = ["", "last, all metrics", "steps", distance_name(kind, rows), "IS", "precision", "recall", "accuracy"]
     body = []
     for r, row in rows.items():
-        counts = [int(name[len("fd_"):-len("step")]) for name in row["last"] if name.startswith("fd_")]
-        for N in sorted(counts):
+        for N in steps_in(row["last"]):
             values = [spread(row["last"].get(f"{name}_{N}step"), digits) for name, _, digits in METRICS]
             body.append([r, row["label"], N, *values])
     return markdown_lines(header, body)
@@ -415,8 +413,7 @@ def samples(args, rows, jobs, path):
     """
     data, device = load_data(args.data), pick_device("auto")
     classes = min(data.num_classes, 10)
-    first = torch.cat([(data.y == c).nonzero()[:1, 0] for c in range(classes)])       # of rows; a class may have none
-    bands = [("real", data.x[first])]
+    bands = [("real", real_images(data, classes))]
     for r, row in rows.items():
         if not row["n"]:
             continue
@@ -433,7 +430,7 @@ def samples(args, rows, jobs, path):
             x, _ = generate(net, classes, data.x.shape[1:], N, omega, guide_to, channels, classes=classes,
                             sampler=sampler, shift=flags.shift)
             bands.append((f"{r} {row['label']}: {N} step{'s' if N > 1 else ''}{trained}", restate(x)))
-    preview(path, bands, data.meta, decoder(args.vae, data.vae, device))
+    preview(path, bands, data.meta, decoder_for(data, args, device))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -42,6 +42,9 @@ STEPS = 10 ** 9
 # its loss may be finite.
 LARGEST_WEIGHT = 1e4
 
+# Of a run that diverged.
+UNTOUCHED = "the last state.pt is untouched: lower --lr, or look at the data"
+
 
 def identity(args):
     """The flags that a run folder has to agree in."""
@@ -133,7 +136,7 @@ def refuse_odd_history(step, evaluations):
     for evaluation in evaluations:
         if evaluation.keys() != evaluations[0].keys():
             raise ValueError("its evaluations have several kinds of metrics")
-        if not all(type(v) in (int, float, type(None)) for v in evaluation.values()):
+        if not all(type(v) in (int, float) for v in evaluation.values()):
             raise ValueError("its evaluations hold more than numbers")
 
 
@@ -273,10 +276,10 @@ class Run:
         stops = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup
             stops.append(signal.SIGHUP)
-        self.handlers = {s: signal.signal(s, self.ask_to_stop) for s in stops}
         self.began = self.step
         self.bar = tqdm(total=self.args.steps, initial=self.step, desc=self.folder.name, disable=not self.main,
                         mininterval=0.5, dynamic_ncols=True)
+        self.handlers = {s: signal.signal(s, self.ask_to_stop) for s in stops}           # one that comes needs the bar
         path = self.folder / "metrics.jsonl"
         if self.main and self.step and path.exists():               # lines after the saved step: killed, then resumed
             kept = [line for line in read_lines(path) if line["step"] <= self.step]
@@ -336,9 +339,9 @@ class Run:
         self.stop_signal = agreed or None
         return agreed > 0
 
-    def due(self, every):
-        """True every `every` steps and at the last one (every = 0: only there)."""
-        return self.step == self.args.steps or (every > 0 and self.step % every == 0)
+    def due(self, *intervals):
+        """True at a multiple of any of these numbers of steps, and at the last step (0: only there)."""
+        return self.step == self.args.steps or any(every and self.step % every == 0 for every in intervals)
 
     def log(self, losses, batch, grad_norm):
         """End of a step: `losses` are 0-dim tensors on the device; the times in `batch` say where a loss broke."""
@@ -346,7 +349,7 @@ class Run:
         self.pending.append((self.step, losses, times, grad_norm))
         self.step += 1
         self.bar.update()
-        if self.due(self.args.log_every) or self.due(self.args.save_every) or self.due(self.args.eval_every):
+        if self.due(self.args.log_every, self.args.save_every, self.args.eval_every):
             self.flush()
 
     def flush(self):
@@ -368,8 +371,7 @@ class Run:
                 bad.append("gradient norm")
             if bad:
                 spans = [f"{k} in [{v.min():.3g}, {v.max():.3g}], median {v.median():.3g}" for k, v in times.items()]
-                raise BadInput(f"{bad[0]} is not finite at step {step + 1} ({', '.join(spans)}); "
-                               "the last state.pt is untouched: lower --lr, or look at the data")
+                raise BadInput(f"{bad[0]} is not finite at step {step + 1} ({', '.join(spans)}); {UNTOUCHED}")
         self.refuse_divergence()
         steps_with = torch.tensor([sum(name in losses for _, losses, _, _ in self.pending) for name in names])
         line = dict(zip(names, (values.sum(0) / steps_with).tolist()))
@@ -387,7 +389,7 @@ class Run:
         self.pending = []
         self.restart_clock()
 
-    def refuse_divergence(self, what="the last state.pt is untouched: lower --lr, or look at the data"):
+    def refuse_divergence(self, what=UNTOUCHED):
         """BadInput if a weight has left all bounds: one step can do that before any loss shows it."""
         for name, part in self.state.items():
             if isinstance(part, torch.nn.Module):

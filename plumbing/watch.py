@@ -6,7 +6,7 @@ import torch
 
 from common import noise_by_index, world
 from data import to_images
-from evaluate import decoder, default_sampler, evaluate, show, table
+from evaluate import decoder_for, default_sampler, evaluate, show, table
 from metrics import EVAL_SEED
 from model import fixed_guidance, interpolate, v_to_x0
 from plumbing.files import read_lines, write_atomic
@@ -36,15 +36,15 @@ def watch(run, features, start=None, panel=None):
         panel(run)
     if run.due(args.save_every):
         run.save()
-    if run.due(args.eval_every) or run.due(args.preview_every) or run.due(getattr(args, "health_every", 0)):
+    if run.due(args.eval_every, args.preview_every, getattr(args, "health_every", 0)):
         run.restart_clock()
 
 
 def finish(run, features):
     """The end of a run: result.json, and the table of its first and last evaluation."""
     measured = run.evaluations and run.evaluations[-1]["step"] == run.step
-    if run.began == run.step and run.data.kind == "pixels" and not measured:    # stopped here; --steps is now no more
-        if run.main:
+    if run.began == run.step and run.data.kind == "pixels" and not measured:
+        if run.main:                                  # stopped at this step before, and --steps asks for no more now
             run.evaluated(evaluate(run.model, features, run.args))
         run.save()
     if not run.main:
@@ -153,7 +153,7 @@ def draw_panel(run, pictures, lines):
     pictures: [(caption, x [n, C, H, W])]; lines: the panels' lines of metrics.jsonl.
     """
     import matplotlib.figure  # half a second: only where it is used
-    vae = decoder(run.args.vae, run.data.vae, next(run.model.parameters()).device)
+    vae = decoder_for(run.data, run.args, next(run.model.parameters()).device)
     figure = matplotlib.figure.Figure(figsize=(11, 6.4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.2, 1))
     for axis, (caption, x) in zip(left.subplots(len(pictures), 1), pictures):

@@ -1,4 +1,5 @@
 """What cost.py and benchmarks/ measured is what the texts say, and they measure what they claim to."""
+import copy
 import json
 import re
 import shlex
@@ -19,6 +20,7 @@ import evaluate
 import finite_difference
 import fsf_dmd
 import gpu
+import model
 import step
 import strength
 import surrogate
@@ -526,6 +528,17 @@ def test_what_is_said_of_the_finite_difference_is_in_the_numbers():
     assert f"errs by {errors[0]} (new network, trained one) instead of {errors[1]}" in text
     assert f"the network of the line above errs by {new[0.005]['TF32']:.3f}" in text
     assert trained[0.02]["TF32"] < min(trained[h]["TF32"] for h in trained if h != 0.02)
+
+
+def test_the_explicit_fake_network_may_be_imfs_own():
+    """It has no table of positions to leave out; all that it has learns, and the flow map stays as it was."""
+    net = model.IMFDiT(input_size=4, in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=2, mlp_hidden=64,
+                       num_classes=3).requires_grad_(False)
+    before = copy.deepcopy(net.state_dict())
+    fake, losses = surrogate.train_fake(surrogate.Generator(net, 1.0, (2, 4, 4), torch.device("cpu")), 1, seed=0)
+    assert len(losses) == 2 and losses[1][1] != losses[0][1]
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert any(not torch.equal(value, before[name]) for name, value in fake.state_dict().items())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -202,7 +202,7 @@ FLAGS = {                       # base command: each of these flips one flag of 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", FLAGS, ids=range(len(FLAGS)))
-def test_every_flag_changes_what_is_trained(in_home, few_samples, capsys, command):
+def test_every_flag_changes_what_is_trained(in_home, few_samples, command):
     name = f"flag-{list(FLAGS).index(command)}"
 
     def weights(extra, out):
@@ -218,11 +218,10 @@ def test_every_flag_changes_what_is_trained(in_home, few_samples, capsys, comman
     for i, a in enumerate(names):
         for b in names[:i]:
             assert not torch.equal(found[a], found[b]), f"{a!r} and {b!r} train the same network"
-    capsys.readouterr()
 
 
 @pytest.mark.slow
-def test_pretraining_flags_and_the_other_losses(in_home, few_samples, monkeypatch, capsys):
+def test_pretraining_flags_and_the_other_losses(in_home, few_samples, monkeypatch):
     monkeypatch.setattr(evaluate.evaluate, "__defaults__", (None, 60, 0, False))        # the losses' own samplers
     nets = {}
     for extra in ("--loss imf", "--loss imf --omega_max 5", "--loss imf --n_tokens 3", "--loss imf --token_block 0",
@@ -238,11 +237,10 @@ def test_pretraining_flags_and_the_other_losses(in_home, few_samples, monkeypatc
     assert differ(nets["--loss imf"]["weights"], nets["--loss imf --omega_max 5"]["weights"])
     lines = read_metrics(in_home, "pre4")                                               # fm: Euler
     assert any(line["step"] == 3 and "fd_25step" in line for line in lines)
-    capsys.readouterr()
 
 
 @pytest.mark.slow
-def test_cosine_and_guided_channels_reach_multi_channel_data(tmp_path, few_samples, monkeypatch, capsys):
+def test_cosine_and_guided_channels_reach_multi_channel_data(tmp_path, few_samples, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images = np.random.default_rng(0).integers(0, 256, (60, 4, 4, 3)).astype(np.uint8)
     np.savez("rgb.npz", images=images, labels=np.arange(60) % 2)
@@ -263,7 +261,6 @@ def test_cosine_and_guided_channels_reach_multi_channel_data(tmp_path, few_sampl
     whole, first, none = samples(3.0, None), samples(3.0, 1), samples(1.0, None)
     assert not torch.equal(whole, first) and not torch.equal(first, none)
     evaluate.run(evaluate.parse_args("fm/model.pt --omega 3 --cfg_channels 1 --n 40 --out measured".split()))
-    capsys.readouterr()
 
 
 # ---- who trains whom -------------------------------------------------------------------------------------------------
@@ -273,7 +270,7 @@ def test_cosine_and_guided_channels_reach_multi_channel_data(tmp_path, few_sampl
     ("dmd2.py --ttur 3", [0, 1, 1, 1, 0, 1, 1, 1]),             # TTUR 1:3 as DMD2 counts
     ("sid.py --lambda_g 0.1", [1, 0, 1, 0]),                    # 1:1, fake first
 ])
-def test_every_turn_leaves_the_other_networks_alone(in_home, few_samples, monkeypatch, capsys, script, order):
+def test_every_turn_leaves_the_other_networks_alone(in_home, few_samples, monkeypatch, script, order):
     """Around each optimizer step all parameters and states of the other side stay bit-identical, without gradient."""
     sides, turns = [], []
 
@@ -315,12 +312,11 @@ def test_every_turn_leaves_the_other_networks_alone(in_home, few_samples, monkey
     health = [line for line in read_metrics(in_home, out) if "gap_0.2" in line]
     assert [line["step"] for line in health] == [1, 2] and all(line["gan_dm_ratio"] > 0 for line in health)
     assert (in_home / out / "health_000002.png").exists()
-    capsys.readouterr()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["dmd2", "sid"])
-def test_without_gan_the_real_images_are_never_seen(in_home, few_samples, capsys, script):
+def test_without_gan_the_real_images_are_never_seen(in_home, few_samples, script):
     """The rollout and the fake loss need noise and labels only: other images, the same weights."""
     with np.load("toy.npz") as toy:
         np.savez("negative_toy.npz", images=255 - toy["images"], labels=toy["labels"])
@@ -336,7 +332,6 @@ def test_without_gan_the_real_images_are_never_seen(in_home, few_samples, capsys
     a, b = (found[data_, 1]["fake"]["blocks.0.mlp.w3.weight"] for data_ in ("toy", "negative_toy"))
     assert not torch.equal(a, b)
     assert "head" in found["toy", 1] and "head" not in found["toy", 0]                  # switched off: not built
-    capsys.readouterr()
 
 
 @pytest.mark.parametrize("init, ours, baseline", [

@@ -8,6 +8,7 @@ import torch
 import consistency
 import data
 import dmd2
+import evaluate
 import fsf_dmd
 import metrics
 import sid
@@ -256,3 +257,14 @@ def test_the_main_command_takes_mnist_files(tmp_path, few_samples, monkeypatch, 
     checkpoint = torch.load("ours/model.pt", weights_only=True)
     assert checkpoint["config"]["size"] == "small" and checkpoint["config"]["patch_size"] == 4
     assert checkpoint["args"]["omega"] == 1.5 and checkpoint["step"] == 2
+
+
+def test_a_picture_keeps_the_column_of_a_class_without_images(tmp_path):
+    """Else real images and samples of one class would not stand under each other."""
+    mnist(tmp_path / "set")
+    labels = np.arange(40) % 2 * 2                                          # 0 and 2: of class 1 there is none
+    idx(tmp_path / "set" / "train-labels-idx1-ubyte.gz", labels)
+    idx(tmp_path / "set" / "t10k-labels-idx1-ubyte.gz", labels[:20])
+    found = data.load_data(str(tmp_path / "set"))
+    real = evaluate.real_images(found, 3, per_class=2)
+    assert torch.equal(real[[0, 2, 3, 5]], found.x[:4]) and not real[[1, 4]].any()

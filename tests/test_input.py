@@ -109,7 +109,7 @@ def odd_states(good):
         yield f"step {step!r}", good | dict(step=step)
     first = good["evaluations"][0]
     for value in ("abc", {"a": 1}, [1, 2], [{}], [first, {"step": 3}], [first | {"fd_1step": "a"}],
-                  [first | {"fd_1step": torch.zeros(2)}], [first | {"step": 1.5}]):
+                  [first | {"fd_1step": None}], [first | {"fd_1step": torch.zeros(2)}], [first | {"step": 1.5}]):
         yield f"evaluations {value!r:.30}", good | dict(evaluations=value)
     name = "blocks.0.mlp.w3.weight"
     for part in ("net", "ema"):

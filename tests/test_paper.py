@@ -54,7 +54,7 @@ def test_the_renoised_sampler_is_backward_simulation_to_its_end(sampler, noise, 
 
 
 @pytest.mark.slow
-def test_a_model_pt_knows_its_sampler(home, monkeypatch, capsys):
+def test_a_model_pt_knows_its_sampler(home, monkeypatch):
     """Evaluation, and the numbers while training, follow it without a flag; a flag chooses the other."""
     monkeypatch.chdir(home)
     monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((2,), 60, 0, None))
@@ -95,7 +95,6 @@ def test_a_model_pt_knows_its_sampler(home, monkeypatch, capsys):
             evaluate.run(args)
             chosen = json.loads((home / out / "b" / "evaluation.json").read_text())
             assert chosen["fd_2step"] == pytest.approx(kept["fd_2step"], rel=1e-3)
-    capsys.readouterr()
 
 
 def test_euler_takes_the_timestep_shift():
@@ -138,10 +137,9 @@ SENTENCES = [  # what the paper, or the code that it follows, says: script, flag
 
 
 @pytest.mark.parametrize("sentence, script, flags, values", SENTENCES, ids=[row[0][:40] for row in SENTENCES])
-def test_presets_are_what_the_paper_says(sentence, script, flags, values, capsys):
+def test_presets_are_what_the_paper_says(sentence, script, flags, values):
     args = script.parse_args([*flags.split(), "--data", "shards"])    # a folder that is not there counts as latents
     assert {name: getattr(args, name) for name in values} == values, sentence
-    capsys.readouterr()
 
 
 def test_the_fids_of_the_headers_are_the_papers():
@@ -183,7 +181,7 @@ def test_from_flow_matching_dmd2_and_sid_keep_the_plain_student(home, monkeypatc
 
 
 @pytest.mark.slow
-def test_teacher_and_student_may_come_from_different_files(home, monkeypatch, capsys, few_samples):
+def test_teacher_and_student_may_come_from_different_files(home, monkeypatch, few_samples):
     """--teacher: DMD2 trained from a distilled student with the original teacher."""
     monkeypatch.chdir(home)
     consistency.train(consistency.parse_args("--loss cd --init imf/model.pt --data toy.npz --steps 2 --out cd".split()))
@@ -210,10 +208,9 @@ def test_teacher_and_student_may_come_from_different_files(home, monkeypatch, ca
                                  (dmd2, "--init imf/model.pt --teacher nowhere.pt", "nowhere.pt: no such file")):
         with pytest.raises(common.BadInput, match=words):
             script.parse_args([*flags.split(), "--data", "toy.npz"])
-    capsys.readouterr()
 
 
-def test_the_discriminator_may_read_the_generator(home, monkeypatch, capsys, few_samples):
+def test_the_discriminator_may_read_the_generator(home, monkeypatch, few_samples):
     """B.1's literal reading: its trunk is the generator as it is now, and gets no gradient through it."""
     monkeypatch.chdir(home)
     net = small_net("in_context", dtype=torch.float32)
@@ -237,7 +234,6 @@ def test_the_discriminator_may_read_the_generator(home, monkeypatch, capsys, few
         dmd2.train(dmd2.parse_args([*argv.split(), "--disc_trunk", trunk, "--out", f"trunk-{trunk}"]))
         found.append(checkpoints.load_checkpoint(f"trunk-{trunk}/model.pt")["weights"])
     assert any(not torch.equal(v, found[1][k]) for k, v in found[0].items())
-    capsys.readouterr()
 
 
 def test_omega_response_is_the_projection_on_classifier_free_guidance():
@@ -270,7 +266,7 @@ def test_digits_presets_draw_no_omega_that_200_steps_cannot_learn():
     torch.testing.assert_close(guidance[:, 0], torch.ones(50), rtol=0, atol=1e-6)
 
 
-def test_rcgm_has_a_target_network_of_its_own(home, monkeypatch, capsys, few_samples):
+def test_rcgm_has_a_target_network_of_its_own(home, monkeypatch, few_samples):
     monkeypatch.chdir(home)
     runs = {0.0: (consistency, "--loss rcgm"), 0.99: (consistency, "--loss rcgm"), 0.5: (twinflow, "--base rcgm")}
     for decay, (script, flags) in runs.items():
@@ -283,7 +279,6 @@ def test_rcgm_has_a_target_network_of_its_own(home, monkeypatch, capsys, few_sam
                 assert torch.equal(state["target"][k], v)
         differ = [k for k, v in state["ema"].items() if not torch.equal(v, state["target"][k])]
         assert differ, "the target is the evaluation's EMA"
-    capsys.readouterr()
 
 
 def test_rcgms_target_warms_up_as_twinflows():

@@ -629,11 +629,10 @@ def test_cost_measures_a_step_of_a_method(tmp_path):
     """The first row of cost.py, of a small network: seconds and memory of a process of its own, and counted passes."""
     command = "cost.py --size tiny --row 1 2 --minutes 1e-9 --batch_size 2 --runs 'kept here' --out ."
     words = [sys.executable, str(HERE / "cost.py"), *shlex.split(command)[1:]]
-    env = environment() | dict(CUDA_VISIBLE_DEVICES="")
     (tmp_path / "kept here").mkdir()
     other = {"imf: FSF-DMD M=1": dict(identity=dict(size="B/1"), row=dict(label="of another setting"))}     # left out
     (tmp_path / "kept here" / "cost.json").write_text(json.dumps(other))     # its time is over before the second row
-    printed = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True).stdout
     found = json.loads((tmp_path / "cost-cpu-tiny" / "runs.json").read_text())
     [row] = found["rows"]
     assert row["label"] == "imf: Consistency distillation" and row["paper_sec_per_step"] == 0.23
@@ -645,7 +644,7 @@ def test_cost_measures_a_step_of_a_method(tmp_path):
     assert row["hours_modelled"] == pytest.approx(gflop * 1e9 / found["flop_per_second_modelled"] / 3600)
     assert "| imf: Consistency distillation | 5.0 |" in printed
     late = [*words, "--row", "1", "2", "--minutes", "0.0001"]                         # for the first alone: it is kept
-    said = subprocess.run(late, cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    said = subprocess.run(late, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
     assert "no method is begun any more" in said.stdout + said.stderr
     assert json.loads((tmp_path / "cost-cpu-tiny" / "runs.json").read_text())["rows"] == [row]
     again = f"python {command} --row 1 2 --minutes 0.0001"

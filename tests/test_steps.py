@@ -185,7 +185,7 @@ def check_draws(turns):
 # ---- FSF-DMD ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rollout", ["flow_map", "dmd2"])
-def test_a_step_of_fsf_dmd(random_starts, monkeypatch, capsys, rollout):
+def test_a_step_of_fsf_dmd(random_starts, monkeypatch, rollout):
     """L_CD + lambda L_FSF; fake: the EMA's u(x, tau, 0) [12], teacher: --teacher's guided v [14]."""
     def objective(n, b, _):
         if rollout == "flow_map":
@@ -202,10 +202,9 @@ def test_a_step_of_fsf_dmd(random_starts, monkeypatch, capsys, rollout):
     assert n.updates == ["net"] * 2
     check_draws(n.turns)
     assert torch.cat([turn["tau"] for turn in n.turns]).median() > 0.7                  # k = 9: of 1/2 it makes 0.9
-    capsys.readouterr()
 
 
-def test_a_step_of_fsf_dmd_from_scratch_has_itself_as_the_teacher(random_starts, monkeypatch, capsys):
+def test_a_step_of_fsf_dmd_from_scratch_has_itself_as_the_teacher(random_starts, monkeypatch):
     def objective(n, b, _):
         x, U = fsf_dmd.rollout(n.u(b), b.z[:, 0], 1)
         fake = lambda x, tau: n.ema(x, tau, b.y, 0.0, n.guidance(b))
@@ -215,10 +214,9 @@ def test_a_step_of_fsf_dmd_from_scratch_has_itself_as_the_teacher(random_starts,
     n = Steps(monkeypatch, "fsf_dmd", f"--init scratch --lam 0.5 --M 1 --omega_max 4 {RUN} --out step-fsf-scratch",
               net=objective)
     assert n.teacher is None and n.updates == ["net"] * 2
-    capsys.readouterr()
 
 
-def test_a_step_of_fsf_dmd_from_a_velocity_network(random_starts, monkeypatch, capsys):
+def test_a_step_of_fsf_dmd_from_a_velocity_network(random_starts, monkeypatch):
     """The student knows no omega; the teacher is the start with real CFG up to t = 0.6."""
     def objective(n, b, _):
         def teacher(x, tau):
@@ -232,14 +230,13 @@ def test_a_step_of_fsf_dmd_from_a_velocity_network(random_starts, monkeypatch, c
 
     n = Steps(monkeypatch, "fsf_dmd", f"--init v.pt --warmup 0 --lam 0.5 --M 2 {RUN} --out step-fsf-fm", net=objective)
     assert (n.net.conditioning, n.teacher.conditioning, n.updates) == ("decoupled", "plain", ["net"] * 2)
-    capsys.readouterr()
 
 
 # ---- DMD2 ------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("trunk", ["fake", pytest.param("teacher", marks=pytest.mark.slow),
                                    pytest.param("generator", marks=pytest.mark.slow)])
-def test_a_step_of_dmd2(random_starts, monkeypatch, capsys, trunk):
+def test_a_step_of_dmd2(random_starts, monkeypatch, trunk):
     """Generator [50-51, 53-54, 59], fake side [52-54], IDA [60]; the first fake update has the generator's samples."""
     def generator(n, b, _):
         x_hat = model.backward_simulation(n.u(b), b.z, n.k, 2)
@@ -263,12 +260,11 @@ def test_a_step_of_dmd2(random_starts, monkeypatch, capsys, trunk):
     check_draws(first + second)
     tau = torch.cat([turn["tau"] for turn in first + second])
     assert 0.02 <= tau.min() and 0.9 < tau.max() <= 0.98 and abs(tau.median() - 0.5) < 0.2
-    capsys.readouterr()
 
 
 # ---- SiD -------------------------------------------------------------------------------------------------------------
 
-def test_a_step_of_sid(random_starts, monkeypatch, capsys):
+def test_a_step_of_sid(random_starts, monkeypatch):
     """The fake side first; the generator's loss is a mean over the 16 elements, so that lambda_G weighs as in DMD2."""
     def generator(n, b, _):
         x_hat = model.backward_simulation(n.u(b), b.z, n.k, 2)
@@ -288,12 +284,11 @@ def test_a_step_of_sid(random_starts, monkeypatch, capsys):
     assert len(x0.unique(dim=0)) == 4 * B                                               # no row twice in an epoch
     for turn in n.turns:
         check_independence(turn)
-    capsys.readouterr()
 
 
 @pytest.mark.parametrize("command", ["consistency --loss cd", "fsf_dmd", "dmd2 --cd 1 --ttur 1 --lambda_g 0"])
 def test_rows_that_learn_the_velocity_have_the_whole_interval_where_guidance_is_drawn(random_starts, monkeypatch,
-                                                                                      capsys, command):
+                                                                                      command):
     """iMF's rule, in L_CD too: a jump is asked with its drawn interval, the velocity at s = t with [0, 1]."""
     name, _, flags = command.partition(" ")
     turns, module = [], importlib.import_module(name)
@@ -308,7 +303,6 @@ def test_rows_that_learn_the_velocity_have_the_whole_interval_where_guidance_is_
         assert velocity.sum() == B / 2 and omega.unique().numel() == B
         assert (t_min[velocity] == 0).all() and (t_max[velocity] == 1).all()
         assert (t_min[~velocity] > 0).all() and (t_max[~velocity] < 1).all()
-    capsys.readouterr()
 
 
 @pytest.mark.parametrize("command", ["dmd2 --ttur 1 --lambda_g 0", "sid --lambda_g 0", "fsf_dmd --rollout dmd2"])
@@ -331,7 +325,7 @@ def test_the_last_jump_of_a_rollout_is_drawn(random_starts, monkeypatch, command
 # ---- TwinFlow --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("base", ["imf", "rcgm"])
-def test_a_step_of_twinflow(random_starts, monkeypatch, capsys, base):
+def test_a_step_of_twinflow(random_starts, monkeypatch, base):
     """The fake side is the network at (-t, -t) without guidance, the teacher it is at (tau, tau) with it [63-65]."""
     def objective(n, b, _):
         fake = lambda x, t: n.net(x, -t, b.y, -t)
@@ -348,7 +342,6 @@ def test_a_step_of_twinflow(random_starts, monkeypatch, capsys, base):
               f"{more} {RUN} --out step-twinflow-{base}", net=objective)
     assert n.updates == ["net"] * 2
     check_draws(n.turns)
-    capsys.readouterr()
 
 
 # ---- consistency.py --------------------------------------------------------------------------------------------------
@@ -382,7 +375,7 @@ def of_rcgm(n, b, _):
     ("cd", lambda n, b, _: n.cd(b), "--init a.pt --teacher b.pt"),
     ("isg", of_isg, "--init a.pt --teacher b.pt --M 4"),
 ])
-def test_a_step_of_consistency(random_starts, monkeypatch, capsys, loss, objective, flags):
+def test_a_step_of_consistency(random_starts, monkeypatch, loss, objective, flags):
     run = RUN.replace("--health_every 0 ", "")
     if loss == "ct":
         run = run.replace(" --omega 3 --guide_to 0.6", "")
@@ -396,4 +389,3 @@ def test_a_step_of_consistency(random_starts, monkeypatch, capsys, loss, objecti
             t, s, r = (turn[name].double() for name in "tsr")
             torch.testing.assert_close(4 * (t - s), torch.ones(B).double())             # a segment of M = 4
             assert s.min() == 0 and t.max() == 1 and ((4 * (r - s) > 0.09) & (4 * (r - s) < 0.91)).all()
-    capsys.readouterr()
