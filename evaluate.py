@@ -246,6 +246,9 @@ def measure(args: argparse.Namespace) -> None:
     if n <= 2048 and not args.few:
         raise BadInput(f"{n} images give no covariance of 2048 features, expected more than 2048; "
                        "--few 1 computes it all the same")
+    if ref and ref["features"] is None and rank() == 0:
+        print(f"--ref {args.ref}: holds no features, so there is no precision and recall; "
+              "`python evaluate.py ref` makes a reference that has them")
     identity = dict(sampler=sampler, spaces=spaces, n=n, batch=args.batch_size)
     found = collect(network, images, n, out / "features", identity, args.batch_size)
     if rank() > 0:

@@ -264,7 +264,7 @@ class Runner:
         if "the command" in changed and read != from_outside(job, now["absolute"]):
             raise BadInput(f"{job.folder}: is a run of the same name that read {' and '.join(read) or 'no file'}; "
                            "pass another --runs")
-        if trained_on(job, kept) and not changed:
+        if trained_on(job, kept):                                     # whatever else has changed: it is not removed
             raise BadInput(f"{job.folder}: has been trained on since, from step {kept.get('step')} to "
                            f"{logged_step(job.folder)}; move it, or pass another --runs")
         if changed:

@@ -540,6 +540,10 @@ def test_fid_of_images_resumes_and_says_what_it_is(tmp_path, monkeypatch, capsys
     adm = fid.read_reference("adm/reference.npz")
     assert (adm["mu"] == np.arange(2048)).all()
     assert np.abs(adm["features"] - features[:4]).max() < 1e-5 * features.std()
+    capsys.readouterr()
+    evaluate_here(f"--from_images images.npz {nets} --ref adm.npz --batch_size 5 --out out")       # as it is
+    assert "adm.npz: holds no features, so there is no precision and recall" in capsys.readouterr().out
+    assert not any("precision" in name for name in json.loads(Path("out/fid.json").read_text()))
 
     # Again, as if killed in between.
     first, second = Path("adm/features/features_000000.pt"), Path("adm/features/features_000002.pt")

@@ -669,9 +669,11 @@ def test_a_kept_run_that_is_gone_or_damaged_runs_again(tmp_path, capsys):
     keep()
     (job.folder / "metrics.jsonl").write_text('{"step": 400}\n{"step": 600}\n')
     assert not kept_runs.is_done(job)
-    with pytest.raises(common.BadInput, match="has been trained on since, from step 400 to 600; move it"):
-        kept_runs.Runner(args).run(job)
-    assert (job.folder / "model.pt").exists()
+    for sources in (kept_runs.identity(job)["sources"], {"model.py": "another one"}):
+        record.write_text(json.dumps(dict(kept_runs.identity(job), done=True, step=400, sources=sources)))
+        with pytest.raises(common.BadInput, match="has been trained on since, from step 400 to 600; move it"):
+            kept_runs.Runner(args).run(job)
+        assert (job.folder / "model.pt").exists()
     for odd in ("", "{", "[1]", "{}", "3"):                             # a line that is being written
         (job.folder / "metrics.jsonl").write_text(odd)
         assert kept_runs.logged_step(job.folder) is None and kept_runs.last_step(job) == ""
