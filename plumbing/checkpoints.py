@@ -273,6 +273,7 @@ def starting_networks(args, data, device, pretrained, conditioning="in_context",
     path = args.init
     if path in ("imf", "fm"):
         path = pretrained(args, path)
+        torch.manual_seed(args.seed)                                # new weights as if --init were this path
     else:
         checkpoint = load_checkpoint(path)
         refuse_other_data(path, checkpoint, data)

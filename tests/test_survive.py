@@ -917,6 +917,18 @@ def test_a_distillation_goes_on_after_its_start_was_trained_further(tmp_path, fe
     assert state(tmp_path, "begun")["step"] == 3 and not folder.exists()
 
 
+def test_a_start_by_its_name_and_by_its_path_is_one_run(tmp_path, few_samples, monkeypatch):
+    """Also where the run trains it first: the new weights, here of the discriminator, do not depend on that."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(consistency.PRESETS["pixels", "scratch"], "steps", 2)
+    small_images("set.npz", 60)
+    path = Path(consistency.parse_args("--loss imf --data set.npz".split()).out) / "model.pt"
+    for init, out in (("imf", "first"), ("imf", "second"), (path, "by_path")):
+        train(f"dmd2.py --init {init} --data set.npz --steps 1 --ttur 1 --health_every 0 --eval_every 0 --out {out}")
+        found, first = state(tmp_path, out), state(tmp_path, "first")
+        assert_same({k: found[k] for k in ("net", "fake", "head")}, {k: first[k] for k in ("net", "fake", "head")})
+
+
 def test_a_folder_of_another_start_says_how_to_train_this_one(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     small_images("set.npz", 60)
