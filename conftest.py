@@ -3,11 +3,14 @@ import contextlib
 import os
 
 import pytest
+import torch
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""         # also of this process: see test_helpers.environment
 
 import evaluate
-from test_helpers import small_images, train  # puts golden/ on the path, for every test file
+import model
+from plumbing import checkpoints
+from test_helpers import randomize, small_images, train  # puts golden/ on the path, for every test file
 
 FEW_SAMPLES = ((1,), 60, 0, None)               # steps, n, seed, sampler of `evaluate`
 
@@ -35,3 +38,12 @@ def in_home(home):
 def few_samples(monkeypatch):
     """Evaluations while training take 60 one-step samples: these tests do not ask the metrics."""
     monkeypatch.setattr(evaluate.evaluate, "__defaults__", FEW_SAMPLES)
+
+
+@pytest.fixture
+def random_starts(in_home, few_samples):
+    """Random weights: a.pt an iMF, b.pt another one, the teacher, v.pt a velocity network."""
+    for name, source, gain in (("a", "imf", 1.0), ("b", "imf", 0.8), ("v", "fm", 1.0)):
+        found = checkpoints.load_checkpoint(f"{source}/model.pt")
+        net = randomize(model.build(found["config"]), gain, torch.float32)
+        torch.save(found | dict(weights=net.state_dict()), f"{name}.pt")

@@ -2,8 +2,9 @@
 python -m pytest -q -n 2 -m "not slow"        the fast lane: what takes at most about 3 seconds a test
 
 Here: networks, calculus of flow maps, optimizer, the project itself.  In tests/, test_methods.py: losses, rollouts,
-identities between methods.  test_steps.py: the gradient of every update in the training loops.  test_commands.py: the
-scripts as a user runs them.  test_survive.py, test_input.py: what goes wrong.  test_data.py, test_images.py,
+identities between methods.  test_steps.py: the gradient of every update in the training loops.  test_flags.py: that
+the flags reach them.  test_commands.py: the scripts as a user runs them.  test_survive.py, test_input.py: what goes
+wrong.  test_data.py, test_images.py,
 test_metrics.py: data, autoencoder, official weights, metrics.  test_paper.py: the presets.  test_reproduce.py: the
 tables.  test_results.py, test_searches.py, test_benchmarks.py: the numbers that the texts say.
 
@@ -270,6 +271,33 @@ def test_every_input_of_the_augmented_backbone_reaches_the_output():
     rows = [slice(i, i + 1) for i in range(3)]
     each = torch.cat([net(x[i], t[i], y[i], t[i] / 2, g[i]) for i in rows])
     torch.testing.assert_close(each, base, rtol=0, atol=1e-12)                          # rows do not see each other
+
+
+def test_the_last_third_and_the_output_of_a_decoupled_network_see_s():
+    net, seen = small_net("decoupled"), []
+    for part in (*net.blocks, net.final_layer):
+        part.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[1]))
+    t, s, y = uniform(3), uniform(3) / 2, torch.tensor([0, 1, 3])
+    net(rand(3, 2, 4, 4), t, y, s)
+    of_t, of_s = (net.t_embedder(time) + net.y_embedder(y) for time in (t, s))
+    for found, expected in zip(seen, (of_t, of_t, of_s, of_s), strict=True):            # 3 blocks and the final layer
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_new_network_is_initialised_as_lightningdits():
+    """adaLN-zero, N(0, 0.02) embeddings, Xavier elsewhere: |w| up to sqrt(6 / (fan_in + fan_out))."""
+    torch.manual_seed(0)
+    net = model.LightningDiT("tiny", "in_context", input_size=8, in_channels=1, num_classes=1000, n_tokens=16)
+    for name, p in net.named_parameters():
+        if name == "pos_embed" or "norm" in name:
+            continue
+        if name.endswith("bias") or "adaLN" in name or name.startswith("final_layer.linear"):
+            assert not p.any(), name
+        elif "embedder.mlp" in name or "y_embedder" in name or name == "token_embed":
+            assert p.std().item() == pytest.approx(0.02, rel=0.1), name
+        elif p.ndim > 1:
+            bound = (6 / (len(p) + p[0].numel())) ** 0.5
+            assert 0.9 * bound < p.abs().max() <= bound, name
 
 
 def test_initial_output_is_zero_and_patches_go_back_where_they_came_from():

@@ -16,21 +16,11 @@ import fsf_dmd
 import model
 import sid
 import twinflow
-from plumbing import checkpoints
 from test_helpers import randomize
 
 B = 20
 RUN = ("--data toy.npz --steps 2 --batch_size 20 --micro_batch 12 --health_every 0 --ema 0.5 --omega 3 "
        "--guide_to 0.6")
-
-
-@pytest.fixture
-def random_starts(in_home, few_samples):
-    """Random weights: a.pt an iMF, b.pt another one, the teacher, v.pt a velocity network."""
-    for name, source, gain in (("a", "imf", 1.0), ("b", "imf", 0.8), ("v", "fm", 1.0)):
-        found = checkpoints.load_checkpoint(f"{source}/model.pt")
-        net = randomize(model.build(found["config"]), gain, torch.float32)
-        torch.save(found | dict(weights=net.state_dict()), f"{name}.pt")
 
 
 class Steps:
