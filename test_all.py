@@ -4,9 +4,9 @@ python -m pytest -q -n 2 -m "not slow"        the fast lane: what takes at most 
 Here: networks, calculus of flow maps, optimizer, the project itself.  In tests/, test_methods.py: losses, rollouts,
 identities between methods.  test_steps.py: the gradient of every update in the training loops.  test_flags.py: that
 the flags reach them.  test_commands.py: the scripts as a user runs them.  test_survive.py, test_input.py: what goes
-wrong.  test_data.py, test_images.py,
-test_metrics.py: data, autoencoder, official weights, metrics.  test_paper.py: the presets.  test_reproduce.py: the
-tables.  test_results.py, test_searches.py, test_benchmarks.py: the numbers that the texts say.
+wrong.  test_data.py, test_images.py, test_metrics.py: data, autoencoder, official weights, metrics.  test_paper.py: the
+presets.  test_reproduce.py: the tables.  test_results.py, test_searches.py, test_benchmarks.py: the numbers that the
+texts say.
 
 Facts, not shapes: outputs of the official implementations (golden/), closed forms, identities between methods, exact
 resume, real command lines in a subprocess.
