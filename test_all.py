@@ -343,6 +343,18 @@ def test_conditions_are_tokens_that_are_not_rotated_and_omega_is_iMFs():
     assert torch.equal(cos[12:], net.feat_rope.freqs_cos) and torch.equal(sin[12:], net.feat_rope.freqs_sin)
 
 
+def test_the_six_modulations_of_a_ddt_block_stand_in_its_order():
+    """shift, scale and gate of the attention, then of the MLP; here each a number of its own."""
+    torch.manual_seed(0)
+    block, x = model.DDTBlock(16, 2).double(), rand(2, 5, 16)
+    cos, sin = torch.ones(5, 8).double(), torch.zeros(5, 8).double()                    # no rotation
+    with torch.no_grad():
+        block.adaLN_modulation.weight.zero_()
+        block.adaLN_modulation.bias.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6]).repeat_interleave(16))
+    h = x + 0.3 * block.attn(block.norm1(x) * 1.2 + 0.1, cos, sin)
+    torch.testing.assert_close(block(x, x, cos, sin), h + 0.6 * block.mlp(block.norm2(h) * 1.5 + 0.4))
+
+
 def test_the_discriminator_reads_its_trunk_and_turns_all_but_its_class_token():
     net, seen = small_net("in_context"), []
     torch.manual_seed(0)

@@ -155,7 +155,7 @@ def test_presets_of_images_from_an_imf_are_the_best_of_their_search():
 
 def test_what_is_said_of_the_search_from_the_strong_start_of_fashion_mnist_is_in_the_numbers():
     text, preset = words_of_the_texts(), {}
-    for script in (consistency, dmd2, sid):
+    for script in (consistency, dmd2, fsf_dmd, sid):
         preset[script] = script.PRESETS["images", "imf"]
     rates = f"--lr {preset[dmd2]['lr']} --fake_lr {preset[dmd2]['fake_lr']}"
     found = {}                                                        # {method: {setting: distance}}
@@ -178,6 +178,12 @@ def test_what_is_said_of_the_search_from_the_strong_start_of_fashion_mnist_is_in
     rest = [f"{lr} and {fake} {of_sid[f'--lr {lr} --fake_lr {fake}']}" for lr, fake in pairs]
     assert (preset[sid]["lr"], preset[sid]["fake_lr"]) == (0.0003, 0.001)
     words.append(f"(the table's {rest[0]}, {rest[1]}, {rest[2]};")
+    told_of_search("strong-FSF_DMD_M_2", "fashion-mnist", seeds=1)
+    rows = json.loads((KEPT / "search-fashion-mnist-strong-FSF_DMD_M_2" / "runs.json").read_text())["rows"]
+    of_lam = {row["setting"].split()[1]: f"{row['distance'][0]:.1f}" for row in rows}
+    assert list(of_lam) == ["0.0003", "0.003", "0.015", "0.05"] and of_lam["0.0003"] == min(of_lam.values(), key=float)
+    words.append(f"the table's too (0.003 gives {of_lam['0.003']}, 0.015 {of_lam['0.015']}, 0.05 {of_lam['0.05']};")
+    assert preset[fsf_dmd]["lam"] == 0.0003
     for each in words:
         assert each in text, each
 
