@@ -218,8 +218,9 @@ def is_torchscript(path: str | Path) -> bool:
         return zipfile.is_zipfile(path) and archive_folder(path) is not None
 
 
-def archive_folder(path, name="constants.pkl"):
-    """The folder of a zip archive that holds NAME, or None."""
+def archive_folder(path):
+    """The folder of a zip archive that holds TorchScript's constants.pkl, or None."""
+    name = "constants.pkl"
     with zipfile.ZipFile(path) as archive:
         return next((member.removesuffix(name) for member in archive.namelist()
                      if member.count("/") == 1 and member.endswith(f"/{name}")), None)
@@ -228,7 +229,7 @@ def archive_folder(path, name="constants.pkl"):
 def read_torchscript(path: str | Path) -> dict[str, torch.Tensor]:
     """{name: tensor} of a TorchScript archive, without running it: torch.jit.load would call its __setstate__."""
     with reading(path, "a whole archive of torch.jit.save", "fetch it again"), zipfile.ZipFile(path) as archive:
-        root = Tensors(archive, archive_folder(path, "constants.pkl")).load()
+        root = Tensors(archive, archive_folder(path)).load()
         return dict(tensors_of(root, ""))
 
 

@@ -279,7 +279,7 @@ class Run:
         self.began = self.step
         self.bar = tqdm(total=self.args.steps, initial=self.step, desc=self.folder.name, disable=not self.main,
                         mininterval=0.5, dynamic_ncols=True)
-        self.handlers = {s: signal.signal(s, self.ask_to_stop) for s in stops}           # one that comes needs the bar
+        self.handlers = {s: signal.signal(s, self.ask_to_stop) for s in stops}      # after the bar, which they write to
         path = self.folder / "metrics.jsonl"
         if self.main and self.step and path.exists():               # lines after the saved step: killed, then resumed
             kept = [line for line in read_lines(path) if line["step"] <= self.step]
