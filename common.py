@@ -168,7 +168,7 @@ def setup(args):
     keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "bf16"
+        set_tf32(args.precision == "bf16")
     if world() > args.batch_size:
         raise BadInput(f"--batch_size {args.batch_size}: smaller than the {world()} processes, "
                        "expected at least one row for each")
@@ -181,6 +181,22 @@ def setup(args):
             raise BadInput(f"WORLD_SIZE={world()}: {first_line(error)}; start it by torchrun") from None
     torch.manual_seed(args.seed)                                    # the same initial weights in every process
     return device
+
+
+def set_tf32(on):
+    """float32's matrix products and convolutions on a GPU: with 10 bits of mantissa (TF32), or with all 23."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+
+
+@contextlib.contextmanager
+def tf32(on=True):
+    """`set_tf32` for a while."""
+    matmul, conv = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    set_tf32(on)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = matmul, conv
 
 
 def autocast(args, device):

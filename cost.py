@@ -161,7 +161,7 @@ def count(script, argv, steps, forward_of, known=()):
     """
     UPDATES.update(known)
     if torch.cuda.is_available():                                     # beside a step that is timed
-        torch.set_num_threads(max(1, os.cpu_count() // 4))
+        torch.set_num_threads(max(1, os.cpu_count() // 2))
     module = SCRIPTS[script]
     with contextlib.redirect_stdout(io.StringIO()):                   # it prints what its flags resolve to
         args = module.parse_args(argv)
@@ -314,11 +314,10 @@ def paper_seconds():
 
 
 def measure(args, setting, entry, folder):
-    """A row of runs.json.  entry: of COST; folder: a scratch one."""
+    """A row of runs.json.  entry: of COST; folder: a scratch one with the random inputs."""
     label, start, command = entry
     script, *flags = shlex.split(command.format(start=shlex.quote(f"{folder}/{start}.pt")))
-    data = received(aside(random_inputs, folder, args.size))
-    flags += ["--data", str(data)]
+    flags += ["--data", str(folder / "latents")]
     if start is None:
         flags += ["--size", args.size]
 
@@ -452,7 +451,7 @@ def measure_all(args):
     numbers = args.row or range(1, len(COST) + 1)
     chosen = [COST[number - 1] for number in dict.fromkeys(numbers)]
     scratch, path = args.runs / ".cost", args.runs / "cost.json"
-    kept = kept_rows(path)
+    kept, drawn = kept_rows(path), False                              # drawn: the random inputs
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)         # a process that is timed ends with this one
     for entry in tqdm(chosen, unit="method", dynamic_ncols=True):
@@ -465,10 +464,13 @@ def measure_all(args):
             continue
         if name in kept:
             tqdm.write(f"{name}: its command or sources changed since, measured again")
+        if not drawn:
+            received(aside(random_inputs, scratch, args.size))
+            drawn = True
         row = measure(args, setting, entry, scratch)
         kept[name] = dict(identity=identity(entry, setting), row=row)
         write_atomic(path, json_text(kept, indent=1))
-        shutil.rmtree(scratch)
+    shutil.rmtree(scratch, ignore_errors=True)
 
     rows = [kept[name_of(entry, setting)]["row"] for entry in COST if is_kept(entry, kept, setting)]
     found = dict(setting, torch=torch.__version__, flop_per_second_modelled=RATE, counted=COUNTED, rows=rows)

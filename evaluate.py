@@ -20,7 +20,7 @@ from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is impo
 import numpy as np
 import torch
 
-from common import BadInput, main, noise_by_index, pick_device, rank, setup, world
+from common import BadInput, main, noise_by_index, pick_device, rank, setup, tf32, world
 from data import Data, denormalize, load_data, normalize, preview, to_images
 from fid import (collect, describe, differ, feature_networks, image_source, inception_metrics, own_statistics,
                  read_reference, write_reference)
@@ -294,12 +294,13 @@ def samples_as_images(args: argparse.Namespace, device: torch.device) -> tuple[C
     scale = hashlib.sha256(repr(statistics).encode()).hexdigest()[:6]
     what = (f"{args.what} ({args.weights} weights {weights_hash(net)}), {steps} steps ({named(sampler, args.shift)}), "
             f"{guidance_words(net.conditioning, sampler, omega, guide_to, channels)}, classes in turn, noise by index, "
-            f"seed {args.seed}, statistics {scale}, uint8 {rounding}")
+            f"seed {args.seed}, statistics {scale}, uint8 {rounding}{', in TF32' if device.type == 'cuda' else ''}")
 
     def images(start, stop):
-        x, _ = generate(net, stop - start, data.x.shape[1:], steps, omega, guide_to, channels, args.seed, start=start,
-                        sampler=sampler, shift=args.shift)
-        pixels = torch.from_numpy(to_images(restate(x), data.meta, vae)).permute(0, 3, 1, 2)
+        with tf32():                                             # as DiT's and SiT's sampling; the features are not
+            x, _ = generate(net, stop - start, data.x.shape[1:], steps, omega, guide_to, channels, args.seed,
+                            start=start, sampler=sampler, shift=args.shift)
+            pixels = torch.from_numpy(to_images(restate(x), data.meta, vae)).permute(0, 3, 1, 2)
         return pixels.expand(-1, 3, -1, -1)                      # grey images three times
 
     return images, what
@@ -489,7 +490,8 @@ def measure_without_inception(args: argparse.Namespace) -> None:
     net = net.to(pick_device(args.device))
     features = None if args.grid else metric_space(data, args)
     restate = restated(checkpoint, data)
-    metrics = evaluate(net, features, args, args.steps, args.n, args.seed, restate=restate, shift=args.shift)
+    with tf32(checkpoint["args"].get("precision") == "bf16"):    # as the run measured itself
+        metrics = evaluate(net, features, args, args.steps, args.n, args.seed, restate=restate, shift=args.shift)
     name = Path(args.what).absolute().parent.name[:30]
     out.mkdir(parents=True, exist_ok=True)
     if features is not None:

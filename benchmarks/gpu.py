@@ -39,7 +39,7 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import cost  # noqa: E402
 import fsf_dmd  # noqa: E402
-from common import BadInput, main  # noqa: E402
+from common import BadInput, main, set_tf32  # noqa: E402
 from evaluate import generate  # noqa: E402
 from inception import Inception  # noqa: E402
 from model import LightningDiT, fixed_guidance, total_derivative  # noqa: E402
@@ -72,7 +72,7 @@ ORDER = "3 7 1 2 6 5 16 15 10 18 4 8 9 19 12 14 11 13 17 20 21".split()
 KINDS = [
     ("reductions", r"^triton_(per|red)"),
     ("elementwise", r"^triton_"),
-    ("attention", r"flash|fmha|attention"),
+    ("attention", r"flash|fmha|attention|cudnn::fusion"),
     ("matrix products", r"gemm|cutlass|matmul|\bmm\b|cublas|conv|nvjet|xmma"),
     ("reductions", r"reduce|norm|softmax"),
     ("copies", r"memcpy|memset|copy"),
@@ -288,8 +288,9 @@ def profiled(args):
         flags = shlex.split(f"--health_every 0 --device {args.device.type} --batch_size {batch} "
                             f"--precision {precision}")
         flags += ["--init", f"{folder}/imf.pt", "--data", f"{folder}/latents", "--out", f"{folder}/run"]
-        activities = [ProfilerActivity.CPU] + ([] if args.rehearse else [ProfilerActivity.CUDA])
-        profiler, last = profile(activities=activities), 3 if args.rehearse else 12
+        # Of the GPU alone: with the calls behind its kernels the CPU falls behind, and the GPU waits.
+        activity = ProfilerActivity.CPU if args.rehearse else ProfilerActivity.CUDA
+        profiler, last = profile(activities=[activity]), 3 if args.rehearse else 12
         begun = [0.0]
 
         def look(run):
@@ -308,7 +309,7 @@ def profiled(args):
     kinds, other = dict.fromkeys([kind for kind, _ in KINDS], 0.0), {}
     for event in profiler.key_averages():
         if event.is_user_annotation or (event.device_type != DeviceType.CUDA and not args.rehearse):
-            continue                                            # of a kernel and the call behind it, the kernel alone
+            continue
         spent = (event.self_cpu_time_total if args.rehearse else event.self_device_time_total) / 1e6
         kind = next((kind for kind, names in KINDS if re.search(names, event.key, re.I)), None)
         if kind:
@@ -326,14 +327,9 @@ def wait(args):
         torch.cuda.synchronize()
 
 
-def tf32(on):
-    """Matrix products and convolutions of float32 on the tensor cores, as the bf16 presets have them, or not."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
-
-
 def difference(args):
     """du/dt four ways, against the exact one in float32."""
-    tf32(False)
+    set_tf32(False)
     torch.manual_seed(0)
     net = LightningDiT(args.size, "in_context", input_size=16, in_channels=32).to(args.device)
     cost.draw_zeros(net)
@@ -358,7 +354,7 @@ def difference(args):
     }
     rows = []
     for name, way in ways.items():
-        tf32("TF32" in name)
+        set_tf32("TF32" in name)
         error = ((way() - exact).norm() / exact.norm()).item()
         rows.append(dict(way=name, relative_error=error, seconds=seconds_of(way, args)))
     return dict(batch=B, rows=rows)
@@ -375,8 +371,8 @@ def throughput(args):
     z = torch.randn(8 if not args.rehearse else 2, 32, 16, 16, device=args.device)
     images = torch.randint(256, (50 if not args.rehearse else 2, 3, 256, 256), dtype=torch.uint8, device=args.device)
     rows, total = [], {}
-    for arithmetic in ("float32", "TF32"):                      # the first: as evaluate.py
-        tf32(arithmetic == "TF32")
+    for arithmetic in ("float32", "TF32"):                      # evaluate.py has the features alone in float32
+        set_tf32(arithmetic == "TF32")
         stages = {
             f"2-step sampling, {n} at a time":
                 n / seconds_of(lambda: generate(net, n, (32, 16, 16), 2, 6.0, 0.9), args, 3),

@@ -704,7 +704,15 @@ def test_fid_of_a_checkpoint_and_its_raw_weights(photos, monkeypatch, capsys):
                       f"--n 5 --few 1 --steps 2 --weights {weights} --out fid-{weights}")
         return json.loads(Path(f"fid-{weights}", "fid.json").read_text())
 
-    ema, raw = fid_of("ema"), fid_of("raw")
+    # Sampling and decoding are in TF32, the features are not (the flags are there without a GPU too).
+    in_tf32 = {}
+    watched = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: in_tf32.setdefault(type(module).__name__, set()).add(torch.backends.cudnn.allow_tf32))
+    with common.tf32(False):
+        ema = fid_of("ema")
+    watched.remove()
+    assert in_tf32["LightningDiT"] == in_tf32["Decoder"] == {True} and in_tf32["Inception"] == {False}
+    raw = fid_of("raw")
     assert ema["fid"] > 0
     assert ema["fid"] != raw["fid"]
     assert "raw weights" in raw["definition"]
