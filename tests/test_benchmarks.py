@@ -148,6 +148,7 @@ def test_what_is_said_of_a_gpu_is_in_the_numbers():
         f"{len(cost['missing'])} of the {len(cost['missing']) + len(rows)} rows were not run",
         f"{two['sec_per_step']:.2f} and {dmd2['sec_per_step']:.2f} s "
         f"[on an H200](RESULTS.md#on-a-gpu); in the paper, on a B200, a quarter",
+        f"1:1 without a GAN takes {seconds['DMD2 1:1, no GAN']:.2f} s",
         f"(M = 1: {one['memory_gb']:.1f} GB), not with two ({two['memory_gb']:.1f}; DMD2 {dmd2['memory_gb']:.1f})",
         f"The 4,000 steps of FSF-DMD take {4000 * two['sec_per_step'] / 60:.0f} minutes at an H200's "
         f"{two['sec_per_step']:.2f} s",
