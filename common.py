@@ -13,8 +13,10 @@ import contextlib
 import copy
 import ctypes
 import os
+import re
 import sys
 import zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache
@@ -136,15 +138,14 @@ def pick_device(flag):
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     expected = "expected auto, cpu, cuda or cuda:N"
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", flag):
+        raise BadInput(f"--device {flag}: not usable here; {expected}")
     if world() > 1 and flag.startswith("cuda:"):
         raise BadInput(f"--device {flag}: of {world()} processes each needs a device of its own, expected cuda")
     try:
-        device = torch.zeros(1, device=name).device                 # with its index, which set_device needs
-    except Exception as error:                                      # each backend raises its own
+        return torch.zeros(1, device=name).device                   # with its index, which set_device needs
+    except Exception as error:                                      # torch raises errors of several types
         raise BadInput(f"--device {flag}: not usable here ({first_line(error)}); {expected}") from None
-    if device.type not in ("cpu", "cuda"):                          # meta holds no numbers
-        raise BadInput(f"--device {flag}: not usable here; {expected}")
-    return device
 
 
 def keep_freed_memory():
@@ -302,16 +303,16 @@ def micro_batches(batch, args, device):
         yield SimpleNamespace(**{k: v.to(device, non_blocking=True) for k, v in rows.items()})
 
 
-def ahead(function, values):
-    """map(function, values), the next one computed in a thread while the caller is at this one."""
-    with ThreadPoolExecutor(1) as thread:
-        following = None
+def ahead(function, values, count=4):
+    """map(function, values), the next `count` computed in as many threads while the caller is at this one."""
+    with ThreadPoolExecutor(count) as threads:
+        waiting = deque()
         for value in values:
-            this, following = following, thread.submit(function, value)
-            if this:
-                yield this.result()
-        if following:
-            yield following.result()
+            waiting.append(threads.submit(function, value))
+            if len(waiting) > count:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def noise_by_index(purpose, seed, indices, shape, jump=0):

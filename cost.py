@@ -233,7 +233,7 @@ def time_steps(command, folder, steps):
     script, *flags = command
     words = [sys.executable, str(HERE / script), *flags]
     # Every line of the log waits for the GPU.
-    every, warmup = (2 if torch.cuda.is_available() else 1), max(1, steps // 4)
+    every, warmup = (5 if torch.cuda.is_available() else 1), max(1, steps // 4)
     words += ["--log_every", str(every), "--save_every", "0", "--out", str(folder)]
     if script != "consistency.py":                                    # which has no health panel
         words += ["--health_every", "0"]
@@ -332,7 +332,7 @@ def measure(args, setting, entry, folder):
         flops = received(counted)                                     # would slow on a CPU what is timed there
 
     as_timed = ["--batch_size", str(setting["batch"]), "--precision", setting["precision"]]
-    steps = 8 if torch.cuda.is_available() else 4                     # lines of the log
+    steps = 4                                                         # lines of the log
     seconds, memory = time_steps([script, *flags, *as_timed], folder / "run", steps)
     if torch.cuda.is_available():
         flops = received(counted)

@@ -168,6 +168,13 @@ def reference_of(features: torch.Tensor) -> Reference:
     return Reference(*moments(features), near, ball_radii(near))
 
 
+def refuse_few(data) -> None:
+    """BadInput for a data.Data of fewer than 8 images."""
+    if len(data.x) < 8:
+        raise BadInput(f"--data {data.source}: {len(data.x)} images are too few to evaluate against, "
+                       "expected at least 8")
+
+
 class Features:
     """The feature space of one data set, and the real images in it: a classifier trained once, then kept in `cache`.
 
@@ -178,9 +185,7 @@ class Features:
     """
 
     def __init__(self, data, cache: str | Path = "runs/cache"):
-        if len(data.x) < 8:
-            raise BadInput(f"--data {data.source}: {len(data.x)} images are too few to evaluate against, "
-                           "expected at least 8")
+        refuse_few(data)
         digest = digest_of(data)
         name = f"features-{digest}.pt"
         path = Path(cache) / f"features-{digest}-{recipe()}.pt"

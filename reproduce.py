@@ -36,13 +36,15 @@ from pathlib import Path
 from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 
+import consistency
 from common import BadInput, main
 from data import data_kind, data_name, load_data, preset_kind
 from evaluate import EULER_STEPS, decoder_for
 from fid import read_reference
 from inception import load_inception
+from metrics import refuse_few
 from plumbing import report
-from plumbing.checkpoints import load_checkpoint
+from plumbing.checkpoints import load_checkpoint, new_network
 from plumbing.flags import Parser, data_source, folder_path, number
 from plumbing.kept_runs import HERE, Job, chain, is_done, machine, record, refuse_torchrun, run_all, sources_of
 
@@ -406,6 +408,15 @@ def refuse_contradictions(args, given):
         raise BadInput(f"--data {args.data}: FID of latents needs --vae, --inception and --ref (see evaluate.py)")
 
 
+def usable_data(source):
+    """The data of --data; BadInput now for what each of the runs would refuse."""
+    data = load_data(source)
+    if data.kind == "pixels":
+        refuse_few(data)
+        new_network(consistency.parse_args(["--loss", "imf", "--data", source]), data, "in_context")
+    return data
+
+
 def run(args):
     refuse_torchrun()
     table = TABLES[args.table]
@@ -429,7 +440,7 @@ def run(args):
         raise BadInput(f"--seeds {args.seeds}: {folder} holds the table of {max(there.values())}; "
                        "pass as many, or another --out")
     report.refuse_other_data(folder, args.data)
-    data = load_data(args.data)                                       # refused now if it is not readable
+    data = usable_data(args.data)
     if data_kind(args.data) == "latents":
         decoder_for(data, args, torch.device("cpu"))
         load_inception(args.inception)

@@ -29,12 +29,12 @@ import numpy as np
 import torch
 
 from common import BadInput, main
-from data import data_name, load_data, preset_kind
+from data import data_name, preset_kind
 from plumbing import report
 from plumbing.files import json_text, write_atomic
 from plumbing.flags import Parser, data_source, folder_path, number
 from plumbing.kept_runs import is_done, refuse_torchrun, run_all
-from reproduce import DMD2, DMD2_CD, FSF, STARTS, job
+from reproduce import DMD2, DMD2_CD, FSF, STARTS, job, usable_data
 
 SEEDS = (100, 101)
 FINALISTS = 2                                                         # of each method, that run on the second seed too
@@ -181,7 +181,7 @@ def parse_args(argv=None):
 
 def run(args):
     refuse_torchrun()
-    load_data(args.data)                                              # refused now if it is not readable
+    usable_data(args.data)
     kind = preset_kind(args.data)
     if kind == "latents":
         raise BadInput(f"--data {args.data}: holds latents, expected digits or images")

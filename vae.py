@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common import BadInput, autocast, barrier, main, noise_by_index, pick_device, rank, setup, world
+from common import BadInput, autocast, barrier, main, noise_by_index, pick_device, rank, setup, tf32, world
 from data import (image_files, latents_to_uint8, open_shard, read_image, read_meta, read_rgb, read_stats, say_unread,
                   shards)
 from data import denormalize, load_data, normalize  # noqa: F401  (public names of this file too)
@@ -415,11 +415,11 @@ def encode_rows(vae: VAE, files: list, rows: range, args: argparse.Namespace, de
         if kept:
             x = x.to(device).float() / 127.5 - 1                                       # [-1, 1]
             for k, view in enumerate((x, x.flip(3))):
-                with autocast(args, device):
+                with tf32(), autocast(args, device):
                     mean, std = vae.encode(view)
                 noise = noise_by_index("vae", args.seed, [2 * i + k for i in kept], mean.shape[1:]).to(device)
                 z = mean.float() + std.float() * noise
-                views[k].append(z.to(dtype))                     # stays there: the device is not waited for
+                views[k].append(z.to(dtype))                     # stays there until the shard is full
             labels += [files[i][1] for i in kept]
         position += len(readable)
         bar.update(len(readable))
@@ -590,7 +590,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     e.add_argument("--shard", type=number(int, 1), default=10_000, help="images per shard (10,000, LightningDiT)")
     e.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32",
                    help="of the stored latents; bf16 halves the 84 GB of ImageNet")
-    e.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of the encoder")
+    e.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
+                   help="of the encoder; on a GPU fp32 is TF32")
     e.add_argument("--seed", type=number(int, 0, SEED), default=0, help="of the sampled latents")
     e.add_argument("--workers", type=number(int, 0, 1024), default=min(8, os.cpu_count() or 1),
                    help="processes that read images")

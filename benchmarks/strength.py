@@ -25,12 +25,12 @@ import torch
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 from common import BadInput, main  # noqa: E402
-from data import data_kind, load_data, preset_kind  # noqa: E402
+from data import data_kind, preset_kind  # noqa: E402
 from plumbing import report  # noqa: E402
 from plumbing.files import json_text, read_json, write_atomic  # noqa: E402
 from plumbing.flags import Parser, data_source, folder_path, number  # noqa: E402
 from plumbing.kept_runs import refuse_torchrun, run_all, sources_of  # noqa: E402
-from reproduce import CD_MASKED, FSF, STARTS, job  # noqa: E402
+from reproduce import CD_MASKED, FSF, STARTS, job, usable_data  # noqa: E402
 
 SHOWN = ("fd_1step", "fd_2step", "precision_2step", "recall_2step")
 TITLES = ("distance, 1 step", "distance, 2 steps", "precision, 2 steps", "recall, 2 steps")
@@ -56,7 +56,7 @@ def parse_args(argv=None):
 
 def run(args):
     refuse_torchrun()
-    load_data(args.data)                                                        # refused now if it is not readable
+    usable_data(args.data)
     if data_kind(args.data) == "latents":
         raise BadInput(f"--data {args.data}: holds latents, expected pixels")
     if preset_kind(args.data) == "images" and not args.steps:

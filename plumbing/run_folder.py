@@ -110,6 +110,9 @@ def check_folder(args):
     elif args.resume != "no":
         before = read_json(path, "the configuration of a run", repair=start_over(args))
         now = identity(args)
+        script = now.pop("script")
+        if before.get("script", script) != script:          # not in the folders of earlier versions
+            raise BadInput(f"{folder} holds a run of {before['script']}.py; {over}")
         names = [k for k in now if not same_value(k, before.get(k), now[k])]
         names = [k for k in names if k in before or args.sources.get(k) != "default"]   # a flag that is newer than it
         names = [k for k in names if k in args.sources] or names    # start and sampler follow from flags
@@ -310,7 +313,7 @@ class Run:
     def steps(self, draw):
         """(step, draw(its Stream, step)) of every step that is left.
 
-        draw: all that a step draws.  Beside a GPU the next step's is drawn in a thread: at the paper's setting that is
+        draw: all that a step draws.  Beside a GPU the next steps' are drawn in threads: at the paper's setting that is
         0.06 s of a CPU core for FSF-DMD and 0.6 for DMD2 1:5, in which the CPU would start no kernel.
         """
         def of(step):
