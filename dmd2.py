@@ -83,12 +83,12 @@ def fake_loss(fake: Callable, x_hat: Tensor, t: Tensor, eps: Tensor) -> Tensor:
 
 def gan_generator_loss(logits_fake: Tensor) -> Tensor:
     """softplus(-D(x_hat)), Eq. 53.  logits [B, ...] -> [B], their mean."""
-    return F.softplus(-logits_fake).view(len(logits_fake), -1).mean(1)
+    return F.softplus(-logits_fake).reshape(len(logits_fake), -1).mean(1)
 
 
 def gan_discriminator_loss(logits_fake: Tensor, logits_real: Tensor) -> Tensor:
     """softplus(D(fake)) + softplus(-D(real)), Eq. 53.  logits [B, ...] -> [B], their mean."""
-    return (F.softplus(logits_fake) + F.softplus(-logits_real)).view(len(logits_fake), -1).mean(1)
+    return (F.softplus(logits_fake) + F.softplus(-logits_real)).reshape(len(logits_fake), -1).mean(1)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 import torch
+import torch.nn.functional as F
 
 import common
 import consistency
@@ -557,6 +558,10 @@ def test_fake_gan_and_ida_are_their_formulas():
     d = torch.tensor([[-2.0], [0.0], [3.0]])
     torch.testing.assert_close(dmd2.gan_generator_loss(d), torch.log1p(torch.exp(-d))[:, 0])
     torch.testing.assert_close(dmd2.gan_discriminator_loss(d, -d), 2 * torch.log1p(torch.exp(d))[:, 0])
+    patches = rand(3, 2, 4, 4).to(memory_format=torch.channels_last)                    # or a number per patch, or [B]
+    for logits, mean in ((d[:, 0], F.softplus(-d[:, 0])), (patches, F.softplus(-patches).mean((1, 2, 3)))):
+        torch.testing.assert_close(dmd2.gan_generator_loss(logits), mean)
+        torch.testing.assert_close(dmd2.gan_discriminator_loss(-logits, logits), 2 * mean)
     fake = small_net("in_context")
     generator = model.LightningDiT(**fake.config).double()
     before, theta = ({k: v.clone() for k, v in net.state_dict().items()} for net in (fake, generator))
