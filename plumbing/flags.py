@@ -234,7 +234,7 @@ def resolve(p, argv, presets, script):
         values["out"] = folder_name(script, values, given, defaults | preset, init_kind)
     args = argparse.Namespace(**values)
     args.sources = {k: "given" if k in given else "preset" if k in preset else "default" for k in values}
-    args.start, args.script = init_kind, script
+    args.start, args.script = init_kind, script.removesuffix(f"_{values.get('loss')}")     # consistency_cd: one script
     if args.compile == "auto":
         args.compile = resolve_compile(args, kind)
     if kind != "latents":

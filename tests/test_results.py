@@ -156,6 +156,11 @@ def test_the_claims_of_the_paper_are_held_against_the_numbers():
         (digits, FROM_CD, M2), (strong, FROM_CD, M2), (fm, FROM_CD_4, FSF_4), (fashion, FROM_CD, M2),
         (fashion_fm, FROM_CD_4, FSF_4))]
     assert sum(from_cd) == 2                                    # README: three, with the strong start of Fashion-MNIST
+    with_cd = [told.gain(theirs, ours, "fd_2step", all_five=False).mean() < 0 for told, theirs, ours in (
+        (digits, BOTH, M2), (strong, BOTH, M2), (fm, 5, FSF_4), (fashion_fm, 5, FSF_4))]
+    assert with_cd == [True, False, False, True]                # README: four, with those of Fashion-MNIST, run later
+    for told, start in ((fashion, "weak"), (fashion_strong, "strong")):
+        assert told.mean_distance(M2) < np.mean([e["fd_2step"] for e in run_later(f"DMD2 + L_CD, {start} start")])
     assert min(digits.gain(FROM_CD, M2, "fd_2step", "+2.455 ± 1.392", p=0.0175)) > 0
     assert min(fm.gain(FROM_CD_4, FSF_4, "fd_2step", "+2.457 ± 1.000", p=0.0054)) > 0
     falls = [told.gain(cd, ours, "recall_2step", all_five=False).mean() < 0 for told, cd, ours in (
@@ -351,11 +356,12 @@ def cells_of(found):
 def test_what_is_said_of_the_rows_that_were_run_later_is_in_the_numbers():
     page = (KEPT / "later-fashion-mnist" / "README.md").read_text()
     weak, strong = Told(FASHION_2), Told(FASHION_STRONG)
-    CD, DMD2, FSF, SID = 3, 4, 7, 10
+    START, CD, DMD2, FSF, MASKED, SID = 1, 3, 4, 7, 9, 10
     rows = json.loads((KEPT / "later-fashion-mnist" / "runs.json").read_text())["rows"]
     for row in rows:
         assert f"| {row['label']} {cells_of(run_later(row['label']))}" in page and f"python {row['command']}\n" in page
-        begun = weak.last[1] if row["start"] == "weak" else strong.last[CD]             # the same networks as there
+        told = weak if row["start"] == "weak" else strong
+        begun = told.last[CD if "from CD" in row["label"] else START]                   # the same networks as there
         for run, e in zip(row["seeds"].values(), begun, strict=True):
             assert run["evaluations"][0]["fd_1step"] == pytest.approx(e["fd_1step"], abs=1e-4)
     of_sid, from_cd = run_later("SiD, weak start"), run_later("DMD2 from CD's network, strong start")
@@ -370,6 +376,28 @@ def test_what_is_said_of_the_rows_that_were_run_later_is_in_the_numbers():
         d = distances - [e["fd_2step"] for e in strong.last[row]]
         assert f"({d.mean():+.3f} ± {d.std(ddof=1):.3f}{after}" in weak.text and d.min() > 0
     assert from_cd[0]["passes"] == strong.last[CD][0]["passes"] + strong.last[DMD2][0]["passes"] == 5881
+    for label, told, row, words in (
+        ("DMD2 + IDA, weak start", weak, DMD2, "38.1 ± 3.8 at 2 steps; against DMD2 +2.124 ± 2.300"),
+        ("DMD2 + L_CD, weak start", weak, FSF, "40.7 ± 5.0 at 2, 40.3 at 4; behind FSF-DMD (+3.747 ± 2.971)"),
+        ("DMD2 + L_CD, weak start", weak, MASKED, "CD with masking (+5.706 ± 2.619) in all three seeds"),
+        ("DMD2 + IDA, strong start", strong, DMD2, "32.1 ± 0.9 (against DMD2 -0.849 ± 2.797)"),
+        ("DMD2 + L_CD, strong start", strong, DMD2, "24.0 ± 0.8 at 2 steps; (-8.963 ± 2.903, p 0.033 alone)"),
+        ("DMD2 + L_CD, strong start", strong, FSF, "level with FSF-DMD (+0.576 ± 3.037)"),
+        ("DMD2 + L_CD, strong start", strong, CD, "behind CD in all three (+3.289 ± 1.603)"),
+    ):
+        found = np.array([e["fd_2step"] for e in run_later(label)])
+        d = found - [e["fd_2step"] for e in told.last[row]]
+        assert all(part in told.text for part in words.split("; ")), words
+        assert f"{d.mean():+.3f} ± {d.std(ddof=1):.3f}" in words
+        assert " ± " not in words.split("(")[0] or f"{found.mean():.1f} ± {found.std(ddof=1):.1f}" in words
+        assert "all three" not in words or d.min() > 0
+        if "p 0.033" in words:
+            assert d.max() < 0 and scipy.stats.ttest_1samp(d, 0).pvalue < 0.0335
+    at = {label: [f"{np.mean([e[f'fd_{N}step'] for e in run_later(label)]):.1f}" for N in (1, 2, 4)]
+          for label in ("DMD2 + L_CD, weak start", "DMD2 + L_CD, strong start")}
+    assert list(at.values()) == [["39.7", "40.7", "40.3"], ["23.8", "24.0", "22.0"]]
+    assert "DMD2 from 35.9 to 40.7, from its strong start from 32.9 to 24.0" in weak.text
+    assert (weak.mean(DMD2, "fd_2step", 1), strong.mean(DMD2, "fd_2step", 1)) == ("35.9", "32.9")
     [row] = [row for row in rows if row["label"].startswith("DMD2 from CD")]
     curve = np.mean([[e["fd_2step"] for e in run["evaluations"]] for run in row["seeds"].values()], axis=0)
     assert f"It begins at {curve[0]:.1f}, has {curve[1]:.1f} after 25 steps" in weak.text

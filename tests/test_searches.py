@@ -145,6 +145,11 @@ def test_presets_of_images_from_an_imf_are_the_best_of_their_search():
     assert lowest < min(value for _, value in best_of_search("weak", "fashion-mnist", seeds=1).values())
     rows = json.loads((KEPT / "search-fashion-mnist-weak-SiD" / "runs.json").read_text())["rows"]
     assert [f"{row['distance'][0]:.1f}" for row in rows] == ["28.7", "26.1", "30.2", "52.2"]
+    told_of_search("weak-DMD2_L_CD", "fashion-mnist", seeds=1)
+    rows = json.loads((KEPT / "search-fashion-mnist-weak-DMD2_L_CD" / "runs.json").read_text())["rows"]
+    slow, slow_1, fast, best_of_both = (f"{row['distance'][0]:.1f}" for row in rows)
+    told = f"{best_of_both}; 0.1 and the same rates give {fast}, at 0.001 and 0.001 1 gives {slow_1} and 0.1 {slow}"
+    assert told in words_of_the_texts()
     [(setting, _)] = best_of_search("weak-FSF_DMD_M_1", "fashion-mnist", seeds=1).values()
     assert setting == best["FSF-DMD, M = 2"]
     rows = json.loads((KEPT / "search-fashion-mnist-weak-FSF_DMD_M_1" / "runs.json").read_text())["rows"]
