@@ -102,6 +102,7 @@ PAPER_LABEL = {
 RATE = 2e14
 PAPER_BATCH = 128
 COUNTED = 2                                                           # batch at which FLOPs are counted
+LINES = 4                                                             # of the log, while steps are timed
 
 # {shapes of an optimizer's parameters: FLOPs of their update}, of all methods so far.
 UPDATES = {}
@@ -224,16 +225,15 @@ def count_forward(path, batch_size):
     return counter.get_total_flops()
 
 
-def time_steps(command, folder, steps):
-    """(median seconds of a step without the first ones, peak memory in GB) of a script in a process of its own.
+def time_steps(command, folder):
+    """(median seconds of a step without the first line's, peak memory in GB) of a script in a process of its own.
 
-    The process is killed after so many lines of its log, or at the first one after a minute.
+    The process is killed after LINES lines of its log, or at the first one after a minute.
     """
     shutil.rmtree(folder, ignore_errors=True)
     script, *flags = command
     words = [sys.executable, str(HERE / script), *flags]
-    # Every line of the log waits for the GPU.
-    every, warmup = (5 if torch.cuda.is_available() else 1), max(1, steps // 4)
+    every = 5 if torch.cuda.is_available() else 1                     # each line of the log waits for the GPU
     words += ["--log_every", str(every), "--save_every", "0", "--out", str(folder)]
     if script != "consistency.py":                                    # which has no health panel
         words += ["--health_every", "0"]
@@ -242,7 +242,7 @@ def time_steps(command, folder, steps):
         child = subprocess.Popen(words, stdout=log, stderr=log)
         try:
             # The first steps, which compile, do not count.
-            while len(lines) < steps and sum(line["sec_per_step"] for line in lines[warmup:]) < 60:
+            while len(lines) < LINES and sum(line["sec_per_step"] for line in lines[1:]) < 60:
                 time.sleep(0.2)
                 if child.poll() is not None:
                     log.seek(0)
@@ -254,7 +254,7 @@ def time_steps(command, folder, steps):
         finally:
             child.kill()                                              # no checkpoint of it is wanted, no picture
             child.wait()
-    kept = lines[warmup:steps]
+    kept = lines[1:LINES]
     median = float(np.median([line["sec_per_step"] for line in kept]))
     return median, max(line["memory_gb"] for line in kept)
 
@@ -332,8 +332,7 @@ def measure(args, setting, entry, folder):
         flops = received(counted)                                     # would slow on a CPU what is timed there
 
     as_timed = ["--batch_size", str(setting["batch"]), "--precision", setting["precision"]]
-    steps = 4                                                         # lines of the log
-    seconds, memory = time_steps([script, *flags, *as_timed], folder / "run", steps)
+    seconds, memory = time_steps([script, *flags, *as_timed], folder / "run")
     if torch.cuda.is_available():
         flops = received(counted)
     UPDATES.update(flops["updates"])
