@@ -31,10 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# B/1, L/1 and XL/1 are LightningDiT's; ours: `tiny` for 8 x 8 digits (RESULTS.md), `small` for 24 to 64 pixels.
+# B/1, L/1 and XL/1 are LightningDiT's; ours: `tiny` for 8 x 8 digits, `small` for 24 to 64 pixels, `medium` on a GPU.
 SIZES = {
     "tiny": dict(depth=4, hidden_size=48, num_heads=3, patch_size=2, n_tokens=1, token_block=2),
     "small": dict(depth=4, hidden_size=96, num_heads=3, patch_size=4, n_tokens=1, token_block=2),
+    "medium": dict(depth=6, hidden_size=192, num_heads=3, patch_size=2, n_tokens=1, token_block=2),
     "B/1": dict(depth=12, hidden_size=768, num_heads=12, patch_size=1),
     "L/1": dict(depth=24, hidden_size=1024, num_heads=16, patch_size=1),
     "XL/1": dict(depth=28, hidden_size=1152, num_heads=16, patch_size=1),
@@ -432,8 +433,7 @@ class LightningDiT(nn.Module):
                 guidance: Tensor | None = None, until: int | None = None) -> Tensor:
         """-> velocity [B, C, H, W]; with until=k the image tokens [B, N, D] after the first k blocks instead."""
         if s is not None and self.conditioning == "plain":
-            raise ValueError("a plain LightningDiT has no target time s; "
-                             "build it decoupled or in_context for a flow map")
+            raise ValueError("a plain LightningDiT has no target time s; a flow map is decoupled or in_context")
         if guidance is not None and self.conditioning != "in_context":
             raise ValueError(f"a {self.conditioning} LightningDiT takes no guidance input; guide it with model.cfg")
         if x.shape[2] != x.shape[3] or x.shape[2] != self.grid * self.patch_size:

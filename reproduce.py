@@ -43,6 +43,7 @@ from evaluate import EULER_STEPS, decoder_for
 from fid import read_reference
 from inception import load_inception
 from metrics import refuse_few
+from model import SIZES
 from plumbing import report
 from plumbing.checkpoints import load_checkpoint, new_network
 from plumbing.flags import Parser, data_source, folder_path, number
@@ -279,6 +280,10 @@ def job(args, command, seed, start=None, via=None):
         name.append(init_name(args))
     elif start:
         name.append(start.folder.name.removeprefix("consistency-loss").removesuffix(f"-seed{seed}"))
+    if script != "evaluate.py":
+        of_start = "--init" in flags and "scratch" not in flags       # its network is as the start has it
+        flags += ["--size", args.size] if args.size and not of_start else []
+        flags += ["--precision", args.precision] if args.precision else []
     joined = "".join(flag for flag in flags if flag not in ("--init", "START", "--teacher", "VIA"))
     if joined:
         name.append(joined.replace("--", "-").replace("/", "_").removeprefix("-"))
@@ -355,6 +360,9 @@ def parse_args(argv=None):
     g.add_argument("--init",
                    help="tables 2 to 9 but 5: start from this model.pt, or official weights, not from one trained here")
     g.add_argument("--seeds", type=number(int, 1), default=5, help="seeds 0, 1, ... of every row (default: 5)")
+    g.add_argument("--size", choices=list(SIZES),
+                   help="network of the starts and of rows from scratch (default: the presets)")
+    g.add_argument("--precision", choices=["fp32", "bf16"], help="of every training run (default: the presets)")
     g.add_argument("--row", type=number(int, 1), nargs="+", help="these rows only (see --list)")
     g = p.add_argument_group("run")
     g.add_argument("--list", action="store_true", help="print the commands and exit")
@@ -396,6 +404,8 @@ def refuse_contradictions(args, given):
     if args.start == "strong" and (latents or args.init):
         raise BadInput("--start strong: the two regimes are iMFs of pixels, trained here; "
                        "on latents pass --init with a network trained longer")
+    if args.init and args.size:
+        raise BadInput(f"--size {args.size}: the network is that of --init; leave one of them out")
     if args.init:
         conditioning = load_checkpoint(args.init)["config"]["conditioning"]
         found = {"in_context": "imf", "plain": "fm"}.get(conditioning)
@@ -408,12 +418,13 @@ def refuse_contradictions(args, given):
         raise BadInput(f"--data {args.data}: FID of latents needs --vae, --inception and --ref (see evaluate.py)")
 
 
-def usable_data(source):
+def usable_data(source, size=None):
     """The data of --data; BadInput now for what each of the runs would refuse."""
     data = load_data(source)
     if data.kind == "pixels":
         refuse_few(data)
-        new_network(consistency.parse_args(["--loss", "imf", "--data", source]), data, "in_context")
+        flags = ["--size", size] if size else []
+        new_network(consistency.parse_args(["--loss", "imf", "--data", source, *flags]), data, "in_context")
     return data
 
 
@@ -440,7 +451,7 @@ def run(args):
         raise BadInput(f"--seeds {args.seeds}: {folder} holds the table of {max(there.values())}; "
                        "pass as many, or another --out")
     report.refuse_other_data(folder, args.data)
-    data = usable_data(args.data)
+    data = usable_data(args.data, args.size)
     if data_kind(args.data) == "latents":
         decoder_for(data, args, torch.device("cpu"))
         load_inception(args.inception)
@@ -490,6 +501,7 @@ def head_of(args, table, jobs):
         title=table.title,
         data=args.data,
         start=regime_of(args, table),
+        network=" ".join(word for word in (args.size, args.precision) if word),
         reference=table.reference,
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         cores=os.cpu_count(),

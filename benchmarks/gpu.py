@@ -11,6 +11,8 @@
     profile      where a step of FSF-DMD (M = 2) goes: attention, matrix products, elementwise, reductions, copies, idle
     difference   du/dt in bf16, with and without the float32 evaluations, against torch.func.jvp: error and time
     throughput   images a second of 2-step sampling, VAE decoding and Inception features; minutes of a 50K FID
+    evidence     Table 2 on Fashion-MNIST from the strong start, five seeds of a larger network (reproduce.py --size
+                 medium, 8 runs at a time); stopped after --minutes, and the same command goes on
 
 Warm-up first, medians of CUDA events, random weights and inputs.  Writes gpu.md and gpu/<block>.json into --out.
 """
@@ -39,13 +41,14 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 import cost  # noqa: E402
 import fsf_dmd  # noqa: E402
+import reproduce  # noqa: E402
 from common import BadInput, main, set_tf32  # noqa: E402
 from evaluate import generate  # noqa: E402
 from inception import Inception  # noqa: E402
 from model import LightningDiT, fixed_guidance, total_derivative  # noqa: E402
 from plumbing.files import json_text, read_json, read_lines, write_atomic  # noqa: E402
-from plumbing.flags import Parser, folder_path, number  # noqa: E402
-from plumbing.report import markdown_lines  # noqa: E402
+from plumbing.flags import Parser, data_source, folder_path, number  # noqa: E402
+from plumbing.report import folder_of, markdown_lines, spread  # noqa: E402
 from plumbing.run_folder import Run  # noqa: E402
 from vae import VAE  # noqa: E402
 
@@ -63,6 +66,8 @@ SETTINGS = {
     "fp32 compiled": "--compile 1",
     "bf16 compiled": "--precision bf16 --compile 1",
 }
+EVIDENCE = "--start strong --size medium --precision bf16 --row 1 2 3 4 7 9 10 --jobs 8"
+SHOWN = dict(fd_1step=1, fd_2step=1, fd_4step=1, is_2step=2, precision_2step=3, recall_2step=3)     # digits
 COMPARED = 20                   # steps whose losses are compared with the CPU's
 
 # Rows of cost.py, those of the paper's claim first: FSF-DMD, DMD2, CD, ...
@@ -87,7 +92,9 @@ def parse_args(argv=None):
     p.add_argument("--rehearse", type=number(int, 0, 1), default=0, help="1: on the CPU, at tiny size")
     p.add_argument("--out", type=folder_path, default=HERE / "results", help="where gpu.md and gpu/ are written")
     p.add_argument("--minutes", type=number(float, 0), default=8,
-                   help="cost begins no method after so many minutes (0: measures all); the next call goes on")
+                   help="cost begins no method after so many minutes, evidence is stopped then (0: never); "
+                   "the next call goes on")
+    p.add_argument("--data", type=data_source, default="/usr/share/datasets/fashion-mnist", help="of evidence")
     p.add_argument("--batch_size", type=number(int, 2), default=128, help="of profile and difference")
     args = p.parse_args(argv)
     if not args.rehearse and not torch.cuda.is_available():
@@ -109,6 +116,9 @@ def run(args):
             continue
         begun = time.perf_counter()
         found = BLOCKS[name](args)
+        if found is None:
+            print(f"{name}: stopped after {args.minutes:g} minutes; the same command goes on")
+            continue
         head = dict(block=name, device=device_name(args), torch=torch.__version__, cuda=torch.version.cuda,
                     command=shlex.join(["python", *sys.argv]), date=time.strftime("%Y-%m-%d"))
         write_atomic(path, json_text(head | dict(seconds=time.perf_counter() - begun) | found, indent=1) + "\n")
@@ -384,7 +394,40 @@ def throughput(args):
     return dict(rows=rows, **total)
 
 
-BLOCKS = dict(runs=runs, waits=waits, cost=cost_table, profile=profiled, difference=difference, throughput=throughput)
+def evidence(args):
+    """reproduce.py to the end of its table, or None after --minutes: its runs are kept, and the next call goes on."""
+    flags = ["--data", args.data, *shlex.split(EVIDENCE)]
+    if args.rehearse:
+        flags = shlex.split("--row 1 9 --seeds 1")
+    words = ["2", *flags, "--out", str(args.out)]
+    child = subprocess.Popen([sys.executable, str(HERE / "reproduce.py"), *words])
+    try:
+        code = child.wait(timeout=60 * args.minutes or None)
+    except subprocess.TimeoutExpired:
+        child.terminate()
+        child.wait()
+        return None
+    if code:
+        raise BadInput(f"reproduce.py {shlex.join(words)} ended with exit code {code}")
+    made = reproduce.parse_args(words)
+    folder = folder_of(made, reproduce.regime_of(made, reproduce.TABLES["2"]))
+    return dict(table=folder.name, rows=rows_of_table(read_json(folder / "runs.json", "the table")))
+
+
+def rows_of_table(table):
+    """Of every row of a runs.json of reproduce.py its last values: mean and standard deviation over the seeds."""
+    rows = []
+    for row in table["rows"]:
+        last = [run["evaluations"][-1] for run in row["seeds"].values()]
+        found = dict(row=row["label"], seeds=len(last), passes=last[0].get("passes", "-"))
+        for name, digits in SHOWN.items():
+            found[name] = spread([e[name] for e in last], digits) if name in last[0] else "-"
+        rows.append(found)
+    return rows
+
+
+BLOCKS = dict(runs=runs, waits=waits, cost=cost_table, profile=profiled, difference=difference, throughput=throughput,
+              evidence=evidence)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -408,6 +451,8 @@ def page(folder):
         lines += [*markdown_lines(list(rows[0]), body), ""]
         if found.get("missing"):
             lines += ["Not run here: " + ", ".join(found["missing"]) + ".", ""]
+        if found.get("table"):
+            lines += [f"[The whole table]({found['table']}/README.md).", ""]
         more = {k: v for k, v in found.items() if isinstance(v, (int, float)) and k != "seconds"}
         lines += ["; ".join(f"{k} {v:.4g}" for k, v in more.items()), ""]
     return "\n".join(lines)

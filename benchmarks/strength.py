@@ -73,7 +73,7 @@ def run(args):
 
 def planned(args):
     """{(steps of the start, lambda, "CD" or "start", seed): kept_runs.Job}."""
-    args.init, args.start = None, "weak"                                        # what reproduce.job looks at
+    args.init, args.start, args.size, args.precision = None, "weak", None, None         # what reproduce.job looks at
     length = f" --steps {args.steps}" if args.steps else ""
     cd_length = f" --steps {args.cd_steps}" if args.cd_steps else length
     guided = f" --omega {args.omega:g}" if args.omega else ""

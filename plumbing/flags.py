@@ -88,7 +88,8 @@ def parser(doc, init_help):
     add = p.network.add_argument
     add("--init", help=init_help)
     add("--size", default="tiny", choices=list(SIZES),
-        help="network size; the preset sets tiny for pixels, small for images of 24 pixels or more, B/1 for latents")
+        help="network size; the preset sets tiny for pixels, small for images of 24 pixels or more, B/1 for latents; "
+        "medium: for such images on a GPU, not tuned")
     add("--ema", type=number(float, 0, 1), default=0.99995, help="EMA decay (0.99995, Table 6)")
     add("--ema_warmup", type=number(int, 0, 1), default=1, help="1: decay min(ema, (1 + n) / (10 + n)); 0: constant")
 

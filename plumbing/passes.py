@@ -10,6 +10,7 @@ The formulas are those of the file headers.  A test compares them with FLOPs cou
 DISCRIMINATOR = {
     "tiny": (1.04, 1.26),
     "small": (1.16, 1.24),
+    "medium": (0.79, 0.81),
     "B/1": (0.55, 0.66),
     "L/1": (0.48, 0.54),
     "XL/1": (0.48, 0.53),

@@ -444,6 +444,7 @@ def page(head, command, tables, rows):
     if any(row["passes"] for row in rows.values()):
         cost = ", distance also against passes"
     regime = f", {head['start']} start" if head["start"] else ""
+    regime += f", {head['network']}" if head.get("network") else ""
     torch_version = head["sources"]["torch"]
     here = f"{head['device']} ({head['cores']} cores, {head['jobs']} runs at a time)"
     machines = " and on ".join(head.get("machines") or [here])        # older results do not say where each run was made
@@ -476,7 +477,8 @@ def runs_json(head, rows, commands):
 def folder_of(args, start):
     """The folder in args.out of a table; start: weak, strong, the name of --init, or ""."""
     some = "row" + "-".join(map(str, args.row)) if args.row else ""  # a few rows do not replace the whole table
-    parts = [f"table{args.table}", data_name(args.data), start, some]
+    size = (args.size or "").replace("/", "")
+    parts = [f"table{args.table}", data_name(args.data), start, size, args.precision, some]
     return args.out / "-".join(part for part in parts if part)
 
 

@@ -21,6 +21,7 @@ import finite_difference
 import fsf_dmd
 import gpu
 import model
+import reproduce
 import step
 import strength
 import surrogate
@@ -455,6 +456,18 @@ def test_what_needs_a_gpu_is_listed_with_its_command_until_it_was_run():
     for block in gpu.BLOCKS:
         run = (KEPT / "gpu" / f"{block}.json").exists()
         assert run or f"Not run here: `python benchmarks/gpu.py --block {block}`" in text
+
+
+def test_the_evidence_shows_the_last_values_of_a_table():
+    """Of every row the mean over its seeds after the last step; a column that a row lacks stays empty."""
+    table = json.loads((KEPT / "table2-fashion-mnist-strong-row1-2-3-4-7-9-10-11" / "runs.json").read_text())
+    rows = {row["row"]: row for row in gpu.rows_of_table(table)}
+    assert len(rows) == 8 and all(row["seeds"] == 3 for row in rows.values())
+    assert rows["FSF-DMD M=2"]["fd_2step"] == "23.4 ± 2.2" and rows["FSF-DMD M=2"]["passes"] == 2262
+    assert rows["Teacher velocity network"]["fd_2step"] == "-"                      # it has 25 steps
+    # Its flags are reproduce.py's, and the rows those of the methods.
+    args = reproduce.parse_args(["2", *shlex.split(gpu.EVIDENCE)])
+    assert {reproduce.TABLES["2"].rows[r - 1].label for r in args.row} == rows.keys() - {"control: the iMF trained on"}
 
 
 def test_what_is_said_of_a_step_is_in_the_numbers():

@@ -92,6 +92,28 @@ def test_list_prints_what_would_run(capsys):
     assert "# row 7: FSF-DMD M=2 (the paper: 3.85, at 4000)" in lines
 
 
+@pytest.mark.parametrize("table", ["2", "4", "5"])
+def test_another_size_is_that_of_what_is_trained_from_scratch(inputs, table, monkeypatch):
+    """--size goes to the starts and to rows without one, --precision to all training; the runs have other folders."""
+    monkeypatch.chdir(inputs)
+    np.savez("images.npz", images=np.zeros((2, 28, 28), np.uint8), labels=np.arange(2))
+    rows = dict(enumerate(reproduce.TABLES[table].rows, 1))
+    flags = ["--data", "images.npz", "--size", "medium", "--precision", "bf16"]
+    presets = reproduce.jobs_of(arguments(table, *flags[:2]), rows, 0)
+    larger = reproduce.jobs_of(arguments(table, *flags), rows, 0)
+    for r, job in larger.items():
+        assert job.folder != presets[r].folder
+        for each in kept_runs.chain(job):                             # the row, and what it starts from
+            script, *argv = each.command
+            if script == "evaluate.py":
+                assert not {"--size", "--precision"} & set(argv)
+            elif "--init" in argv and "scratch" not in argv:          # the network of a file that is not there
+                assert "--size" not in argv and argv[argv.index("--precision") + 1] == "bf16"
+            else:
+                args = importlib.import_module(script.removesuffix(".py")).parse_args(argv)
+                assert (args.size, args.precision) == ("medium", "bf16")
+
+
 def test_rows_are_the_papers_and_its_lost_numbers_stay_lost():
     counts = {name: len(table.rows) for name, table in reproduce.TABLES.items()}
     assert counts == {"2": 8 + 4, "3": 9, "4": 6 + 2, "5": 6 + 2, "7": 16, "8": 5, "9": 9, "10": 10}
@@ -254,6 +276,8 @@ def test_a_run_that_diverged_stands_in_the_table(tmp_path):
 
 
 def test_bad_flags_end_in_one_line(capsys, monkeypatch, inputs):
+    odd = np.random.default_rng(0).integers(0, 256, (400, 27, 27), np.uint8)
+    np.savez(inputs / "odd.npz", images=odd, labels=np.arange(400) % 2)
     for command, words in (
         ("reproduce.py 6", "invalid choice"),
         ("reproduce.py cost", "invalid choice"),
@@ -266,7 +290,9 @@ def test_bad_flags_end_in_one_line(capsys, monkeypatch, inputs):
          "nowhere: no such file, expected a file of weights"),        # before any training
         ("reproduce.py 2 --vae x", "does nothing"),
         ("reproduce.py 2 --vae x --n 5", "--n, --vae: does nothing for table 2 on digits"),
-        ("reproduce.py 2 --size tiny", "--size"),
+        ("reproduce.py 2 --size huge", "invalid choice"),
+        (f"reproduce.py 2 --init {inputs}/imf.pt --size tiny", "the network is that of --init"),
+        (f"reproduce.py 2 --size medium --data {inputs}/odd.npz", "has 27 x 27 pixels, expected a multiple of 2"),
         (f"reproduce.py 5 --init {inputs}/imf.pt", "start from scratch"),
         (f"reproduce.py 10 --init {inputs}/imf.pt", "start from fm and imf"),
         (f"reproduce.py 4 --init {inputs}/imf.pt", "start from fm"),
@@ -599,7 +625,7 @@ def passes_of_the_discriminator(net):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size, side, channels", [("tiny", 8, 1), ("small", 28, 1), ("B/1", 16, 32)])
+@pytest.mark.parametrize("size, side, channels", [("tiny", 8, 1), ("small", 28, 1), ("medium", 28, 1), ("B/1", 16, 32)])
 @pytest.mark.parametrize("conditioning", ["in_context", "plain"])
 def test_a_pass_of_the_discriminator_costs_what_passes_says(size, side, channels, conditioning):
     net = LightningDiT(size, conditioning, in_channels=channels, input_size=side, num_classes=10)
