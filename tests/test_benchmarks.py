@@ -129,6 +129,7 @@ def test_what_is_said_of_a_gpu_is_in_the_numbers():
     table = json.loads((KEPT / "cost-cuda" / "runs.json").read_text())["rows"]
     assert [row["sec_per_step"] for row in table] == [row["sec_per_step"] for row in cost["rows"]]
     seconds = {label: row["sec_per_step"] for label, row in rows.items()}
+    assert f"{400_000 * seconds['iMF'] / 3600:.1f}" == "18.5"
     one, two, dmd2 = (rows[name] for name in ("FSF-DMD M=1", "FSF-DMD M=2", "DMD2 1:5"))
     flops = {row["label"].removeprefix("imf: "): 128 * row["gflop_per_image"] + row["gflop_optimizer"] for row in table}
     parts = {kind: spent / profile["step_seconds"] for kind, spent in profile["seconds_of"].items()}
@@ -148,9 +149,13 @@ def test_what_is_said_of_a_gpu_is_in_the_numbers():
         f"GAN ({rows['DMD2 1:5, no GAN']['memory_gb']:.1f} without), {rows['SiD']['memory_gb']:.1f} for SiD",
         f"{len(cost['missing'])} of the {len(cost['missing']) + len(rows)} rows were not run",
         f"{two['sec_per_step']:.2f} and {dmd2['sec_per_step']:.2f} s "
-        f"[on an H200](RESULTS.md#on-a-gpu); in the paper, on a B200, a quarter",
+        f"[on an H200](RESULTS.md#on-a-gpu) (torch 2.11); in the paper, on a B200, a quarter",
         f"1:1 without a GAN takes {seconds['DMD2 1:1, no GAN']:.2f} s",
-        f"(M = 1: {one['memory_gb']:.1f} GB), not with two ({two['memory_gb']:.1f}; DMD2 {dmd2['memory_gb']:.1f})",
+        f"FSF-DMD {two['memory_gb']:.1f} GB (M = 1: {one['memory_gb']:.1f}), DMD2 {dmd2['memory_gb']:.1f}, "
+        f"without a GAN {rows['DMD2 1:5, no GAN']['memory_gb']:.1f}",
+        f"18.5 hours at {seconds['iMF']:.3f} s",
+        f"from scratch an iMF {seconds['iMF']:.3f}, with TwinFlow "
+        f"{seconds['iMF + TwinFlow']:.3f}, flow matching {seconds['FM']:.3f}",
         f"The 4,000 steps of FSF-DMD take {4000 * two['sec_per_step'] / 60:.0f} minutes at an H200's "
         f"{two['sec_per_step']:.2f} s",
         f"a step took {two['memory_gb']:.1f} GB",
