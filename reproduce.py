@@ -353,7 +353,8 @@ def parse_args(argv=None):
     p.add_argument("table", choices=list(TABLES), help="table of the paper")
     g = p.add_argument_group("rows")
     g.add_argument("--data", type=data_source, default="digits",
-                   help="digits, an .npz, a folder of IDX or CIFAR files, of images, or of latent shards (see FID of latents)")
+                   help="digits, an .npz, a folder of IDX or CIFAR files, of images, or of latent shards (see FID "
+                   "of latents)")
     g.add_argument("--start", choices=["weak", "strong"], default="weak",
                    help="tables 2, 3, 7, 8, 9, 10 on pixels: the iMF they start from, as it is or trained twice as "
                    "long (on digits with settings of its own)")
