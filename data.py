@@ -82,6 +82,10 @@ def load_data(source: str) -> Data:
         images, labels, test_images, test_labels = read_idx_or_cifar(source)
     else:
         images, labels = read_image_folder(source)
+    empty = np.flatnonzero(np.bincount(labels) == 0)             # it would be sampled, and never trained
+    if len(empty):
+        raise BadInput(f"--data {source}: no image has label {', '.join(map(str, empty[:3]))}, expected all of 0 .. "
+                       f"{labels.max()}; number the classes without gaps")
     if len(images) < 2 or images.min() == images.max():
         raise BadInput(f"--data {source}: needs at least two images that are not all alike, found {len(images)}")
     x, y = as_tensors(images, labels)
@@ -232,10 +236,6 @@ def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
     # Training needs 13 bytes a pixel for a moment: these, 32-bit numbers, and 64-bit ones for the statistics.
     arrays = read_npz_arrays(path, shown, headers, ["images", "labels"], share=1 / 16)
     refuse_labels(arrays["labels"], shown)
-    empty = np.flatnonzero(np.bincount(arrays["labels"]) == 0)
-    if len(empty):
-        raise BadInput(f"{shown}: no image has label {', '.join(map(str, empty[:3]))}, expected all of 0 .. "
-                       f"{arrays['labels'].max()}; number the classes without gaps")
     images = arrays["images"].reshape(shape)                     # [N, H, H, C]
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), arrays["labels"]
 

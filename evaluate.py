@@ -96,11 +96,11 @@ def few_steps(net, sampler, eps, y, steps, guidance, channels, shift):
     return backward_simulation(lambda x, t, s: guided_map(net, x, t, s, y, guidance), eps, steps - 1, steps, noise)
 
 
-def sampler_steps(sampler: str, steps: list | None = None, few: tuple = (1, 2, 4)) -> list[int]:
-    """The numbers of steps to sample with: those given, else 25 of euler, and `few` of the other samplers."""
+def sampler_steps(sampler: str, steps: list | None = None, few: tuple = (1, 2, 4), M: int | None = None) -> list[int]:
+    """The numbers of steps to sample with: those given, else 25 of euler, and of the other samplers `few` and M."""
     if steps:
         return list(steps)
-    return [EULER_STEPS] if sampler == "euler" else list(few)
+    return [EULER_STEPS] if sampler == "euler" else sorted({*few, M} - {None})
 
 
 def evaluate(net: LightningDiT, features: Features | None, args: argparse.Namespace, steps: list | None = None,
@@ -109,13 +109,13 @@ def evaluate(net: LightningDiT, features: Features | None, args: argparse.Namesp
     """{"fd_1step": ..., "fd_2step": ..., ...}: every metric at every number of sampling steps (see `sampler_steps`).
 
     args: anything with omega, guide_to, cfg_channels and sampler, as argparse.Namespace(**checkpoint["args"]): how to
-    sample.  sampler: another one than args'; shift: of euler's times.  n: samples, by default features.n.
+    sample; M if it has one.  sampler: another one than args'; shift: of euler's times.  n: samples, else features.n.
     restate: see `restated`.  features None (latents): {}.
     """
     if features is None:
         return {}
     found, sampler, n = {}, sampler or args.sampler, n or features.n
-    for N in sampler_steps(sampler, steps):
+    for N in sampler_steps(sampler, steps, M=getattr(args, "M", None)):
         x, y = generate(net, n, features.shape, N, args.omega, args.guide_to, args.cfg_channels, seed,
                         sampler=sampler, shift=shift)
         for name, value in features.metrics(restate(x), y).items():
@@ -143,7 +143,7 @@ def show(path: Path, nets: list, data: Data, args: argparse.Namespace, steps: li
     shown = min(data.num_classes, 10)
     bands = [("real", real_images(data, shown, PER_CLASS))]
     for caption, net, sampler in nets:
-        for N in sampler_steps(sampler, steps, few=(1, 2)):
+        for N in sampler_steps(sampler, steps, few=(1, 2), M=getattr(args, "M", None)):
             x, _ = generate(net, PER_CLASS * shown, data.x.shape[1:], N, args.omega, args.guide_to,
                             args.cfg_channels, seed, classes=shown, sampler=sampler, shift=shift)
             bands.append((f"{caption}: {N}-step samples", restate(x)))
@@ -485,6 +485,8 @@ def measure_without_inception(args: argparse.Namespace) -> None:
     net, checkpoint, data = load_for_sampling(args)
     args.omega, args.guide_to, args.cfg_channels, args.sampler = sampling(args, checkpoint)
     refuse_shift(args, args.sampler)
+    M = checkpoint["args"].get("M")                              # steps of its rollout, which it is made for
+    args.steps = sampler_steps(args.sampler, args.steps, M=M if isinstance(M, int) and 0 < M < STEPS else None)
     if data.kind == "latents" and args.n:
         raise BadInput("--n: nothing of latents is measured without --inception; leave that out")
     net = net.to(pick_device(args.device))
@@ -502,8 +504,8 @@ def measure_without_inception(args: argparse.Namespace) -> None:
                       f"sampler {named(args.sampler, args.shift)}, {guidance}, torch {torch.__version__}")
         print(definition)
         write_atomic(out / "evaluation.json", json_text(metrics | dict(definition=definition), indent=1))
-    show(out / "samples.png", [(name, net, args.sampler)], data, args, sampler_steps(args.sampler, args.steps),
-         args.seed, restate, args.shift)
+    show(out / "samples.png", [(name, net, args.sampler)], data, args, args.steps, args.seed, restate,
+         args.shift)
     wrote = f"wrote {out / 'samples.png'}"
     if features is not None:
         wrote += f" and {out / 'evaluation.json'}"

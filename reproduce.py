@@ -45,7 +45,7 @@ from inception import load_inception
 from metrics import refuse_few
 from model import SIZES
 from plumbing import report
-from plumbing.checkpoints import load_checkpoint, new_network
+from plumbing.checkpoints import load_checkpoint, new_network, refuse_other_data
 from plumbing.flags import Parser, data_source, folder_path, number
 from plumbing.kept_runs import HERE, Job, chain, is_done, machine, record, refuse_torchrun, run_all, sources_of
 
@@ -419,13 +419,16 @@ def refuse_contradictions(args, given):
         raise BadInput(f"--data {args.data}: FID of latents needs --vae, --inception and --ref (see evaluate.py)")
 
 
-def usable_data(source, size=None):
+def usable_data(source, size=None, init=None):
     """The data of --data; BadInput now for what each of the runs would refuse."""
     data = load_data(source)
     if data.kind == "pixels":
         refuse_few(data)
-        flags = ["--size", size] if size else []
-        new_network(consistency.parse_args(["--loss", "imf", "--data", source, *flags]), data, "in_context")
+        if init:
+            refuse_other_data(init, load_checkpoint(init), data)
+        else:
+            flags = ["--size", size] if size else []
+            new_network(consistency.parse_args(["--loss", "imf", "--data", source, *flags]), data, "in_context")
     return data
 
 
@@ -452,7 +455,7 @@ def run(args):
         raise BadInput(f"--seeds {args.seeds}: {folder} holds the table of {max(there.values())}; "
                        "pass as many, or another --out")
     report.refuse_other_data(folder, args.data)
-    data = usable_data(args.data, args.size)
+    data = usable_data(args.data, args.size, args.init)
     if data_kind(args.data) == "latents":
         decoder_for(data, args, torch.device("cpu"))
         load_inception(args.inception)

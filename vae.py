@@ -282,7 +282,8 @@ def encode(args: argparse.Namespace) -> None:
     A shard that is there already is kept, so that the same command goes on where it was stopped.
     """
     vae, name = load_vae(args.ckpt)
-    device = setup(args)
+    # --batch_size is each process's here, not shared by them
+    device = setup(argparse.Namespace(device=args.device, precision=args.precision, batch_size=world(), seed=args.seed))
     files, classes = image_files(args.images)
     say_unread(args.images)
     if args.size % vae.downscale:

@@ -37,7 +37,7 @@ from data import load_data  # noqa: E402
 from model import LightningDiT, fixed_guidance, interpolate, total_derivative  # noqa: E402
 from plumbing.checkpoints import load_network  # noqa: E402
 from plumbing.files import json_text, read_json, write_atomic  # noqa: E402
-from plumbing.flags import Parser, folder_path, number  # noqa: E402
+from plumbing.flags import Parser, folder_path, number, result_folder  # noqa: E402
 from plumbing.kept_runs import refuse_torchrun, sources  # noqa: E402
 from plumbing.report import markdown_lines, spread  # noqa: E402
 
@@ -266,7 +266,7 @@ def parse_args(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=number(int, 1), default=5, help="seeds 0, 1, ...")
     p.add_argument("--runs", type=folder_path, default=Path("runs/finite_difference"), help="folder of the kept runs")
-    p.add_argument("--out", type=folder_path, default=Path("runs/finite_difference_results"),
+    p.add_argument("--out", type=result_folder, default=Path("runs/finite_difference_results"),
                    help="folder of the results")
     return p.parse_args(argv)
 

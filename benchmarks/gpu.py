@@ -24,6 +24,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -222,7 +223,7 @@ def waits(args):
         folder = Path(folder)
         script("consistency.py --loss imf --device cpu --steps 20 --out start", folder)
         for name, command in SCRIPTS.items():
-            file, *flags = shlex.split(command.replace("START", f"{folder}/start/model.pt"))
+            file, *flags = shlex.split(command.replace("START", shlex.quote(f"{folder}/start/model.pt")))
             module = importlib.import_module(Path(file).stem)
             flags += ["--device", args.device.type, "--out", f"{folder}/{name}", "--log_every", "100"]
             with warnings.catch_warnings(record=True) as caught, after_each_step(look):
@@ -400,18 +401,24 @@ def evidence(args):
     if args.rehearse:
         flags = shlex.split("--row 1 9 --seeds 1")
     words = ["2", *flags, "--out", str(args.out)]
+    made = reproduce.parse_args(words)
+    folder = folder_of(made, reproduce.regime_of(made, reproduce.TABLES["2"]))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C: the child is ended, its runs save
     child = subprocess.Popen([sys.executable, str(HERE / "reproduce.py"), *words])
     try:
         code = child.wait(timeout=60 * args.minutes or None)
     except subprocess.TimeoutExpired:
-        child.terminate()
-        child.wait()
         return None
-    if code:
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            child.wait()
+    if code and not (folder / "runs.json").exists():
         raise BadInput(f"reproduce.py {shlex.join(words)} ended with exit code {code}")
-    made = reproduce.parse_args(words)
-    folder = folder_of(made, reproduce.regime_of(made, reproduce.TABLES["2"]))
-    return dict(table=folder.name, rows=rows_of_table(read_json(folder / "runs.json", "the table")))
+    rows = rows_of_table(read_json(folder / "runs.json", "the table"))
+    missing = [f"{row['row']} ({made.seeds - row['seeds']} of {made.seeds} seeds)" for row in rows
+               if row["seeds"] < made.seeds]
+    return dict(table=folder.name, rows=rows, missing=missing, seconds=None)
 
 
 def rows_of_table(table):
@@ -419,9 +426,10 @@ def rows_of_table(table):
     rows = []
     for row in table["rows"]:
         last = [run["evaluations"][-1] for run in row["seeds"].values()]
-        found = dict(row=row["label"], seeds=len(last), passes=last[0].get("passes", "-"))
+        found = dict(row=row["label"], seeds=len(last), passes=last[0].get("passes", "-") if last else "-")
         for name, digits in SHOWN.items():
-            found[name] = spread([e[name] for e in last], digits) if name in last[0] else "-"
+            values = [np.nan if e[name] is None else e[name] for e in last if name in e]    # None: it diverged
+            found[name] = spread(values, digits)
         rows.append(found)
     return rows
 
@@ -444,8 +452,9 @@ def page(folder):
             lines += [f"## {name}", "", f"Not run here: `python benchmarks/gpu.py --block {name}`.", ""]
             continue
         found = read_json(path, "what gpu.py measured")
+        spent = "" if found["seconds"] is None else f", {found['seconds']:.0f} s"
         lines += [f"## {name}", "", f"{found['device']}, torch {found['torch']}, {found['date']}, "
-                  f"`{found['command']}`, {found['seconds']:.0f} s.", ""]
+                  f"`{found['command']}`{spent}.", ""]
         rows = found.get("rows") or [dict(kind=kind, seconds=spent) for kind, spent in found["seconds_of"].items()]
         body = [[f"{value:.4g}" if isinstance(value, float) else value for value in row.values()] for row in rows]
         lines += [*markdown_lines(list(rows[0]), body), ""]

@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 from common import BadInput, main  # noqa: E402
 from data import load_data, preview  # noqa: E402
-from evaluate import generate, real_images, sampling  # noqa: E402
+from evaluate import generate, real_images, restated, sampling  # noqa: E402
 from plumbing.checkpoints import load_network  # noqa: E402
 from plumbing.flags import Parser, number  # noqa: E402
 from plumbing.passes import passes_until  # noqa: E402
@@ -32,6 +32,7 @@ def parse_args(argv=None):
 
 def run(args):
     check_writable(args.out.parent)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     found, data = [], None
     for text in args.networks:
         name, _, path = text.rpartition("=")
@@ -50,13 +51,14 @@ def run(args):
     for name, script, net, checkpoint in found:
         flags = argparse.Namespace(omega=None, guide_to=None, cfg_channels=None, sampler=None, what=name)
         omega, guide_to, channels, sampler = sampling(flags, checkpoint)
+        restate = restated(checkpoint, data)                                # to the first network's scale
         cost = ""
         if script:
             cost = f", trained for {passes_of(name, script, checkpoint):,.0f} passes"
         for N in args.steps:
             x, _ = generate(net, classes, data.x.shape[1:], N, omega, guide_to, channels, classes=classes,
                             sampler=sampler)
-            bands.append((f"{name}: {N} step{'s' if N > 1 else ''}{cost}", x))
+            bands.append((f"{name}: {N} step{'s' if N > 1 else ''}{cost}", restate(x)))
     preview(args.out, bands, data.meta)
     print(f"wrote {args.out}")
 

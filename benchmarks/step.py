@@ -42,7 +42,7 @@ from common import Stream, main, pick_device  # noqa: E402
 from model import SIZES, LightningDiT, fixed_guidance  # noqa: E402
 from normuon import NorMuon  # noqa: E402
 from plumbing.files import json_text, write_atomic  # noqa: E402
-from plumbing.flags import Parser, folder_path, number  # noqa: E402
+from plumbing.flags import Parser, number, result_folder  # noqa: E402
 from plumbing.passes import passes_a_step  # noqa: E402
 from plumbing.report import markdown_lines  # noqa: E402
 from plumbing.run_folder import Run  # noqa: E402
@@ -62,7 +62,7 @@ def parse_args(argv=None):
     p.add_argument("--repeats", type=number(int, 1), default=5, help="of the backbone and the products; medians")
     p.add_argument("--compile", type=number(int, 0, 1), default=1, help="0: without the compiled backbone")
     p.add_argument("--device", default="auto")
-    p.add_argument("--out", type=folder_path, default=Path("runs/step"), help="folder of the results")
+    p.add_argument("--out", type=result_folder, default=Path("runs/step"), help="folder of the results")
     return p.parse_args(argv)
 
 

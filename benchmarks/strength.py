@@ -28,7 +28,7 @@ from common import BadInput, main  # noqa: E402
 from data import data_kind, preset_kind  # noqa: E402
 from plumbing import report  # noqa: E402
 from plumbing.files import json_text, read_json, write_atomic  # noqa: E402
-from plumbing.flags import Parser, data_source, folder_path, number  # noqa: E402
+from plumbing.flags import Parser, data_source, folder_path, number, result_folder  # noqa: E402
 from plumbing.kept_runs import refuse_torchrun, run_all, sources_of  # noqa: E402
 from reproduce import CD_MASKED, FSF, STARTS, job, usable_data  # noqa: E402
 
@@ -44,11 +44,12 @@ def parse_args(argv=None):
     p.add_argument("--cd_steps", type=number(int, 1), help="steps of consistency distillation (default: as many)")
     p.add_argument("--omega", type=number(float, 1),
                    help="CFG scale of both methods (default: the presets'); the start has to know it (images: up to 4)")
-    p.add_argument("--lam", type=number(float, 0), nargs="+", default=[0.01, 0.05, 0.2], help="lambdas of Eq. 15")
+    p.add_argument("--lam", type=number(float, 0, open_low=True), nargs="+", default=[0.01, 0.05, 0.2],
+                   help="lambdas of Eq. 15")
     p.add_argument("--seeds", type=number(int, 1), default=3, help="seeds 0, 1, ...")
     p.add_argument("--jobs", type=number(int, 1), default=min(8, os.cpu_count() or 1), help="runs at a time")
     p.add_argument("--runs", type=folder_path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
-    p.add_argument("--out", type=folder_path, default=Path("runs/strength"), help="folder of the results")
+    p.add_argument("--out", type=result_folder, default=Path("runs/strength"), help="folder of the results")
     args = p.parse_args(argv)
     args.starts, args.lam = sorted(set(args.starts)), sorted(set(args.lam))
     return args

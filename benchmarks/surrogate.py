@@ -38,7 +38,7 @@ from model import fixed_guidance, guided_map, guided_velocity, interpolate, shif
 from normuon import NorMuon, param_groups  # noqa: E402
 from plumbing.checkpoints import load_network  # noqa: E402
 from plumbing.files import json_text, write_atomic  # noqa: E402
-from plumbing.flags import Parser, folder_path, number  # noqa: E402
+from plumbing.flags import Parser, number, result_folder  # noqa: E402
 from plumbing.report import markdown_lines, spread  # noqa: E402
 
 BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -57,12 +57,12 @@ def parse_args(argv=None):
     p.add_argument("--steps", type=number(int, 1), default=1000, help="training steps of the explicit fake network")
     p.add_argument("--n", type=number(int, 10), default=2000, help="samples of a measurement")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--out", type=folder_path, default=Path("runs/surrogate"), help="folder of the results")
+    p.add_argument("--out", type=result_folder, default=Path("runs/surrogate"), help="folder of the results")
     return p.parse_args(argv)
 
 
 def run(args):
-    device, found = pick_device(args.device), []
+    device, starts, data = pick_device(args.device), [], None
     for start in args.starts:
         name, _, path = start.partition("=")
         if not path:
@@ -72,10 +72,15 @@ def run(args):
             raise BadInput(f"{path}: is a {net.conditioning} network, expected in_context")
         if not checkpoint["data"]:
             raise BadInput(f"{path}: official weights do not say on which data they were trained; expected a model.pt")
-        data = load_data(checkpoint["data"]["source"])
-        net = net.to(device).requires_grad_(False).eval()
+        source = checkpoint["data"]["source"]
+        if data and data.source != source:
+            raise BadInput(f"{path}: was trained on {source}, the others on {data.source}; expected one data set")
+        data = data or load_data(source)
+        starts.append((name, net.to(device).requires_grad_(False).eval(), checkpoint["step"]))
+    found = []
+    for name, net, step in starts:
         for omega in args.omega:
-            found.append(dict(start=name, omega=omega, step=checkpoint["step"]) | look(net, data, omega, args, device))
+            found.append(dict(start=name, omega=omega, step=step) | look(net, data, omega, args, device))
     write(args, found, data.source)
 
 

@@ -71,6 +71,15 @@ def folder_path(text):
     return Path(text)
 
 
+def result_folder(text):
+    """An argparse type: a folder_path into which README.md and runs.json are written; not over another's README.md."""
+    folder = folder_path(text)
+    if (folder / "README.md").exists() and not (folder / "runs.json").exists():
+        raise argparse.ArgumentTypeError(f"{text}: has a README.md and no runs.json, so it is no folder of results; "
+                                         "pass another")
+    return folder
+
+
 def parser(doc, init_help):
     """The flags that every training script shares, in groups.
 

@@ -43,12 +43,21 @@ STEPS = 10 ** 9
 LARGEST_WEIGHT = 1e4
 
 # Of a run that diverged.
-UNTOUCHED = "the last state.pt is untouched: lower --lr, or look at the data"
+UNTOUCHED = "the last state.pt is untouched: lower --lr, or look at the data (of latents: python vae.py check DATA)"
 
 
 def identity(args):
     """The flags that a run folder has to agree in."""
     return {k: v for k, v in vars(args).items() if k not in RUNTIME_FLAGS | NO_FLAGS}
+
+
+def of_a_run(path):
+    """Whether an args.json is one of ours, of any version; a damaged one counts as ours."""
+    try:
+        found = read_json(path, "the configuration of a run")
+    except BadInput:
+        return True
+    return isinstance(found, dict) and {"data", "init", "seed"} <= found.keys()
 
 
 def own_paths(folder):
@@ -103,7 +112,7 @@ def check_folder(args):
         raise BadInput(f"--out {folder}: is a link, and --resume no does not remove through one; nothing was touched")
     path = folder / "args.json"
     there = set(folder.iterdir()) if folder.exists() else set()     # looked at first: another process may begin here
-    if not path.exists():
+    if not path.exists() or not of_a_run(path):
         ours = {folder / ".lock", *leftovers(folder)}               # of a run that was killed at once
         if there - ours:
             raise BadInput(f"--out {folder}: exists and is no run folder, expected a new one; nothing was touched")

@@ -5,6 +5,9 @@ import re
 import shlex
 import signal
 import statistics
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,8 +28,10 @@ import reproduce
 import step
 import strength
 import surrogate
+from common import BadInput
 from plumbing import checkpoints, kept_runs
 from test_helpers import HERE, rand, run
+from test_helpers import start as begin
 from told import FASHION_2, FASHION_STRONG, KEPT, Told, words_of_the_texts
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -470,6 +475,10 @@ def test_the_evidence_shows_the_last_values_of_a_table():
     assert len(rows) == 8 and all(row["seeds"] == 3 for row in rows.values())
     assert rows["FSF-DMD M=2"]["fd_2step"] == "23.4 ± 2.2" and rows["FSF-DMD M=2"]["passes"] == 2262
     assert rows["Teacher velocity network"]["fd_2step"] == "-"                      # it has 25 steps
+    # A run that diverged, and a row without any.
+    runs = [dict(evaluations=[dict(fd_2step=value, passes=9)]) for value in (1.0, None)]
+    odd = gpu.rows_of_table(dict(rows=[dict(label="a", seeds=dict(enumerate(runs))), dict(label="b", seeds={})]))
+    assert [(row["seeds"], row["fd_2step"], row["fd_1step"]) for row in odd] == [(2, "nan ± nan", "-"), (0, "-", "-")]
     # Its flags are reproduce.py's, and the rows those of the methods.
     args = reproduce.parse_args(["2", *shlex.split(gpu.EVIDENCE)])
     assert {reproduce.TABLES["2"].rows[r - 1].label for r in args.row} == rows.keys() - {"control: the iMF trained on"}
@@ -612,6 +621,35 @@ def test_the_benchmark_of_a_step_compares_like_with_like(in_home):
     for name, m in found["methods"].items():
         lines = (in_home / "parts" / "README.md").read_text()
         assert {"backward", "optimizer", "EMA", "finite difference", "logging"} <= m["parts"].keys() and name in lines
+
+
+@pytest.mark.slow
+def test_the_evidence_is_stopped_and_leaves_no_process(in_home):
+    """By SIGTERM: the table's process ends with it, and nothing counts as measured."""
+    words = shlex.split("benchmarks/gpu.py --rehearse 1 --block evidence --out stopped")
+    process = begin(in_home, [sys.executable, str(HERE / words[0]), *words[1:]])
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.read_text():
+        assert process.poll() is None
+        time.sleep(0.05)
+    child = int(children.read_text())
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode and not Path(f"/proc/{child}").exists()
+    assert not (in_home / "stopped" / "gpu" / "evidence.json").exists()
+
+
+def test_benchmarks_refuse_what_they_would_mix_or_write_over(in_home, tmp_path):
+    (tmp_path / "README.md").write_text("precious")
+    for script, words in ((surrogate, ["a=a.pt"]), (strength, []), (step, []), (finite_difference, [])):
+        with pytest.raises(BadInput, match="has a README.md and no runs.json"):
+            script.parse_args([*words, "--out", str(tmp_path)])
+    with pytest.raises(BadInput, match="--lam: 0 is out of range"):
+        strength.parse_args(["--lam", "0", "0.1"])
+    other = torch.load("imf/model.pt", weights_only=True)
+    torch.save(other | dict(data=dict(other["data"], source="digits")), tmp_path / "other.pt")
+    with pytest.raises(BadInput, match="was trained on digits, the others on toy.npz"):
+        surrogate.run(surrogate.parse_args(["a=imf/model.pt", f"b={tmp_path}/other.pt", "--device", "cpu"]))
 
 
 @pytest.mark.slow

@@ -573,6 +573,17 @@ def test_compile_trains_the_same_network(script, in_home, few_samples):
         assert one and one == pytest.approx(other, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.13.0", "2.14.0a0"])
+def test_an_older_torch_does_not_compile_the_discriminator(version, in_home, monkeypatch):
+    """2.11 compiled it wrong; the blocks of the networks it compiled right."""
+    args = dmd2.parse_args(shlex.split("--data toy.npz --init imf/model.pt --compile 1"))
+    net, _ = checkpoints.load_network("imf/model.pt")
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    fake, head, _, _ = dmd2.new_fake_side(args, net, net, torch.device("cpu"))
+    compiled = [bool(part.blocks[0]._compiled_call_impl) for part in (fake, head)]
+    assert compiled == [True, not version.startswith("2.11")]
+
+
 def losses_of(folder):
     """[{name: loss} of each step]"""
     names, lines = {"cd", "fsf", "fake", "gan_d", "gan_g"}, read_lines(folder / "metrics.jsonl")
@@ -651,6 +662,10 @@ def write_bad_inputs(folder):
     (folder / "truncated.npz").write_bytes((folder / "toy.npz").read_bytes()[:300])
     (folder / "mine").mkdir()
     (folder / "mine" / "thesis.txt").write_text("precious")
+    (folder / "theirs").mkdir()                                         # of another project: names as ours
+    (folder / "theirs" / "args.json").write_text('{"learning_rate": 1}')
+    (folder / "theirs" / "model.pt").write_text("precious")
+    (folder / "theirs" / "README.md").write_text("precious")
     (folder / "text.pt").write_text("not a checkpoint")
     torch.save({"weights": Evil()}, folder / "evil.pt")
     torch.save({"a": 1}, folder / "other.pt")
@@ -706,6 +721,8 @@ BAD = [  # command, words of the one line
     ("fsf_dmd.py --data toy.npz --init official.pt --size B/1", "as the file has it, not --size B/1 (it has none)"),
     ("fsf_dmd.py --data toy.npz --init imf/model.pt --out mine", "exists and is no run folder"),
     ("fsf_dmd.py --data toy.npz --init imf/model.pt --out mine --resume no", "exists and is no run folder"),
+    ("fsf_dmd.py --data toy.npz --init imf/model.pt --out theirs", "exists and is no run folder"),
+    ("fsf_dmd.py --data toy.npz --init imf/model.pt --out theirs --resume no", "exists and is no run folder"),
     ("consistency.py --loss imf --data three.npz", "too few to evaluate against"),
     ("consistency.py --loss imf --data gaps.npz", "no image has label 1, 3, expected all of 0 .. 4"),
     ("consistency.py --loss imf --data toy.npz --out mine/thesis.txt", "exists and is no run folder"),

@@ -130,6 +130,7 @@ BAD_IDX = {
         lambda d: idx(d / "t10k-labels-idx1-ubyte.gz", np.full(20, 11)), "labels that the training part has not"),
     "test images of another size": (
         lambda d: idx(d / "t10k-images-idx3-ubyte.gz", drawn(20, 10)[0]), "expected at least 4 of [1, 28, 28]"),
+    "a class without images": (lambda d: no_image_of_2(d), "no image has label 2, expected all of 0 .. 4"),
     "too few test images": (lambda d: few_test_images(d), "the test part has 3 images"),
 }
 
@@ -138,6 +139,11 @@ def few_test_images(folder):
     images, labels = drawn(3)
     idx(folder / "t10k-images-idx3-ubyte.gz", images)
     idx(folder / "t10k-labels-idx1-ubyte.gz", labels)
+
+
+def no_image_of_2(folder):
+    idx(folder / LABELS, np.repeat([0, 1, 3, 4], 10))
+    idx(folder / "t10k-labels-idx1-ubyte.gz", np.zeros(20))
 
 
 @pytest.mark.parametrize("what", BAD_IDX)
@@ -260,11 +266,9 @@ def test_the_main_command_takes_mnist_files(tmp_path, few_samples, monkeypatch, 
 
 
 def test_a_picture_keeps_the_column_of_a_class_without_images(tmp_path):
-    """Else real images and samples of one class would not stand under each other."""
+    """Else real images and samples of one class would not stand under each other.  Latents may lack a class."""
     mnist(tmp_path / "set")
-    labels = np.arange(40) % 2 * 2                                          # 0 and 2: of class 1 there is none
-    idx(tmp_path / "set" / "train-labels-idx1-ubyte.gz", labels)
-    idx(tmp_path / "set" / "t10k-labels-idx1-ubyte.gz", labels[:20])
     found = data.load_data(str(tmp_path / "set"))
+    found.y[:] = torch.arange(40) % 2 * 2                                   # 0 and 2: of class 1 there is none
     real = evaluate.real_images(found, 3, per_class=2)
     assert torch.equal(real[[0, 2, 3, 5]], found.x[:4]) and not real[[1, 4]].any()

@@ -299,7 +299,8 @@ def test_velocity_of_a_flow_map_is_sampled_by_euler_steps():
     flow_map, _ = evaluate.generate(net, 6, (2, 4, 4), 4, omega=3.0, guide_to=0.6)
     assert (found - flow_map).abs().max() > 1e-3
     assert evaluate.sampler_steps(evaluate.default_sampler(net)) == [1, 2, 4]
-    assert evaluate.sampler_steps("euler") == [25]
+    assert [evaluate.sampler_steps("renoised", M=M) for M in (1, 2, 3)] == [[1, 2, 4], [1, 2, 4], [1, 2, 3, 4]]
+    assert evaluate.sampler_steps("euler", M=3) == [25]
     assert evaluate.sampler_steps("euler", [250]) == [250]
 
 
