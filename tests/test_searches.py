@@ -187,6 +187,15 @@ def test_what_is_said_of_the_search_from_the_strong_start_of_fashion_mnist_is_in
     rows = json.loads((KEPT / "search-fashion-mnist-strong-FSF_DMD_M_2" / "runs.json").read_text())["rows"]
     of_lam = {row["setting"].split()[1]: f"{row['distance'][0]:.1f}" for row in rows}
     assert list(of_lam) == ["0.0003", "0.003", "0.015", "0.05"] and of_lam["0.0003"] == min(of_lam.values(), key=float)
+    for name in ("strong-FSF_DMD_M_1", "strong-DMD2_L_CD"):
+        told_of_search(name, "fashion-mnist", seeds=1)
+        rows = json.loads((KEPT / f"search-fashion-mnist-{name}" / "runs.json").read_text())["rows"]
+        found[name] = [f"{row['distance'][0]:.1f}" for row in rows]
+    first, second, best, last = found["strong-FSF_DMD_M_1"]
+    words.append(f"--shift 10` {best} (0.003 gives {second}, 0.0003 {first}, 0.05 {last};")
+    slow, slow_1, fast, best = found["strong-DMD2_L_CD"]
+    words.append(f"{best}, the edge of its search (0.1 and the same rates {fast}, at 0.001 and 0.001 1 gives {slow_1} "
+                 f"and 0.1 {slow};")
     words.append(f"the table's too (0.003 gives {of_lam['0.003']}, 0.015 {of_lam['0.015']}, 0.05 {of_lam['0.05']};")
     assert preset[fsf_dmd]["lam"] == 0.0003
     for each in words:
