@@ -398,11 +398,49 @@ def test_what_is_said_of_the_rows_that_were_run_later_is_in_the_numbers():
     at = {label: [f"{np.mean([e[f'fd_{N}step'] for e in run_later(label)]):.1f}" for N in (1, 2, 4)]
           for label in ("DMD2 + L_CD, weak start", "DMD2 + L_CD, strong start")}
     assert list(at.values()) == [["39.7", "40.7", "40.3"], ["23.8", "24.0", "22.0"]]
-    assert "DMD2 from 35.9 to 40.7, from its strong start from 32.9 to 24.0" in weak.text
+    assert "DMD2 from 35.9 to 40.7, with masking 40.7; from its strong start from 32.9 to 24.0" in weak.text
     assert (weak.mean(DMD2, "fd_2step", 1), strong.mean(DMD2, "fd_2step", 1)) == ("35.9", "32.9")
     [row] = [row for row in rows if row["label"].startswith("DMD2 from CD")]
     curve = np.mean([[e["fd_2step"] for e in run["evaluations"]] for run in row["seeds"].values()], axis=0)
     assert f"It begins at {curve[0]:.1f}, has {curve[1]:.1f} after 25 steps" in weak.text
+
+
+def test_what_is_said_of_l_cd_with_masking_is_in_the_numbers():
+    """results/dmd2-cd-masked: DMD2 + L_CD with random masking from the four starts of Table 2."""
+    page, text = (KEPT / "dmd2-cd-masked" / "README.md").read_text(), words_of_the_texts()
+    assert "\n".join(line for line in page.splitlines() if line.startswith("|")) in (HERE / "RESULTS.md").read_text()
+    rows = json.loads((KEPT / "dmd2-cd-masked" / "runs.json").read_text())["rows"]
+    START, DMD2, BOTH, FSF, MASKED = 1, 4, 6, 7, 9
+    last, others = {}, {}
+    for row, name in zip(rows, ("table2-digits-weak", "table2-digits-strong", FASHION_2, FASHION_STRONG), strict=True):
+        found, label = [run["evaluations"] for run in row["seeds"].values()], row["label"]
+        last[label], others[label] = [each[-1] for each in found], dict(Told(name).last)
+        assert f"| {label} {cells_of(last[label])}" in page and f"python {row['command']}\n" in page
+        for each, start in zip(found, others[label][START], strict=True):               # the same networks as there
+            assert each[0]["fd_1step"] == pytest.approx(start["fd_1step"], abs=1e-4)
+    digits, strong, fashion, fashion_strong = last
+    others[fashion][BOTH] = run_later("DMD2 + L_CD, weak start")
+    others[fashion_strong][BOTH] = run_later("DMD2 + L_CD, strong start")
+
+    def difference(label, row, metric="fd_2step"):
+        return np.array([a[metric] - b[metric] for a, b in zip(last[label], others[label][row], strict=True)])
+
+    for label in last:
+        for row in (FSF, MASKED, BOTH):
+            d = difference(label, row)
+            p = scipy.stats.ttest_1samp(d, 0).pvalue
+            assert f"{d.mean():+.3f} ± {d.std(ddof=1):.3f}, p {p:.2g} alone" in text, (label, row)
+            ahead = label == digits or (label, row) == (fashion, BOTH)
+            assert (d.mean() < 0) == ahead
+            if row != BOTH:
+                assert (np.sign(d) == np.sign(d[0])).all()                              # in every seed
+        d = difference(label, DMD2, "fd_4step")
+        assert d.max() < 0 and f"{d.mean():+.3f} ± {d.std(ddof=1):.3f}" in text
+    shares = {label: last[label][0]["passes"] / others[label][FSF][0]["passes"] for label in last}
+    assert [f"{shares[label]:.1f}" for label in (digits, fashion)] == ["2.5", "1.5"]
+    readme = (HERE / "README.md").read_text()
+    cells = " | ".join(f"{np.mean([e['fd_2step'] for e in found]):.1f}" for found in last.values())
+    assert f"| DMD2, 1:5 + L_CD, masked | {cells} | {last[digits][0]['passes']:,.0f} |" in readme
 
 
 def one_fake_update():
