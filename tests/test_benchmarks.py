@@ -261,8 +261,8 @@ def test_what_is_said_of_the_surrogate_is_in_the_numbers():
     [again] = json.loads((KEPT / "surrogate-fashion-mnist-omega3" / "runs.json").read_text())["rows"]
     over, noisiest = again["over_tau"]["k10"], again["bins"][-1]["cosine"]
     assert (again["omega"], again["step"]) == (3, 1500)
-    assert (f"has {over['cosine']:.2f} and {over['surrogate_to_mean']:.2f} at k = 10, and {noisiest:.2f} in the noisiest "
-            "fifth") in " ".join(text.split())
+    words = f"has {over['cosine']:.2f} and {over['surrogate_to_mean']:.2f} at k = 10, and {noisiest:.2f} in the noisiest"
+    assert f"{words} fifth" in " ".join(text.split())
 
     rows = json.loads((KEPT / "surrogate-fashion-mnist-strong" / "runs.json").read_text())["rows"]
     table = "\n".join(surrogate.table(rows))

@@ -405,6 +405,13 @@ def test_what_is_said_of_the_rows_that_were_run_later_is_in_the_numbers():
     at = {label: [f"{np.mean([e[f'fd_{N}step'] for e in run_later(label)]):.1f}" for N in (1, 2, 4)]
           for label in ("DMD2 + L_CD, weak start", "DMD2 + L_CD, strong start")}
     assert list(at.values()) == [["39.7", "40.7", "40.3"], ["23.8", "24.0", "22.0"]]
+    found = run_later("FSF-DMD, M = 1, strong start")
+    two, one = ([e[f"fd_{N}step"] for e in found] for N in (2, 1))
+    d = np.array(two) - [e["fd_2step"] for e in strong.last[FSF]]
+    assert (f"has {np.mean(two):.1f} ± {np.std(two, ddof=1):.1f} at 2 steps, level with M = 2 ({d.mean():+.3f} ± "
+            f"{d.std(ddof=1):.3f})") in weak.text
+    words = f"({np.mean(one):.1f} ± {np.std(one, ddof=1):.1f}; M = 2 {strong.mean(FSF, 'fd_1step', 1)})"
+    assert words in weak.text and min(a - e["fd_1step"] for a, e in zip(one, strong.last[FSF], strict=True)) > 0
     assert "DMD2 from 35.9 to 40.7, with masking 40.7; from its strong start from 32.9 to 24.0" in weak.text
     assert (weak.mean(DMD2, "fd_2step", 1), strong.mean(DMD2, "fd_2step", 1)) == ("35.9", "32.9")
     [row] = [row for row in rows if row["label"].startswith("DMD2 from CD")]
