@@ -189,7 +189,8 @@ def test_differences_are_paired_over_seeds_and_corrected_for_many_rows():
 @pytest.mark.slow
 def test_latents_are_trained_in_pieces_and_the_best_fid_is_found(inputs, tmp_path):
     latents, start = inputs / "latents", inputs / "imf.pt"
-    args = argparse.Namespace(data=str(latents), vae="V", inception="W", ref="R", n=2000, fid_every=1500, table="2",
+    args = argparse.Namespace(data=str(latents), vae="V",
+                              size=None, precision=None, inception="W", ref="R", n=2000, fid_every=1500, table="2",
                               jobs=1, start="weak", init=str(start), runs=tmp_path)
     rows = {r: reproduce.TABLES["2"].rows[r - 1] for r in (1, 2, 7)}
     jobs = reproduce.jobs_of(args, rows, 0)
@@ -336,7 +337,8 @@ def test_failed_runs_replace_no_fuller_table_and_no_fuller_search(monkeypatch, t
 
     def a_run(setting, seed, distance, runs="runs/reproduce"):
         """The kept run of a setting of the search, or its folder alone."""
-        args = argparse.Namespace(data="digits", init=None, runs=Path(runs), start="weak", table=None)
+        args = argparse.Namespace(data="digits", init=None,
+                                  size=None, precision=None, runs=Path(runs), start="weak", table=None)
         job = search.one_run(args, None, f"{search.FROM_SCRATCH['iMF'][0]} {setting}", seed)
         shutil.rmtree(job.folder, ignore_errors=True)
         kept_runs.beside(job, ".json").unlink(missing_ok=True)
@@ -537,7 +539,8 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
 @pytest.mark.slow
 def test_another_measure_keeps_the_network(inputs, tmp_path):
     """--n, --ref and the like make its FID again, not the training."""
-    args = argparse.Namespace(data=str(inputs / "latents"), vae="V", inception="W", ref="R", n=2000, fid_every=0,
+    args = argparse.Namespace(data=str(inputs / "latents"), vae="V",
+                              size=None, precision=None, inception="W", ref="R", n=2000, fid_every=0,
                               table="2", jobs=1, start="weak", init=str(tmp_path / "bad.pt"), runs=tmp_path)
     (tmp_path / "bad.pt").write_bytes(b"no network")                  # so that nothing trains here
     job = reproduce.jobs_of(args, {7: reproduce.TABLES["2"].rows[6]}, 0)[7]

@@ -318,12 +318,12 @@ def a_foreign_folder(folder):
 
 def another_configuration(folder):
     folder.mkdir()
-    (folder / "args.json").write_text(json.dumps(dict(lr=7.0)))
+    (folder / "args.json").write_text(json.dumps(dict(data="digits", init="imf", seed=0, lr=7.0)))
 
 
 def another_script(folder):
     folder.mkdir()
-    (folder / "args.json").write_text(json.dumps(dict(script="sid")))
+    (folder / "args.json").write_text(json.dumps(dict(data="digits", init="imf", seed=0, script="sid")))
 
 
 def damaged_args(folder):
@@ -647,7 +647,8 @@ def test_the_next_steps_numbers_are_drawn_in_threads_and_are_the_same():
 # ---- what is kept of a table -----------------------------------------------------------------------------------------
 
 def test_a_kept_run_that_is_gone_or_damaged_runs_again(tmp_path, capsys):
-    args = argparse.Namespace(data="digits", init=None, runs=tmp_path, start="weak", jobs=1, table="2")
+    args = argparse.Namespace(data="digits", init=None, runs=tmp_path, start="weak",
+                              size=None, precision=None, jobs=1, table="2")
     job = reproduce.job(args, reproduce.STARTS["imf"], 0)
     record = kept_runs.beside(job, ".json")
 
@@ -692,7 +693,8 @@ def test_a_path_that_is_spelled_otherwise_is_no_other_run(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
 
     def of(runs, data):
-        args = argparse.Namespace(data=data, init=None, start="weak", jobs=1, table="2", runs=Path(runs))
+        args = argparse.Namespace(data=data, init=None, start="weak",
+                                  size=None, precision=None, jobs=1, table="2", runs=Path(runs))
         start = reproduce.job(args, reproduce.STARTS["imf"], 0)
         return start, reproduce.job(args, reproduce.CD_MASKED, 0, start)
 
@@ -714,7 +716,8 @@ def test_a_path_that_is_spelled_otherwise_is_no_other_run(tmp_path, monkeypatch)
 
 def test_kept_runs_of_other_data_and_of_another_start_are_neither_taken_nor_removed(tmp_path):
     def of(data):
-        args = argparse.Namespace(data=str(tmp_path / data / "set.npz"), init=None, start="weak", jobs=1, table="2",
+        args = argparse.Namespace(data=str(tmp_path / data / "set.npz"), init=None, start="weak",
+                                  size=None, precision=None, jobs=1, table="2",
                                   runs=tmp_path / "runs")
         (tmp_path / data).mkdir(exist_ok=True)
         small_images(args.data, 60 if data == "a" else 90)
@@ -766,7 +769,8 @@ def test_kept_runs_of_other_data_and_of_another_start_are_neither_taken_nor_remo
 def test_a_network_of_init_has_runs_of_its_own(tmp_path):
     """Two networks in folders of one name, or one named as a start of ours, would have their runs in one folder."""
     def of(init):
-        args = argparse.Namespace(data="digits", init=init and str(tmp_path / init), start="weak", jobs=1, table="2",
+        args = argparse.Namespace(data="digits", init=init and str(tmp_path / init), start="weak",
+                                  size=None, precision=None, jobs=1, table="2",
                                   runs=tmp_path / "runs")
         if init:
             (tmp_path / init).parent.mkdir(parents=True, exist_ok=True)
@@ -794,7 +798,8 @@ def test_a_network_of_init_has_runs_of_its_own(tmp_path):
 @pytest.mark.slow
 def test_a_record_of_before_inputs_were_kept_is_not_one_of_other_data(tmp_path):
     small_images(tmp_path / "set.npz", 60)
-    args = argparse.Namespace(data=str(tmp_path / "set.npz"), init=None, start="weak", jobs=2, table="2", runs=tmp_path)
+    args = argparse.Namespace(data=str(tmp_path / "set.npz"), init=None, start="weak",
+                              size=None, precision=None, jobs=2, table="2", runs=tmp_path)
     job = reproduce.job(args, reproduce.STARTS["imf"], 0)
     job = job._replace(command=(*job.command, "--steps", "1"))
     job.folder.mkdir(parents=True)
@@ -1009,7 +1014,7 @@ def test_a_folder_is_looked_at_again_once_it_is_ours(in_home, few_samples, monke
     @contextlib.contextmanager
     def raced(*args, **flags):
         with real(*args, **flags):
-            path.write_text(json.dumps(dict(data="other.npz")))
+            path.write_text(json.dumps(dict(data="other.npz", init="scratch", seed=0)))
             yield
 
     monkeypatch.setattr(run_folder, "lock", raced)
