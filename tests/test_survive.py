@@ -1010,16 +1010,17 @@ def test_a_loss_is_checked_before_what_came_of_it_is_measured(in_home, few_sampl
 def test_a_folder_is_looked_at_again_once_it_is_ours(in_home, few_samples, monkeypatch, capsys):
     """Another run may have begun in it between the first look and the lock."""
     real, path = run_folder.lock, in_home / "raced" / "args.json"
+    theirs = dict(data="other.npz", init="scratch", seed=0)
 
     @contextlib.contextmanager
     def raced(*args, **flags):
         with real(*args, **flags):
-            path.write_text(json.dumps(dict(data="other.npz", init="scratch", seed=0)))
+            path.write_text(json.dumps(theirs))
             yield
 
     monkeypatch.setattr(run_folder, "lock", raced)
     said = refusal(f"{IMF} --steps 1 --out raced", capsys, monkeypatch)
-    assert "holds another configuration" in said and json.loads(path.read_text()) == dict(data="other.npz")
+    assert "holds another configuration" in said and json.loads(path.read_text()) == theirs
 
 
 def test_the_best_of_a_run_is_its_lowest_distance_and_its_highest_score(tmp_path):
