@@ -402,7 +402,8 @@ def evidence(args):
         flags = shlex.split("--row 1 9 --seeds 1")
     words = ["2", *flags, "--out", str(args.out)]
     made = reproduce.parse_args(words)
-    folder = folder_of(made, reproduce.regime_of(made, reproduce.TABLES["2"]))
+    path = folder_of(made, reproduce.regime_of(made, reproduce.TABLES["2"])) / "runs.json"
+    earlier = path.stat().st_mtime_ns if path.exists() else 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C: the child is ended, its runs save
     child = subprocess.Popen([sys.executable, str(HERE / "reproduce.py"), *words])
     try:
@@ -413,12 +414,12 @@ def evidence(args):
         if child.poll() is None:
             child.terminate()
             child.wait()
-    if code and not (folder / "runs.json").exists():
+    if code and (not path.exists() or path.stat().st_mtime_ns == earlier):      # no new table
         raise BadInput(f"reproduce.py {shlex.join(words)} ended with exit code {code}")
-    rows = rows_of_table(read_json(folder / "runs.json", "the table"))
+    rows = rows_of_table(read_json(path, "the table"))
     missing = [f"{row['row']} ({made.seeds - row['seeds']} of {made.seeds} seeds)" for row in rows
                if row["seeds"] < made.seeds]
-    return dict(table=folder.name, rows=rows, missing=missing, seconds=None)
+    return dict(table=path.parent.name, rows=rows, missing=missing, seconds=None)
 
 
 def rows_of_table(table):
