@@ -113,7 +113,7 @@ def consistency_loss(u: Callable, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, 
 
 
 def regression(pred: Tensor, target: Tensor, c: float = 1e-3, cosine: bool = True, tangent_norm: float = 0.0) -> Tensor:
-    """rho(pred, sg target) of consistency_loss for each sample -> [B].  tangent_norm: AYF's and rCM's instead."""
+    """rho(pred, sg target) of consistency_loss for each sample -> [B].  tangent_norm > 0: AYF's and rCM's instead."""
     if tangent_norm:
         g = (target - pred).detach()                                                    # Eq. 58
         g = g / expand(g.flatten(1).norm(dim=1) + tangent_norm, g)
@@ -187,7 +187,7 @@ def distillation_loss(net: Callable, teacher: Callable, x0: Tensor, eps: Tensor,
     x_t = interpolate(x0, eps, t)                                                       # [B, C, H, W]
     with torch.no_grad():
         v = guided_velocity(teacher, x_t, t, y, guidance, channels)
-    guidance = torch.where((s == t)[:, None], gate_guidance(guidance, t), guidance)     # s = t: as v was asked for
+    guidance = torch.where((s == t)[:, None], gate_guidance(guidance, t), guidance)     # s = t: the guidance of v
     du_dt = derivative_where_needed(lambda x, t, y, s, guidance: guided_map(net, x, t, s, y, guidance), x_t, t, s, y,
                                     guidance, v, h, exact, rows)
     return regression(guided_map(net, x_t, t, s, y, guidance), v - expand(t - s, v) * du_dt, **rho)

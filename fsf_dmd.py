@@ -18,10 +18,10 @@ gradient; eps, eps': noise.
 || . ||^2 is the mean over elements: the value of lambda depends on it.
 
 L_FSF alone does not have the data as its fixed point: it compares a sample, f(x_tau, tau, 0), with a posterior mean,
-so it contracts (on N(0, 1) to a deviation of 0.46..0.58; tests/test_methods.py).  L_CD holds it up; without L_CD the
-generator collapses.
+so it contracts (on N(0, 1) to a deviation of 0.46..0.58; tests/test_methods.py).  L_CD prevents this; without L_CD
+the generator collapses.
 
-    python fsf_dmd.py --init imf --M 2       # digits, 2 CPU cores: a minute, the iMF it starts from included
+    python fsf_dmd.py --init imf --M 2       # digits, 2 CPU cores: 1 to 2 minutes, the iMF it starts from included
 
 --init imf      a guidance-conditioned flow map (consistency.py --loss imf, trained first if it is not there); it is its
                 own teacher
@@ -84,7 +84,8 @@ def fsf_dmd_loss(x: Tensor, U: Tensor, fake: Callable, teacher: Callable, tau: T
 
     x, U [B, C, H, W]: of a rollout, x_hat = x - U, gradient in U.  fake, teacher: callables (x_tau, tau) -> velocity,
     never differentiated.  tau [B] in [0, 1], eps [B, C, H, W] fresh noise.  weight: q, "adaptive" or "one".  Mean
-    over elements.  clip > 0 clamps v_fake - v_teacher to [-clip, clip].  ValueError for another weight or shape of tau.
+    over elements.  clip > 0 clamps v_fake - v_teacher to [-clip, clip]; cosine_factor: q times cos(pi tau / 2) (B.1).
+    ValueError for another weight or shape of tau.
     """
     if weight not in ("adaptive", "one") or tau.shape != x.shape[:1]:
         raise ValueError(f"weight {weight!r}, tau {list(tau.shape)}: expected adaptive or one, and [{len(x)}]")

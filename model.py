@@ -103,8 +103,8 @@ def total_derivative(u: Callable, x: Tensor, t: Tensor, s: Tensor, tangent: Tens
     """d/dt u(x_t, t, s) along dx/dt = tangent, ds/dt = 0: tangent . grad_x u + d_t u.  -> shape of x, without gradient.
 
     u: callable (x [B, ...], t [B], s [B]).  h: step of the central difference [u(x+ha, t+h, s) - u(x-ha, t-h, s)] / 2h.
-    It errs by O(h^2), and rounding adds O(1/h): at B/1 and h = 0.005 0.98 of the derivative in bf16, so autocast is off
-    here, and 0.09 of it in TF32 (results/gpu.md).  t +- h may leave [0, 1]: the network is smooth in time.
+    Its error is O(h^2), and rounding adds O(1/h).  At B/1 and h = 0.005 rounding is 0.98 of the derivative in bf16, so
+    autocast is off here, and 0.09 in TF32 (results/gpu.md).  t +- h may leave [0, 1]: the network is smooth in time.
     exact: torch.func.jvp (flash attention has no forward derivative).
     """
     with torch.autocast(x.device.type, enabled=False):
@@ -189,11 +189,12 @@ def guided_velocity(net: nn.Module, x: Tensor, t: Tensor, y: Tensor, guidance: T
     return cfg(v, v_uncond, gate_guidance(guidance, t)[:, 0], channels)
 
 
-def guided_map(net: nn.Module, x: Tensor, t: Tensor | float, s: Tensor | float, y: Tensor, guidance: Tensor) -> Tensor:
+def guided_map(net: nn.Module, x: Tensor, t: Tensor | float, s: Tensor | float, y: Tensor,
+               guidance: Tensor | None) -> Tensor:
     """Average velocity u(x_t, t, s | y) of a flow map.
 
-    guidance [B, 3]: an input in_context; a decoupled network has it in its weights.  A plain network knows no s: as the
-    student of DMD2 and SiD from flow matching it only ever jumps to 0.
+    guidance [B, 3] or None, no guidance: an input in_context; a decoupled network has it in its weights.  A plain
+    network knows no s: in flow matching s = t, and as the student of DMD2 and SiD it only ever jumps to 0.
     """
     if net.conditioning == "plain":
         return net(x, t, y)
@@ -439,7 +440,7 @@ class LightningDiT(nn.Module):
         if x.shape[2] != x.shape[3] or x.shape[2] != self.grid * self.patch_size:
             raise ValueError(f"x {list(x.shape)}: expected {self.grid * self.patch_size} pixels a side")
         B, dtype = len(x), torch.promote_types(x.dtype, torch.float32)
-        zeros = torch.zeros(B, dtype=dtype, device=x.device)                            # [B] of a float, without a copy
+        zeros = torch.zeros(B, dtype=dtype, device=x.device)                            # float -> [B] on the device
         t = (zeros + t).to(dtype)
         s = t if s is None else (zeros + s).to(dtype)
 
@@ -590,8 +591,7 @@ class IMFDiT(nn.Module):
             omega, t_min, t_max = guidance.to(dtype).unbind(1)
             conditions = (self.y_embedder(y), self.omega_embedder(1 - 1 / omega), self.t_min_embedder(t_min),
                           self.t_max_embedder(t_max), self.h_embedder(h))
-            prefix = [c[:, None] + token for c, token in zip(conditions, self.tokens)]
-            prefix = torch.cat(prefix, dim=1)                                           # [B, 20, D]
+            prefix = torch.cat([c[:, None] + token for c, token in zip(conditions, self.tokens)], dim=1)  # [B, 20, D]
         z = torch.cat([prefix, self.x_embedder(x)], dim=1)                              # [B, 20 + N, D]
         for block in self.blocks:
             z = block(z, self.cos.to(dtype), self.sin.to(dtype))

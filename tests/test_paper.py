@@ -152,6 +152,16 @@ def test_the_fids_of_the_headers_are_the_papers():
         assert len(found) >= 3 and found <= fids, (script.__name__, found - fids)
 
 
+def test_the_fids_of_the_readme_are_the_papers():
+    paper = json.loads((HERE / "golden" / "paper_tables.json").read_text())
+    fids = {row[0]: f"{row[1]:.2f}" for table in ("table2", "table3") for row in paper[table]["rows"]}
+    words = " ".join((HERE / "README.md").read_text().split())
+    own, dmd2_, cd = fids["FSF-DMD M=2"], fids["DMD2"], fids["Consistency distillation"]
+    masked = fids["Consistency distillation + random masking"]
+    assert f"FSF-DMD {own}, DMD2 {dmd2_}, CD with random masking {masked} (" in words
+    assert f"velocity alone), CD {cd}." in words
+
+
 def test_rcgm_with_and_without_twinflow_have_one_learning_rate():
     for data in ("digits", "shards"):
         rates = [script.parse_args([*flags.split(), "--data", data]).lr

@@ -88,8 +88,8 @@ def test_the_distances_of_the_readme_are_in_the_numbers():
     names = ("table7-digits-weak", "table7-digits-strong-row1", "table7-fashion-mnist-weak-row1-9")
     alone = [Told(name) for name in names]                              # their row 1: 1:1, no GAN, at the rates of 1:5
     first, second, third = (told.mean(1, "fd_2step", 1) for told in alone)
-    words = f"it has {first} ({alone[0].last[1][0]['passes']:.0f} passes), on the strong start of the digits {second}, "
-    assert f"{words}and on Fashion-MNIST {third};" in alone[0].text
+    words = f"{first} on digits ({alone[0].last[1][0]['passes']:.0f} passes), {second} from their strong start, "
+    assert f"rates of 1:5: {words}{third} on Fashion-MNIST" in alone[0].text
     digits, start = columns[0], columns[0].last[1][0]["passes"]
     later = {                                                           # (label, column): last evaluations; no star
         ("SiD", 2): run_later("SiD, weak start"),
