@@ -26,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import numpy as np
@@ -495,7 +494,7 @@ def parse_args(argv=None):
                    help=f"these methods only, 1 to {len(COST)} as in the table, measured in this order")
     p.add_argument("--minutes", type=number(float, 0), default=0,
                    help="after so many minutes begin no other method (0: measure all)")
-    p.add_argument("--runs", type=folder_path, default=Path("runs/reproduce"), help="keeps what was measured")
+    p.add_argument("--runs", type=folder_path, default="runs/reproduce", help="keeps what was measured")
     p.add_argument("--out", type=folder_path, help="where the folder of the table is made (default: tables in --runs)")
     args = p.parse_args(argv)
     args.out = args.out or args.runs / "tables"

@@ -71,7 +71,7 @@ def load_data(source: str) -> Data:
     test_images = test_labels = None
     if source == "digits":
         images, labels = read_digits()
-    elif source.endswith(".npz"):
+    elif source.lower().endswith(".npz"):
         images, labels = read_npz(source)
     elif not Path(source).is_dir():
         raise BadInput(f"--data {source}: expected `digits`, an .npz file with `images` and `labels`, "
@@ -110,7 +110,7 @@ def data_kind(source: str) -> str:
 
     A path that does not exist counts as latents; `load_data` refuses it.
     """
-    if source == "digits" or source.endswith(".npz"):
+    if source == "digits" or source.lower().endswith(".npz"):
         return "pixels"
     folder = Path(source)
     holds_images = folder.is_dir() and not any(folder.glob("*.safetensors"))
@@ -128,7 +128,7 @@ def preset_kind(source: str) -> str:
     if source == "digits":                                       # a folder of this name may lie here
         return "pixels"
     side = 0
-    if source.endswith(".npz"):
+    if source.lower().endswith(".npz"):
         if Path(source).is_file():
             shape, _ = npz_headers(source, f"--data {source}").get("images", ((), None))
             side = shape[1] if len(shape) > 2 else 0

@@ -28,7 +28,8 @@ from inception import Inception  # noqa: F401  (a public name of this file too, 
 from metrics import frechet_distance, inception_score, precision_recall  # noqa: F401
 from metrics import EVAL_SEED, METRICS, Features
 from model import LightningDiT, backward_simulation, euler_sample, fixed_guidance, guided_map, guided_velocity, sample
-from plumbing.checkpoints import load_checkpoint, load_network, refuse_not_finite, say_unlearned, weights_hash
+from plumbing.checkpoints import (are_other_images, load_checkpoint, load_network, refuse_not_finite, say_unlearned,
+                                  weights_hash)
 from plumbing.files import json_text, reading, refuse_flips, write_atomic
 from plumbing.flags import BATCH, SEED, STEPS, Parser, data_source, folder_path, number
 from plumbing.run_folder import check_writable
@@ -331,19 +332,28 @@ def guidance_words(conditioning: str, sampler: str, omega: float, guide_to: floa
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def data_of(path: str, checkpoint: dict, otherwise: str) -> Data:
+    """The data that a model.pt was trained on.  BadInput, with what to do `otherwise`, if they are not there."""
+    source = checkpoint["data"]["source"]
+    if source != "digits" and not Path(source).exists():
+        raise BadInput(f"{path}: was trained on {source}, which is not there (seen from here); {otherwise}")
+    data = load_data(source)
+    if are_other_images(checkpoint, data):
+        raise BadInput(f"{path}: was trained on a {source} of other mean and deviation than the one that is there "
+                       f"(seen from here); {otherwise}")
+    return data
+
+
 def load_for_sampling(args: argparse.Namespace) -> tuple[LightningDiT, dict, Data]:
     """(network, checkpoint, data) of the checkpoint args.what; BadInput where data or weights are missing.
 
     Its EMA weights, or with --weights raw those in training, from the state.pt beside it.
     """
     checkpoint = load_checkpoint(args.what)
-    source = args.data or (checkpoint["data"] or {}).get("source")
-    if not source:
+    if not args.data and not checkpoint["data"]:
         raise BadInput(f"{args.what}: an official checkpoint holds no statistics of its latents, "
                        "expected --data with the folder of latents")
-    if not args.data and source != "digits" and not Path(source).exists():
-        raise BadInput(f"{args.what}: was trained on {source}, which is not there (seen from here); pass --data")
-    data = load_data(source)
+    data = load_data(args.data) if args.data else data_of(args.what, checkpoint, "pass --data")
     net, _ = load_network(args.what, data)
     if args.weights == "raw":
         path = Path(args.what).absolute().with_name("state.pt")

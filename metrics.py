@@ -148,6 +148,10 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: 
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Diverged(BadInput):
+    """Samples that hold NaN or infinity."""
+
+
 class Reference(NamedTuple):
     """Real images as the metrics need them."""
 
@@ -216,11 +220,11 @@ class Features:
     def metrics(self, x: torch.Tensor, y: torch.Tensor) -> dict[str, float]:
         """The metrics of the file header for generated x [n, C, H, W] asked to be of classes y [n].
 
-        BadInput if x holds NaN or infinity, or numbers so large that its features do.
+        Diverged if x holds NaN or infinity, or numbers so large that its features do.
         """
         features, probs = self(x)
         if not x.isfinite().all() or not features.isfinite().all():
-            raise BadInput("the samples hold NaN or infinity: the network has diverged; take an earlier checkpoint")
+            raise Diverged("the samples hold NaN or infinity: the network has diverged; take an earlier checkpoint")
         return compare(self.reference, features, probs, y)
 
     @cached_property

@@ -45,9 +45,10 @@ from inception import load_inception
 from metrics import refuse_few
 from model import SIZES
 from plumbing import report
-from plumbing.checkpoints import load_checkpoint, new_network, refuse_other_data
+from plumbing.checkpoints import load_checkpoint, new_network, refuse_jumps, refuse_other_data
 from plumbing.flags import Parser, data_source, folder_path, number
 from plumbing.kept_runs import HERE, Job, chain, is_done, machine, record, refuse_torchrun, run_all, sources_of
+from plumbing.run_folder import check_writable
 
 PAPER = json.loads((HERE / "golden" / "paper_tables.json").read_text())
 
@@ -393,6 +394,7 @@ def refuse_contradictions(args, given):
     table = TABLES[args.table]
     latents = data_kind(args.data) == "latents"
     starts = {row.start for row in table.rows}
+    args.row = args.row and list(dict.fromkeys(args.row))
     for row in args.row or ():
         if row > len(table.rows):
             raise BadInput(f"--row {row}: expected 1 to {len(table.rows)}")
@@ -408,8 +410,9 @@ def refuse_contradictions(args, given):
     if args.init and args.size:
         raise BadInput(f"--size {args.size}: the network is that of --init; leave one of them out")
     if args.init:
-        conditioning = load_checkpoint(args.init)["config"]["conditioning"]
-        found = {"in_context": "imf", "plain": "fm"}.get(conditioning)
+        start = load_checkpoint(args.init)
+        refuse_jumps(args.init, start, "pass the network that it was distilled from")
+        found = {"in_context": "imf", "plain": "fm"}.get(start["config"]["conditioning"])
         needed = starts - {None}
         if needed != {found}:
             names = " and ".join(sorted(needed)) or "scratch"
@@ -448,6 +451,7 @@ def run(args):
                 jobs[r][seed] = each
     if args.list:
         return print_commands(rows, jobs)
+    check_writable(args.runs, "--runs ")
 
     folder = report.folder_of(args, regime_of(args, table))
     there = report.seeds_in(folder)

@@ -22,7 +22,6 @@ import os
 import re
 import shlex
 import sys
-from pathlib import Path
 
 from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import numpy as np
@@ -172,7 +171,7 @@ def parse_args(argv=None):
     p.add_argument("--data", type=data_source, default="digits", help="digits, or other images, as in reproduce.py")
     p.add_argument("--seeds", type=number(int, 1, 2), default=2, help="1: no second seed for the best two of a method")
     p.add_argument("--jobs", type=number(int, 1), default=min(8, os.cpu_count() or 1), help="runs at a time")
-    p.add_argument("--runs", type=folder_path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
+    p.add_argument("--runs", type=folder_path, default="runs/reproduce", help="folder of the runs that are kept")
     p.add_argument("--out", type=folder_path, help="where the folder is made (default: tables in --runs)")
     args = p.parse_args(argv)
     args.out = args.out or args.runs / "tables"

@@ -265,8 +265,8 @@ def figure(stored):
 def parse_args(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--seeds", type=number(int, 1), default=5, help="seeds 0, 1, ...")
-    p.add_argument("--runs", type=folder_path, default=Path("runs/finite_difference"), help="folder of the kept runs")
-    p.add_argument("--out", type=result_folder, default=Path("runs/finite_difference_results"),
+    p.add_argument("--runs", type=folder_path, default="runs/finite_difference", help="folder of the kept runs")
+    p.add_argument("--out", type=result_folder, default="runs/finite_difference_results",
                    help="folder of the results")
     return p.parse_args(argv)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 from common import BadInput, main  # noqa: E402
-from data import load_data, preview  # noqa: E402
-from evaluate import generate, real_images, restated, sampling  # noqa: E402
+from data import preview  # noqa: E402
+from evaluate import data_of, generate, real_images, restated, sampling  # noqa: E402
 from plumbing.checkpoints import load_network  # noqa: E402
 from plumbing.flags import Parser, number  # noqa: E402
 from plumbing.passes import passes_until  # noqa: E402
@@ -31,6 +31,8 @@ def parse_args(argv=None):
 
 
 def run(args):
+    if args.out.suffix != ".png" or args.out.is_dir():
+        raise BadInput(f"--out {args.out}: expected the name of a .png")
     check_writable(args.out.parent)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     found, data = [], None
@@ -44,7 +46,7 @@ def run(args):
         net, checkpoint = load_network(path, data)
         if checkpoint["data"] is None:
             raise BadInput(f"{path}: holds official weights, which know no data set")
-        data = data or load_data(checkpoint["data"]["source"])
+        data = data or data_of(path, checkpoint, "run it where the network was trained")
         found.append((name, script, net, checkpoint))
     classes = min(data.num_classes, 10)
     bands = [("real images", real_images(data, classes))]

@@ -62,7 +62,7 @@ def parse_args(argv=None):
     p.add_argument("--repeats", type=number(int, 1), default=5, help="of the backbone and the products; medians")
     p.add_argument("--compile", type=number(int, 0, 1), default=1, help="0: without the compiled backbone")
     p.add_argument("--device", default="auto")
-    p.add_argument("--out", type=result_folder, default=Path("runs/step"), help="folder of the results")
+    p.add_argument("--out", type=result_folder, default="runs/step", help="folder of the results")
     return p.parse_args(argv)
 
 

@@ -48,8 +48,8 @@ def parse_args(argv=None):
                    help="lambdas of Eq. 15")
     p.add_argument("--seeds", type=number(int, 1), default=3, help="seeds 0, 1, ...")
     p.add_argument("--jobs", type=number(int, 1), default=min(8, os.cpu_count() or 1), help="runs at a time")
-    p.add_argument("--runs", type=folder_path, default=Path("runs/reproduce"), help="folder of the runs that are kept")
-    p.add_argument("--out", type=result_folder, default=Path("runs/strength"), help="folder of the results")
+    p.add_argument("--runs", type=folder_path, default="runs/reproduce", help="folder of the runs that are kept")
+    p.add_argument("--out", type=result_folder, default="runs/strength", help="folder of the results")
     args = p.parse_args(argv)
     args.starts, args.lam = sorted(set(args.starts)), sorted(set(args.lam))
     return args

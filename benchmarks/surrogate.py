@@ -57,7 +57,7 @@ def parse_args(argv=None):
     p.add_argument("--steps", type=number(int, 1), default=1000, help="training steps of the explicit fake network")
     p.add_argument("--n", type=number(int, 10), default=2000, help="samples of a measurement")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    p.add_argument("--out", type=result_folder, default=Path("runs/surrogate"), help="folder of the results")
+    p.add_argument("--out", type=result_folder, default="runs/surrogate", help="folder of the results")
     return p.parse_args(argv)
 
 

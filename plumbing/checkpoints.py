@@ -22,15 +22,20 @@ def read_weights(path):
     with reading(path, "a file of weights", "fetch it again, or choose another"):
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:                                        # written before torch 1.6: cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = mapped(path)
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not is_state_dict(state):
         raise BadInput(f"{path}: holds no state dict of tensors")
     return state
+
+
+def mapped(path):
+    """What is in a file of torch.save, mapped into memory where that can be done."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, UnicodeEncodeError):                      # from before torch 1.6; a path that is no UTF-8
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def is_state_dict(state):
@@ -167,20 +172,25 @@ def first_process():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def say_other_data(path, checkpoint, data):
-    """Print a line if a network was trained on images of another mean or deviation: it takes these for its own."""
+def are_other_images(checkpoint, data):
+    """Whether a network was trained on images of another mean or deviation than these."""
     made_for = checkpoint["data"]
     if made_for is None or data.kind == "latents":
-        return
+        return False
     found, here = torch.tensor([*made_for["mean"], *made_for["std"]]), torch.tensor([*data.mean, *data.std])
-    if (found - here).abs().max() > 1e-3 and first_process():
-        print(f"{path}: was trained on {made_for['source']}, of other mean and deviation than {data.source}; "
+    return (found - here).abs().max() > 1e-3
+
+
+def say_other_data(path, checkpoint, data):
+    """Print a line if a network was trained on images of another mean or deviation: it takes these for its own."""
+    if are_other_images(checkpoint, data) and first_process():
+        print(f"{path}: was trained on {checkpoint['data']['source']}, of other mean and deviation than {data.source}; "
               f"it goes on with those of {data.source}")
 
 
 def refuse_jumps(path, checkpoint, why):
-    """BadInput for a plain few-step generator where a velocity is asked for: DMD2 and SiD train only its jumps."""
-    if checkpoint["config"]["conditioning"] == "plain" and (checkpoint.get("sampler") or "").startswith("renoised"):
+    """BadInput for a generator of DMD2 or SiD where a velocity is asked for: they train its jumps alone."""
+    if (checkpoint.get("sampler") or "").startswith("renoised"):
         raise BadInput(f"{path}: is a few-step generator, whose velocity is untrained, so it is no teacher; {why}")
 
 
@@ -213,8 +223,10 @@ def new_network(args, data, conditioning):
     channels, size, _ = data.x.shape[1:]
     patch = SIZES[args.size]["patch_size"]
     if size % patch:
+        others = [name for name, dims in SIZES.items() if size % dims["patch_size"] == 0 and name in ("tiny", "small")]
+        hint = f"; --size {others[0]} takes them" if others else ""
         raise BadInput(f"--data {data.source}: has {size} x {size} pixels, expected a multiple of {patch}, the patch "
-                       f"of --size {args.size}")
+                       f"of --size {args.size}{hint}")
     tokens = {k: getattr(args, k) for k in ("n_tokens", "token_block") if getattr(args, k) is not None}
     try:
         return LightningDiT(args.size, conditioning, input_size=size, in_channels=channels,
@@ -242,7 +254,7 @@ def networks_of_state(args):
     """
     path = Path(args.out) / "state.pt"
     with reading(path, "the state of this run", f"it cannot be resumed, {start_over(args)}"):
-        configs = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["configs"]
+        configs = mapped(path)["configs"]
         teacher = build(configs["teacher"]).requires_grad_(False).eval() if "teacher" in configs else None
         return build(configs["net"]).train(), teacher
 
@@ -277,7 +289,7 @@ def starting_networks(args, data, device, pretrained, conditioning="in_context",
     else:
         checkpoint = load_checkpoint(path)
         refuse_other_data(path, checkpoint, data)
-        if given is None:
+        if given is None and "teacher" in args:                     # TwinFlow learns its velocity from the data
             refuse_jumps(path, checkpoint, "pass --teacher with the network that it was distilled from")
         say_other_data(path, checkpoint, data)
     net, start = load_start(path, data, flow_map, omega=1.0 if given else asked)

@@ -54,6 +54,8 @@ def write_atomic(path: str | Path, content) -> None:
     OSError where the disk is full or the folder is gone, whatever the library that wrote raised for it.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))     # else of the temporary name
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     try:

@@ -317,8 +317,10 @@ def folder_name(script, values, given, preset_values, init_kind):
         init = Path(init).parent.name or Path(init).stem
     not_named = RUNTIME_FLAGS | {"data", "init", "loss"}
     differs = [f"{k}{given[k]}" for k in sorted(given) if k not in not_named and given[k] != preset_values.get(k)]
-    name = "-".join([script, data_name(values["data"]), init, *differs])
-    return str(Path("runs") / name.replace("/", ""))
+    name = "-".join([script, data_name(values["data"]), init, *differs]).replace("/", "")
+    if len(os.fsencode(name)) > 255:                                # no file system takes more
+        raise BadInput(f"the default --out, runs/{name[:40]}..., is too long a name for a folder; pass --out")
+    return str(Path("runs") / name)
 
 
 def refuse(args, flags, why):

@@ -27,6 +27,9 @@ from plumbing.files import BadInput, Locked, json_text, lock, read_json, read_li
 RUNTIME_FLAGS = {"vae", "steps", "micro_batch", "device", "compile", "out", "resume", "log_every", "preview_every",
                  "eval_every", "save_every", "health_every", "dry_run"}
 
+# Flags that may name a file.
+PATHS = {"data", "init", "teacher"}
+
 # In the namespace, but no flags.  wait: whether to wait for another process that trains in this folder.
 NO_FLAGS = {"sources", "wait"}
 
@@ -89,12 +92,13 @@ def check_folder(args):
     Scripts ask before any pretraining; a Run asks again.
     """
     folder, data = Path(args.out), Path(args.data)
-    elsewhere, over = "pass --out elsewhere", "choose another --out, or --resume no to start over"
+    elsewhere, over, flag = "pass --out elsewhere", "choose another --out, or --resume no to start over", "--out "
     if getattr(args, "wait", False):                        # a start: --out and --resume are not passed on to it
         elsewhere = over = (
             f"the start is trained there: run `python consistency.py --loss {args.loss} --data ... --out NEW`, "
             "then pass --init NEW/model.pt")
-    check_writable(folder, "--out ")
+        flag = "the start, trained below the folder that you are in (or pass --init FILE): "
+    check_writable(folder, flag)
     of_folder = args.data != "digits" and data.is_dir()
     if of_folder and folder.resolve().is_relative_to(data.resolve()):
         raise BadInput(f"--out {folder}: lies in --data {data}, where it would be read as data; {elsewhere}")
@@ -127,7 +131,8 @@ def check_folder(args):
         names = [k for k in names if k in args.sources] or names    # start and sampler follow from flags
         differ = [f"--{k} {before.get(k)} (there) {now[k]} (here)" for k in names]
         if differ:
-            raise BadInput(f"{folder} holds another configuration: {', '.join(differ)}; {over}")
+            moved = " (files as seen from here; the run was begun elsewhere?)" if {*names} & PATHS else ""
+            raise BadInput(f"{folder} holds another configuration: {', '.join(differ)}{moved}; {over}")
         if (folder / "model.pt").exists() and not (folder / "state.pt").exists():       # the first is written last
             raise BadInput(f"{folder}: has a model.pt but no state.pt to go on from; --init {folder}/model.pt starts "
                            f"another run from it, {start_over(args)}")
@@ -135,7 +140,7 @@ def check_folder(args):
 
 def same_value(flag, before, now):
     """Whether a flag means the same in both: a file may be spelled otherwise, ./toy.npz for toy.npz."""
-    if flag in ("data", "init", "teacher") and isinstance(before, str) and isinstance(now, str):
+    if flag in PATHS and isinstance(before, str) and isinstance(now, str):
         return os.path.abspath(before) == os.path.abspath(now)
     return before == now
 

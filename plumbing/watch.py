@@ -7,9 +7,10 @@ import torch
 from common import noise_by_index, world
 from data import to_images
 from evaluate import decoder_for, default_sampler, evaluate, show, table
-from metrics import EVAL_SEED
+from metrics import EVAL_SEED, Diverged
 from model import fixed_guidance, interpolate, v_to_x0
-from plumbing.files import read_lines, write_atomic
+from plumbing.files import BadInput, read_lines, write_atomic
+from plumbing.run_folder import UNTOUCHED
 
 
 def begin(run, features):
@@ -24,7 +25,11 @@ def watch(run, features, start=None, panel=None):
     """
     args = run.args
     if run.main and run.due(args.eval_every):
-        run.evaluated(evaluate(run.model, features, args))
+        try:
+            run.evaluated(evaluate(run.model, features, args))
+        except Diverged:                                            # before a loss or a weight has shown it
+            raise BadInput(f"the run has diverged: its samples hold NaN or infinity after step {run.step}; "
+                           f"{UNTOUCHED}") from None
         if run.model.conditioning == "in_context" and getattr(args, "omega_max", 1) > 1:
             run.write(dict(omega_response=omega_response(run.model, run.data)))
     if run.main and run.due(args.preview_every):

@@ -24,6 +24,7 @@ import finite_difference
 import fsf_dmd
 import gpu
 import model
+import picture
 import reproduce
 import step
 import strength
@@ -656,6 +657,14 @@ def test_benchmarks_refuse_what_they_would_mix_or_write_over(in_home, tmp_path):
     torch.save(other | dict(data=dict(other["data"], source="digits")), tmp_path / "other.pt")
     with pytest.raises(BadInput, match="was trained on digits, the others on toy.npz"):
         surrogate.run(surrogate.parse_args(["a=imf/model.pt", f"b={tmp_path}/other.pt", "--device", "cpu"]))
+
+
+def test_a_picture_is_written_over_no_other_file(in_home):
+    before = Path("imf/model.pt").read_bytes()
+    for out in ("imf/model.pt", "imf"):
+        with pytest.raises(BadInput, match="expected the name of a .png"):
+            picture.run(picture.parse_args(["a=imf/model.pt", "--out", out]))
+    assert Path("imf/model.pt").read_bytes() == before
 
 
 @pytest.mark.slow

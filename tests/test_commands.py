@@ -671,6 +671,12 @@ def write_bad_inputs(folder):
     torch.save({"a": 1}, folder / "other.pt")
     plain = torch.load(folder / "fm" / "model.pt", weights_only=True)
     torch.save(plain | dict(sampler="renoised"), folder / "jumps.pt")   # as dmd2.py --init fm leaves it
+    flow_map = torch.load(folder / "imf" / "model.pt", weights_only=True)
+    torch.save(flow_map | dict(sampler="renoised"), folder / "steps.pt")    # as dmd2.py --init imf leaves it
+    others = dict(flow_map["data"], mean=[m + 0.1 for m in flow_map["data"]["mean"]])
+    torch.save(flow_map | dict(data=others), folder / "others.pt")
+    (folder / ("long" * 60)).mkdir()
+    torch.save(flow_map, folder / ("long" * 60) / "model.pt")
     (folder / "cut.pt").write_bytes((folder / "imf" / "model.pt").read_bytes()[:2000])
     broken = torch.load(folder / "imf" / "model.pt", weights_only=True)
     broken["weights"].pop("pos_embed")
@@ -707,6 +713,10 @@ BAD = [  # command, words of the one line
     ("fsf_dmd.py --data toy.npz --init mif", "--init mif: expected fm or imf or scratch, or the path of a model.pt"),
     ("fsf_dmd.py --data toy.npz --init jumps.pt", "jumps.pt: is a few-step generator"),
     ("fsf_dmd.py --data toy.npz --init fm/model.pt --teacher jumps.pt", "jumps.pt: is a few-step generator"),
+    ("fsf_dmd.py --data toy.npz --init steps.pt", "steps.pt: is a few-step generator"),
+    ("sid.py --data toy.npz --init imf/model.pt --teacher steps.pt", "steps.pt: is a few-step generator"),
+    ("reproduce.py 4 --data toy.npz --init jumps.pt --seeds 1", "jumps.pt: is a few-step generator"),
+    (f"fsf_dmd.py --data toy.npz --init {'long' * 60}/model.pt --lr 0.1", "too long a name for a folder; pass --out"),
     ("fsf_dmd.py --data toy.npz --init fm/model.pt --cfg_channels 2", "--data toy.npz has 1 channels"),
     ("evaluate.py fm/model.pt --cfg_channels 2", "--cfg_channels 2: expected 0 to 1 for fm/model.pt"),
     ("fsf_dmd.py --data toy.npz --init text.pt", "text.pt: not a model.pt"),
@@ -794,6 +804,7 @@ BAD = [  # command, words of the one line
     ("evaluate.py missing.pt", "missing.pt: no such file"),
     ("evaluate.py evil.pt", "evil.pt: not a model.pt"),
     ("evaluate.py imf/model.pt --data digits", "was made for shape [1, 4, 4], but --data digits has [1, 8, 8]"),
+    ("evaluate.py others.pt", "others.pt: was trained on a toy.npz of other mean and deviation than the one"),
     ("evaluate.py imf/model.pt --device tpu", "--device tpu: not usable here"),
     ("evaluate.py imf/model.pt --n 3", "--n: 3 is out of range"),
     ("evaluate.py --steps 1 2 imf/model.pt", "--steps: imf/model.pt is not an integer, expected one of at least 1"),
@@ -838,6 +849,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_state(in_home, f
     assert "is not finite at step" in said and "tau in [" in said
     path = in_home / "infinite" / "state.pt"
     assert not path.exists() or all(v.isfinite().all() for _, v in tensors(state(in_home, "infinite")["net"]))
+
+
+def test_samples_that_are_not_finite_stop_the_run_before_a_loss_shows_it(in_home, few_samples, monkeypatch, capsys):
+    command = f"{TOY['fsf_dmd.py']} --steps 5 --out wild --lr 1000 --log_every 1 --eval_every 1"
+    said = refusal(command, capsys, monkeypatch)
+    assert "the run has diverged: its samples hold NaN or infinity after step 1; the last state.pt is untouched" in said
 
 
 # ---- what a GPU needs ------------------------------------------------------------------------------------------------

@@ -367,6 +367,16 @@ def test_a_run_does_not_write_over_the_network_that_it_needs(in_home, monkeypatc
     assert "kept: exists and is no run folder, expected a new one; nothing was touched" in said
 
 
+def test_a_folder_whose_name_is_no_utf8_is_resumed(in_home, few_samples):
+    out = os.fsdecode(b"caf\xe9")
+    for steps in (1, 2):
+        train(f"fsf_dmd.py --init imf/model.pt --data toy.npz --health_every 0 --steps {steps} --out {out}")
+    assert checkpoints.load_checkpoint(f"{out}/model.pt")["step"] == 2
+    with open(f"{out}/weights.pt", "wb") as file:
+        torch.save(dict(w=torch.ones(3)), file)
+    assert checkpoints.read_weights(f"{out}/weights.pt")["w"].sum() == 3
+
+
 def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path):
     with pytest.raises(files.BadInput, match="x.pt: may not be read, expected a model.pt; give yourself the right"):
         with files.reading("x.pt", "a model.pt", "train it again"):
