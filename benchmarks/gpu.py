@@ -1,20 +1,22 @@
 """What a GPU makes measurable, in blocks of a few minutes, unattended; a block that is done is not done again.
 
-    python benchmarks/gpu.py                            # every block; --block runs cost for some
+    python benchmarks/gpu.py                            # every block; --block runs cost for some; again to go on
     python benchmarks/gpu.py --again 1                  # measure again
     python benchmarks/gpu.py --rehearse 1 --out /tmp/g  # the same code on a CPU, at tiny size: numbers of no meaning
 
     runs         every script on digits, fp32 and bf16, compiled and not; losses beside the CPU's, step by step
     waits        calls within a step that hold up the CPU until the GPU is done, of every script: there should be none
     cost         cost.py: seconds, memory and FLOPs of a step of every method at the paper's setting, and the share of
-                 the bf16 matrix rate that is measured beside it (Table 10)
-    profile      where a step of FSF-DMD (M = 2) goes: attention, matrix products, elementwise, reductions, copies, idle
+                 the bf16 matrix rate that is measured beside it (Table 10); rows that are missing come first
+    profile      where a step of FSF-DMD (M = 2) goes: attention, matrix products, elementwise, reductions, copies,
+                 idle; and the finite difference, the optimizer, the EMA
     difference   du/dt in bf16, with and without the float32 evaluations, against torch.func.jvp: error and time
     throughput   images a second of 2-step sampling, VAE decoding and Inception features; minutes of a 50K FID
     evidence     Table 2 on Fashion-MNIST from the strong start, five seeds of a larger network (reproduce.py --size
-                 medium, 8 runs at a time); stopped after --minutes, and the same command goes on
+                 medium, 8 runs at a time); where --minutes stop it, the table of the seeds that are done
 
-Warm-up first, medians of CUDA events, random weights and inputs.  Writes gpu.md and gpu/<block>.json into --out.
+Warm-up first, medians of CUDA events, random weights and inputs.  Writes gpu.md and gpu/<block>.json into --out.  A
+block that fails does not end the others.
 """
 import argparse
 import concurrent.futures
@@ -29,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from pathlib import Path
 
@@ -40,6 +43,7 @@ from torch.profiler import ProfilerActivity, profile
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
+import consistency  # noqa: E402
 import cost  # noqa: E402
 import fsf_dmd  # noqa: E402
 import reproduce  # noqa: E402
@@ -47,8 +51,10 @@ from common import BadInput, main, set_tf32  # noqa: E402
 from evaluate import generate  # noqa: E402
 from inception import Inception  # noqa: E402
 from model import LightningDiT, fixed_guidance, total_derivative  # noqa: E402
+from normuon import NorMuon  # noqa: E402
 from plumbing.files import json_text, read_json, read_lines, write_atomic  # noqa: E402
 from plumbing.flags import Parser, data_source, folder_path, number  # noqa: E402
+from plumbing.kept_runs import is_done  # noqa: E402
 from plumbing.report import folder_of, markdown_lines, spread  # noqa: E402
 from plumbing.run_folder import Run  # noqa: E402
 from vae import VAE  # noqa: E402
@@ -74,6 +80,12 @@ COMPARED = 20                   # steps whose losses are compared with the CPU's
 # Rows of cost.py, those of the paper's claim first: FSF-DMD, DMD2, CD, ...
 ORDER = "3 7 1 2 6 5 16 15 10 18 4 8 9 19 12 14 11 13 17 20 21".split()
 
+# Functions whose share of a step is told beside its kernels.
+PARTS = [
+    (consistency, "total_derivative", "finite_difference"), (NorMuon, "step", "optimizer"),
+    (fsf_dmd, "update_ema", "EMA"),
+]
+
 # Kernels by name, the first that fits; those of compiled blocks are named after all that they fuse.
 KINDS = [
     ("reductions", r"^triton_(per|red)"),
@@ -92,9 +104,9 @@ def parse_args(argv=None):
     p.add_argument("--again", type=number(int, 0, 1), default=0, help="1: measure what is measured already")
     p.add_argument("--rehearse", type=number(int, 0, 1), default=0, help="1: on the CPU, at tiny size")
     p.add_argument("--out", type=folder_path, default=HERE / "results", help="where gpu.md and gpu/ are written")
-    p.add_argument("--minutes", type=number(float, 0), default=8,
-                   help="cost begins no method after so many minutes, evidence is stopped then (0: never); "
-                   "the next call goes on")
+    p.add_argument("--minutes", type=number(float, 0), default=7,
+                   help="after so many minutes no block and no method of cost is begun, and evidence is stopped, which "
+                   "takes up to two more (0: never); the next call goes on")
     p.add_argument("--data", type=data_source, default="/usr/share/datasets/fashion-mnist", help="of evidence")
     p.add_argument("--batch_size", type=number(int, 2), default=128, help="of profile and difference")
     args = p.parse_args(argv)
@@ -102,21 +114,33 @@ def parse_args(argv=None):
         raise BadInput("no CUDA device here; --rehearse 1 runs the same code on the CPU, at tiny size")
     if args.rehearse and args.out.resolve() == p.get_default("out").resolve():
         raise BadInput("--rehearse 1: its numbers mean nothing, give them an --out of their own")
+    if "evidence" in args.block and not args.rehearse and not Path(args.data).is_dir():
+        raise BadInput(f"--data {args.data}: is not there, expected Fashion-MNIST's files; bring them, or leave "
+                       "evidence out with --block")
     args.device = torch.device("cpu" if args.rehearse else "cuda")
     args.size = "tiny" if args.rehearse else "B/1"
     return args
 
 
 def run(args):
-    folder = args.out / "gpu"
+    folder, failed = args.out / "gpu", []
     folder.mkdir(parents=True, exist_ok=True)
+    args.ends = time.perf_counter() + (60 * args.minutes or float("inf"))
     for name in args.block:
         path = folder / f"{name}.json"
         if path.exists() and not args.again and not read_json(path, "what was measured before").get("missing"):
             print(f"{name}: measured before, in {path}")
             continue
         begun = time.perf_counter()
-        found = BLOCKS[name](args)
+        if begun > args.ends:
+            print(f"{name}: not begun, {args.minutes:g} minutes are over; the same command goes on")
+            continue
+        try:
+            found = BLOCKS[name](args)
+        except Exception:                                       # the time of the others is short
+            traceback.print_exc()
+            failed.append(name)
+            continue
         if found is None:
             print(f"{name}: stopped after {args.minutes:g} minutes; the same command goes on")
             continue
@@ -125,6 +149,8 @@ def run(args):
         write_atomic(path, json_text(head | dict(seconds=time.perf_counter() - begun) | found, indent=1) + "\n")
         write_atomic(args.out / "gpu.md", page(folder))
         print(f"{name}: {time.perf_counter() - begun:.0f} s, {path}")
+    if failed:
+        raise BadInput(f"failed: {', '.join(failed)}; what they raised is above")
 
 
 def device_name(args):
@@ -163,7 +189,7 @@ def matrix_rate(args):
 
 def runs(args):
     """Every script runs; its losses on the device beside those of fp32 on the CPU.  Several at a time: no timing."""
-    steps, rows = (2 if args.rehearse else COMPARED), []
+    steps, rows, losses = (2 if args.rehearse else COMPARED), [], {}
     settings = {"cpu": ""} | {name: flags for name, flags in SETTINGS.items()
                               if not (args.rehearse and "compiled" in name)}
     with tempfile.TemporaryDirectory() as folder:
@@ -179,13 +205,14 @@ def runs(args):
 
         with concurrent.futures.ThreadPoolExecutor(max(1, os.cpu_count() // 2)) as pool:
             found = {(name, setting): pool.submit(lines_of, name, setting) for name in SCRIPTS for setting in settings}
-        for (name, setting), lines in found.items():
+        for (name, setting), run in found.items():
+            losses[f"{name}, {setting}"] = lines = run.result()
             if setting != "cpu":
                 # From the second step on NorMuon's products have made a difference: bf16 on a GPU, float32 on a CPU.
-                on_cpu, lines = found[name, "cpu"].result(), lines.result()
+                on_cpu = found[name, "cpu"].result()
                 rows.append(dict(script=name, setting=setting, first_step=largest_difference(on_cpu[:1], lines[:1]),
                                  all_steps=largest_difference(on_cpu, lines)))
-    return dict(steps=steps, flash_attention=flash_attention(args), rows=rows)
+    return dict(steps=steps, flash_attention=flash_attention(args), rows=rows, losses=losses)
 
 
 class Done(Exception):
@@ -270,24 +297,64 @@ def largest_difference(a, b):
 
 
 def cost_table(args):
-    """cost.py, row by row, and the matrix rate; a row that is measured is kept beside the results."""
-    rate = matrix_rate(args)
-    flags = ["--runs", str(args.out / "gpu" / "rows"), "--out", str(args.out), "--minutes", str(args.minutes)]
-    if args.rehearse:
-        flags += ["--size", "tiny", "--batch_size", "2", "--row", "1"]
-    else:
-        flags += ["--row", *ORDER]
-    measured = cost.parse_args(flags)
+    """cost.py, row by row, and the matrix rate of today.  Rows that are not measured today stay, with their date."""
+    rate, minutes = matrix_rate(args), (args.ends - time.perf_counter()) / 60
+    flags = ["--runs", str(args.out / "gpu" / "rows"), "--out", str(args.out)]
+    flags += ["--minutes", f"{max(minutes, 0.01):.2f}"] if args.minutes else []
+    flags += ["--size", "tiny", "--batch_size", "2"] if args.rehearse else []
+    path, earlier = args.out / "gpu" / "cost.json", {}
+    if path.exists():
+        earlier = read_json(path, "what was measured before")
+    wanted = ["1"] if args.rehearse else ORDER
+    absent = [number for number in wanted if cost.COST[int(number) - 1][0] in earlier.get("missing", ())]
+    if not args.again:
+        wanted = absent or wanted
+    measured = cost.parse_args([*flags, "--row", *wanted])
+    table = cost.folder_of(measured) / "runs.json"
+    before = read_json(table, "what cost.py measured") if table.exists() else {}
     cost.run(measured)
-    found = read_json(cost.folder_of(measured) / "runs.json", "what cost.py measured")
-    rows = []
+    found, today = read_json(table, "what cost.py measured"), time.strftime("%Y-%m-%d")
+    rows = {}
     for row in found["rows"]:
         flops = 1e9 * (found["batch"] * row["gflop_per_image"] + row["gflop_optimizer"])
-        rows.append({k: row[k] for k in ("label", "passes", "sec_per_step", "memory_gb", "paper_sec_per_step")}
-                    | dict(share_of_matrix_rate=flops / row["sec_per_step"] / rate))
-    labels = {row["label"] for row in rows}
-    missing = [label for label, *_ in cost.COST if label not in labels]
-    return dict(batch=found["batch"], precision=found["precision"], matrix_rate=rate, rows=rows, missing=missing)
+        rows[row["label"]] = {k: row[k] for k in ("label", "passes", "sec_per_step", "memory_gb", "paper_sec_per_step")}
+        rows[row["label"]] |= dict(share_of_matrix_rate=flops / row["sec_per_step"] / rate, date=today)
+    if earlier.get("device") == device_name(args) and earlier["torch"] == torch.__version__:
+        for row in earlier["rows"]:
+            rows.setdefault(row["label"], row | dict(date=row.get("date", earlier["date"])))
+        whole = {row["label"]: row for row in [*before.get("rows", ()), *found["rows"]]}
+        found["rows"] = [whole[label] for label, *_ in cost.COST if label in whole]
+        write_atomic(table, json_text(found, indent=1))
+        write_atomic(table.with_name("README.md"), cost.page(found, measured.command))
+    missing = [label for label, *_ in cost.COST if label not in rows]
+    kept = {name: earlier[name] for name in ("before",) if name in earlier}             # what the texts compare with
+    return dict(batch=found["batch"], precision=found["precision"], matrix_rate=rate, missing=missing,
+                rows=[rows[label] for label, *_ in cost.COST if label in rows], **kept)
+
+
+@contextlib.contextmanager
+def parts_timed(args, spans):
+    """The calls of PARTS leave (name, begun, ended) in `spans`: events of the device, which nobody waits for."""
+    def now():
+        if args.rehearse:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def timed(name, action):
+        def wrapped(*rest, **flags):
+            begun = now()
+            result = action(*rest, **flags)
+            spans.append((name, begun, now()))
+            return result
+        return wrapped
+
+    with contextlib.ExitStack() as undo:
+        for owner, name, part in PARTS:
+            undo.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, timed(part, getattr(owner, name)))
+        yield
 
 
 def profiled(args):
@@ -302,11 +369,12 @@ def profiled(args):
         # Of the GPU alone: with the calls behind its kernels the CPU falls behind, and the GPU waits.
         activity = ProfilerActivity.CPU if args.rehearse else ProfilerActivity.CUDA
         profiler, steps, first = profile(activities=[activity]), 5, 1 if args.rehearse else 12
-        begun = [0.0]
+        begun, spans = [0.0], []
 
         def look(run):
             if run.step == first:
                 wait(args)
+                spans.clear()
                 profiler.start()
                 begun[0] = time.perf_counter()
             if run.step == first + steps:
@@ -315,7 +383,7 @@ def profiled(args):
                 profiler.stop()
                 raise Done
 
-        with after_each_step(look):
+        with after_each_step(look), parts_timed(args, spans):
             fsf_dmd.train(fsf_dmd.parse_args(flags))
     kinds, other = dict.fromkeys([kind for kind, _ in KINDS], 0.0), {}
     for event in profiler.key_averages():
@@ -330,7 +398,11 @@ def profiled(args):
     kinds["other"] = sum(other.values())
     kinds["idle"] = max(0.0, begun[0] - sum(kinds.values()))
     largest = dict(sorted(other.items(), key=lambda item: -item[1])[:5])
-    return dict(step_seconds=begun[0], seconds_of=kinds, largest_of_other=largest)
+    parts = {f"seconds_of_{part}": 0.0 for _, _, part in PARTS}
+    for name, start, end in spans:
+        spent = end - start if args.rehearse else start.elapsed_time(end) / 1000
+        parts[f"seconds_of_{name}"] += spent / steps
+    return dict(step_seconds=begun[0], seconds_of=kinds, largest_of_other=largest, **parts)
 
 
 def wait(args):
@@ -375,14 +447,14 @@ def difference(args):
 def throughput(args):
     """Images a second of each stage of an evaluation, and minutes of 50,000 (without precision and recall)."""
     torch.manual_seed(0)
-    n = 4 if args.rehearse else 256
+    n = 4 if args.rehearse else 50                              # as fid.collect asks for them
     net = LightningDiT(args.size, "in_context", input_size=16, in_channels=32).to(args.device).eval()
     dims = dict(ch=32, ch_mult=[1, 2], num_res_blocks=1, z_channels=32) if args.rehearse else {}
     vae, inception = VAE("vavae", **dims).to(args.device).eval(), Inception().to(args.device).eval()
     z = torch.randn(8 if not args.rehearse else 2, 32, 16, 16, device=args.device)
     images = torch.randint(256, (50 if not args.rehearse else 2, 3, 256, 256), dtype=torch.uint8, device=args.device)
-    rows, total = [], {}
-    for arithmetic in ("float32", "TF32"):                      # evaluate.py has the features alone in float32
+    rows, seconds = [], {}
+    for arithmetic in ("float32", "TF32"):
         set_tf32(arithmetic == "TF32")
         stages = {
             f"2-step sampling, {n} at a time":
@@ -391,12 +463,17 @@ def throughput(args):
             f"Inception features, {len(images)} at a time": len(images) / seconds_of(lambda: inception(images), args),
         }
         rows += [dict(stage=name, arithmetic=arithmetic, images_per_second=rate) for name, rate in stages.items()]
-        total[f"minutes_of_fid_{arithmetic}"] = sum(50_000 / rate for rate in stages.values()) / 60
-    return dict(rows=rows, **total)
+        seconds[arithmetic] = [50_000 / rate for rate in stages.values()]
+    as_evaluated = [*seconds["TF32"][:2], seconds["float32"][2]]        # evaluate.py has the features in float32
+    return dict(rows=rows, minutes_of_fid=sum(as_evaluated) / 60,
+                minutes_of_fid_float32=sum(seconds["float32"]) / 60)
 
 
 def evidence(args):
-    """reproduce.py to the end of its table, or None after --minutes: its runs are kept, and the next call goes on."""
+    """reproduce.py to the end of its table.  Its runs are kept: where --minutes stop it, the next call goes on.
+
+    Of the seeds that are done by then a table is made; None where there are none.
+    """
     flags = ["--data", args.data, *shlex.split(EVIDENCE)]
     if args.rehearse:
         flags = shlex.split("--row 1 9 --seeds 1")
@@ -405,21 +482,43 @@ def evidence(args):
     path = folder_of(made, reproduce.regime_of(made, reproduce.TABLES["2"])) / "runs.json"
     earlier = path.stat().st_mtime_ns if path.exists() else 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C: the child is ended, its runs save
-    child = subprocess.Popen([sys.executable, str(HERE / "reproduce.py"), *words])
-    try:
-        code = child.wait(timeout=60 * args.minutes or None)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        if child.poll() is None:
-            child.terminate()
-            child.wait()
+    code = table_code(words, args.ends - time.perf_counter())
+    if code is None:
+        done = finished_seeds(made)
+        if not done:
+            return None
+        code = table_code([*words, "--seeds", str(done)], 300)
     if code and (not path.exists() or path.stat().st_mtime_ns == earlier):      # no new table
         raise BadInput(f"reproduce.py {shlex.join(words)} ended with exit code {code}")
     rows = rows_of_table(read_json(path, "the table"))
     missing = [f"{row['row']} ({made.seeds - row['seeds']} of {made.seeds} seeds)" for row in rows
                if row["seeds"] < made.seeds]
     return dict(table=path.parent.name, rows=rows, missing=missing, seconds=None)
+
+
+def table_code(words, seconds):
+    """Exit code of reproduce.py, or None where it was stopped after so many seconds."""
+    child = subprocess.Popen([sys.executable, str(HERE / "reproduce.py"), *words], start_new_session=True)
+    try:
+        return child.wait(timeout=max(1, seconds) if seconds < float("inf") else None)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if child.poll() is None:
+            child.terminate()                                   # its runs save their step
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=90)
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+
+
+def finished_seeds(made):
+    """How many seeds of a table, from seed 0 on, have all their runs.  made: arguments of reproduce.py."""
+    rows = {r: reproduce.TABLES[made.table].rows[r - 1] for r in made.row}
+    for seed in range(made.seeds):
+        if not all(is_done(job) for job in reproduce.jobs_of(made, rows, seed).values()):
+            return seed
+    return made.seeds
 
 
 def rows_of_table(table):

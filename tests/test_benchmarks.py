@@ -596,9 +596,12 @@ def test_the_surrogate_and_the_rehearsal_for_a_gpu_run(in_home, capsys):
     assert all(-1 <= at["two_explicit"] < 0.99999 for row in rows for at in row["bins"])   # they saw other samples
     assert (in_home / "surrogate" / "surrogate.png").exists()
     command = "benchmarks/gpu.py --rehearse 1 --block difference cost --out gpu"
-    run(in_home, command)
+    run(in_home, f"{command} --block difference cost profile")
     ways = json.loads((in_home / "gpu" / "gpu" / "difference.json").read_text())["rows"]
     assert ways[0]["relative_error"] == 0 < ways[1]["relative_error"] < 0.01 < ways[-1]["relative_error"]
+    found = json.loads((in_home / "gpu" / "gpu" / "profile.json").read_text())
+    parts = [found[f"seconds_of_{part}"] for _, _, part in gpu.PARTS]
+    assert len(parts) == 3 and min(parts) > 0 and sum(parts) < found["step_seconds"]
 
     # Again, in this process; cost.py takes SIGTERM for itself.
     on_term = signal.getsignal(signal.SIGTERM)
@@ -616,6 +619,47 @@ def test_the_surrogate_and_the_rehearsal_for_a_gpu_run(in_home, capsys):
     assert [name.split(": ", 1)[1] for name in json.loads(kept)] == ["imf: Consistency distillation"]
     assert "measured before" not in again("--again 1")
     assert (in_home / "gpu" / "gpu" / "rows" / "cost.json").read_text() == kept
+    # A row of an earlier day stays where it is not measured again, with its date, in the table of cost.py too.
+    cost_of, table = in_home / "gpu" / "gpu" / "cost.json", in_home / "gpu" / "cost-cpu-tiny" / "runs.json"
+    for path, date in ((cost_of, "2026-01-02"), (table, None)):
+        stored = json.loads(path.read_text())
+        stored["rows"].append(dict(stored["rows"][0], label="FM", sec_per_step=7.0, date=date))
+        path.write_text(json.dumps(stored | dict(before="kept")))
+    again("--again 1")
+    stored = json.loads(cost_of.read_text())
+    assert [row["label"] for row in stored["rows"]] == ["imf: Consistency distillation", "FM"]
+    assert [row["date"] for row in stored["rows"]] == [time.strftime("%Y-%m-%d"), "2026-01-02"]
+    assert stored["before"] == "kept" and "FM" not in stored["missing"] and len(stored["missing"]) == 19
+    assert [row["sec_per_step"] for row in json.loads(table.read_text())["rows"]][1:] == [7.0]
+    assert "| FM | " in table.with_name("README.md").read_text()
+
+
+def test_a_block_that_fails_does_not_end_the_others_and_no_block_is_begun_late(in_home, capsys):
+    (in_home / "broken" / "cost-cpu-tiny").mkdir(parents=True)
+    (in_home / "broken" / "cost-cpu-tiny" / "runs.json").write_text("{")
+    args = gpu.parse_args("--rehearse 1 --block cost difference --out broken".split())
+    with pytest.raises(BadInput, match="failed: cost; what they raised is above"):
+        gpu.run(args)
+    said = capsys.readouterr()
+    assert "runs.json: not what cost.py measured" in said.err and "difference: " in said.out
+    assert (in_home / "broken" / "gpu" / "difference.json").exists()
+    args = gpu.parse_args("--rehearse 1 --block difference --again 1 --minutes 1e-9 --out broken".split())
+    gpu.run(args)
+    assert "difference: not begun, 1e-09 minutes are over; the same command goes on" in capsys.readouterr().out
+
+
+def test_the_evidence_counts_the_seeds_that_are_done(tmp_path):
+    words = ["2", "--row", "1", "7", "--seeds", "3", "--runs", str(tmp_path)]
+    made = reproduce.parse_args(words)
+    rows = {r: reproduce.TABLES["2"].rows[r - 1] for r in made.row}
+    assert gpu.finished_seeds(made) == 0
+    for seed, expected in ((0, 1), (2, 1), (1, 3)):                     # the seeds before it count
+        for job in reproduce.jobs_of(made, rows, seed).values():
+            job.folder.mkdir(parents=True, exist_ok=True)
+            torch.save({}, job.folder / "model.pt")
+            (job.folder / "result.json").write_text("{}")
+            kept_runs.beside(job, ".json").write_text(json.dumps(dict(kept_runs.identity(job), done=True)))
+        assert gpu.finished_seeds(made) == expected
 
 
 @pytest.mark.slow
