@@ -14,6 +14,7 @@ rows measured in this setting so far, and runs.json.
 """
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import multiprocessing
@@ -36,11 +37,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import consistency
-import dmd2
-import fsf_dmd
-import sid
-import twinflow
 from common import BadInput, main
 from model import SIZES, LightningDiT, fixed_guidance
 from plumbing.checkpoints import load_network
@@ -49,14 +45,6 @@ from plumbing.flags import Parser, folder_path, number
 from plumbing.kept_runs import HERE, refuse_torchrun, sources
 from plumbing.report import markdown_lines
 from reproduce import TABLE_5, paper
-
-SCRIPTS = {
-    "consistency.py": consistency,
-    "dmd2.py": dmd2,
-    "fsf_dmd.py": fsf_dmd,
-    "sid.py": sid,
-    "twinflow.py": twinflow,
-}
 
 CD_MASKED = "consistency.py --loss cd --init {start}"                 # a masked row needs no finite difference
 FSF = "fsf_dmd.py --init {start}"
@@ -162,7 +150,7 @@ def count(script, argv, steps, forward_of, known=()):
     UPDATES.update(known)
     if torch.cuda.is_available():                                     # beside a step that is timed
         torch.set_num_threads(max(1, os.cpu_count() // 2))
-    module = SCRIPTS[script]
+    module = importlib.import_module(script.removesuffix(".py"))
     with contextlib.redirect_stdout(io.StringIO()):                   # it prints what its flags resolve to
         args = module.parse_args(argv)
     updates_per_step = 1

@@ -1,9 +1,9 @@
 """Samples of several networks from the same noise in one picture: one column a class, the first band real images.
 
-    python benchmarks/picture.py "start=a/model.pt" "CD=consistency.py:b/model.pt" --steps 1 2 --out picture.png
+    python benchmarks/picture.py "start=a/model.pt" "CD=b/model.pt" --steps 1 2 --out picture.png
 
 Every network is sampled as it was trained for (a velocity network by Euler's method), at each number of --steps.
-Of NAME=SCRIPT:MODEL the forward passes of its training stand beside its bands, without those of its start.
+Beside its bands stand the forward passes of its training, without those of its start.
 """
 import argparse
 import sys
@@ -19,12 +19,10 @@ from plumbing.flags import Parser, number  # noqa: E402
 from plumbing.passes import passes_until  # noqa: E402
 from plumbing.run_folder import check_writable  # noqa: E402
 
-SCRIPTS = ("fsf_dmd.py", "dmd2.py", "sid.py", "twinflow.py", "consistency.py")
-
 
 def parse_args(argv=None):
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("networks", nargs="+", help="NAME=MODEL, of one data set; NAME=SCRIPT:MODEL also names its passes")
+    p.add_argument("networks", nargs="+", help="NAME=MODEL, each a model.pt, of one data set")
     p.add_argument("--steps", type=number(int, 1), nargs="+", default=[1, 2], help="numbers of sampling steps")
     p.add_argument("--out", type=Path, default=Path("picture.png"))
     return p.parse_args(argv)
@@ -39,38 +37,28 @@ def run(args):
     for text in args.networks:
         name, _, path = text.rpartition("=")
         if not name or not path:
-            raise BadInput(f"{text}: expected NAME=MODEL or NAME=SCRIPT:MODEL")
-        script, _, path = path.rpartition(":")
-        if script and script not in SCRIPTS:
-            raise BadInput(f"{text}: {script} is none of {', '.join(SCRIPTS)}")
+            raise BadInput(f"{text}: expected NAME=MODEL")
         net, checkpoint = load_network(path, data)
         if checkpoint["data"] is None:
             raise BadInput(f"{path}: holds official weights, which know no data set")
         data = data or data_of(path, checkpoint, "run it where the network was trained")
-        found.append((name, script, net, checkpoint))
+        found.append((name, net, checkpoint))
     classes = min(data.num_classes, 10)
     bands = [("real images", real_images(data, classes))]
-    for name, script, net, checkpoint in found:
+    for name, net, checkpoint in found:
         flags = argparse.Namespace(omega=None, guide_to=None, cfg_channels=None, sampler=None, what=name)
         omega, guide_to, channels, sampler = sampling(flags, checkpoint)
         restate = restated(checkpoint, data)                                # to the first network's scale
-        cost = ""
-        if script:
-            cost = f", trained for {passes_of(name, script, checkpoint):,.0f} passes"
+        flags, cost = checkpoint["args"], ""
+        if "script" in flags:                                               # not in the files of earlier versions
+            passes = passes_until(f"{flags['script']}.py", flags, checkpoint["step"])
+            cost = f", trained for {passes:,.0f} passes"
         for N in args.steps:
             x, _ = generate(net, classes, data.x.shape[1:], N, omega, guide_to, channels, classes=classes,
                             sampler=sampler)
             bands.append((f"{name}: {N} step{'s' if N > 1 else ''}{cost}", restate(x)))
     preview(args.out, bands, data.meta)
     print(f"wrote {args.out}")
-
-
-def passes_of(name, script, checkpoint):
-    """Forward passes of the run that made a model.pt."""
-    try:
-        return passes_until(script, checkpoint["args"], checkpoint["step"])
-    except KeyError as error:
-        raise BadInput(f"{name}: was not trained by {script}, its args have no {error}") from None
 
 
 if __name__ == "__main__":

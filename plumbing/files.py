@@ -1,6 +1,6 @@
 """Files that survive what real machines do: one atomic write, one way to read what comes from outside, one lock.
 
-    write_atomic(path, content)      text, bytes or what torch.save takes: the old file or the new one, never half
+    write_atomic(path, content)      text or what torch.save takes: the old file or the new one, never half
     with reading(path, expected):    whatever a damaged file raises becomes one line (BadInput) that names the file
     with lock(path, doing):          a second process at the same folder is told of the first one
 """
@@ -50,7 +50,7 @@ def first_line(error: BaseException, width: int = 120) -> str:
 def write_atomic(path: str | Path, content) -> None:
     """Leave either the old file or the new one: temporary name of this process alone, flush to disk, rename.
 
-    content: str, bytes, a callable that is given the temporary path and writes it, or what torch.save takes.
+    content: str, a callable that is given the temporary path and writes it, or what torch.save takes.
     OSError where the disk is full or the folder is gone, whatever the library that wrote raised for it.
     """
     path = Path(path)
@@ -63,8 +63,6 @@ def write_atomic(path: str | Path, content) -> None:
             content(temporary)
         elif isinstance(content, str):
             Path(temporary).write_text(content)
-        elif isinstance(content, bytes):
-            Path(temporary).write_bytes(content)
         else:
             with open(temporary, "wb") as file:                     # to a name, torch would write that name into it
                 torch.save(content, file)

@@ -210,11 +210,6 @@ def changes(job):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def at_step(folder):
-    """The training step of a folder fid_<training step>_<N>step."""
-    return folder.name.split("_")[1]
-
-
 class Stopped(Exception):
     """The user asked to stop."""
 
@@ -270,7 +265,7 @@ class Runner:
         if changed:
             log.unlink(missing_ok=True)
         measured = sorted(job.folder.glob("fid_*"))
-        if changed == ["the measure"] and len({at_step(each) for each in measured}) < 2:
+        if changed == ["the measure"] and len({each.name.split("_")[1] for each in measured}) < 2:
             tqdm.write(f"{job.folder.name}: how it is measured changed since, its network is measured again")
             for each in measured:
                 shutil.rmtree(each)
@@ -369,19 +364,18 @@ def step_of(job):
     return 0
 
 
-def with_starts(jobs):
-    """The jobs and the starts that they need, each once, starts first."""
-    found = {}
-    for each in jobs:
-        for j in reversed(chain(each)):
-            found[j] = None
-    return list(found)
-
-
 def refuse_torchrun():
     """Each copy would start its own runs, and runs of different seeds could join one group of processes."""
     if world() > 1:
         raise BadInput("starts its runs itself, one process each; leave torchrun out")
+
+
+def with_starts(jobs):
+    """The jobs and the starts that they need, each once, starts first."""
+    found = {}
+    for each in jobs:
+        found |= dict.fromkeys(reversed(chain(each)))
+    return list(found)
 
 
 def run_all(args, wanted):

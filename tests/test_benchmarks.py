@@ -714,7 +714,7 @@ def test_a_picture_is_written_over_no_other_file(in_home):
 @pytest.mark.slow
 def test_the_picture_of_several_networks_shows_what_they_generate(in_home):
     """benchmarks/picture.py: under its caption stands the sample that `generate` makes, not another one's."""
-    run(in_home, "benchmarks/picture.py start=consistency.py:imf/model.pt v=fm/model.pt --steps 2 --out three.png")
+    run(in_home, "benchmarks/picture.py start=imf/model.pt v=fm/model.pt --steps 2 --out three.png")
     picture = np.asarray(Image.open(in_home / "three.png").convert("L"))
     made_for = checkpoints.load_checkpoint("imf/model.pt")["data"]
     side, shape = 48, made_for["shape"]
