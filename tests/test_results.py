@@ -643,7 +643,10 @@ def test_what_is_said_of_fsf_dmd_from_scratch_at_the_searched_rate_is_in_the_num
     rows = [line for line in page.splitlines() if line.startswith(("| iMF", "| RCGM", "| FSF"))]
     of_rcgm, ours, of_twin = ([run["evaluations"][0] for run in row["seeds"].values()] for row in (rcgm, fsf, twin))
     theirs = [[run["evaluations"][i] for run in imf["seeds"].values()] for i in (0, 1)]
-    for line, found in zip(rows, (theirs[0], of_rcgm, ours, of_twin, theirs[1]), strict=True):
+    longer = [run["evaluations"][0] for run in rows_of["FSF-DMD, longer"]["seeds"].values()]
+    base = [[run["evaluations"][i] for run in rows_of["iMF, longer"]["seeds"].values()] for i in (0, 1)]
+    measured = (theirs[0], of_rcgm, ours, of_twin, theirs[1], base[0], longer, base[1])
+    for line, found in zip(rows, measured, strict=True):
         assert cells_of(found) in line
     assert ours[0]["step"] == theirs[0][0]["step"]
     assert ours[0]["passes"] == pytest.approx(theirs[1][0]["passes"], rel=1e-3)
@@ -677,7 +680,30 @@ def test_what_is_said_of_fsf_dmd_from_scratch_at_the_searched_rate_is_in_the_num
     assert (passes[0], passes[2]) == (4125, 10125) and passes[3] == 7876
     assert [round(passes[i] / passes[j], 1) for i, j in ((2, 0), (1, 0), (3, 1))] == [2.5, 1.3, 1.5]
     means = [f"{np.mean([e['fd_2step'] for e in found]):.1f}" for found in (ours, *theirs)]
-    assert f"{means[0]}, iMF {means[1]}, iMF with FSF-DMD's passes {means[2]}" in text
+    of_longer = [f"{np.mean([e['fd_2step'] for e in found]):.1f}" for found in (longer, *base)]
+    assert (f"{means[0]}, iMF {means[1]}, iMF with FSF-DMD's passes {means[2]} (1,500 steps: {of_longer[0]}, "
+            f"{of_longer[1]} and {of_longer[2]})") in text
+
+    # With all of the steps.
+    assert longer[0]["step"] == base[0][0]["step"] == 1500
+    assert longer[0]["passes"] == pytest.approx(base[1][0]["passes"], rel=1e-3)
+    smallest = {0: [], 1: []}
+    for k, i, words, seeds_behind in (
+        ("fd_1step", 0, "14.101 ± 11.993", 3), ("fd_2step", 0, "6.568 ± 5.959", 3), ("fd_4step", 0, "4.472 ± 4.797", 3),
+        ("fd_1step", 1, "21.878 ± 16.814", 3), ("fd_2step", 1, "11.549 ± 10.283", 3), ("fd_4step", 1, None, 2),
+    ):
+        d = np.array([a[k] - b[k] for a, b in zip(longer, base[i])])
+        assert words is None or f"{d.mean():.3f} ± {d.std(ddof=1):.3f}" == words and words in text, (k, i)
+        assert (d > 0).sum() == seeds_behind, (k, i)
+        smallest[i].append(scipy.stats.ttest_1samp(d, 0).pvalue)
+    assert all(f"(p {min(smallest[i]):.2f} alone, or more)" in text for i in (0, 1))
+    d = np.array([b["is_2step"] - a["is_2step"] for a, b in zip(longer, base[1])])
+    assert f"{d.mean():.3f} ± {d.std(ddof=1):.3f}" == "0.399 ± 0.120" and d.min() > 0
+    assert f"{scipy.stats.ttest_1samp(d, 0).pvalue:.2g}" == "0.029"
+    assert all(a[f"is_{N}step"] < b[f"is_{N}step"] for a, b in zip(longer, base[1]) for N in (1, 2, 4))
+    d = np.array([a["fd_2step"] - b["fd_2step"] for a, b in zip(*base)])
+    assert f"from step 1,500 to 2,864 iMF gains {d.mean():.3f} ± {d.std(ddof=1):.3f} at 2 steps" in text
+    assert "and row 7, at 0.004, is at 29.6 after 3,680" in text
 
 
 def test_a_network_from_scratch_that_was_measured_once_is_a_point_of_the_curves():
