@@ -382,6 +382,7 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     given = {flag for flag in vars(args) if getattr(args, flag) != p.get_default(flag)}
     refuse_contradictions(args, given)
+    args.row = args.row and list(dict.fromkeys(args.row))
     args.out = args.out or args.runs / "tables"
     if args.jobs is None:
         args.jobs = 1 if torch.cuda.is_available() else min(8, os.cpu_count() or 1)
@@ -394,7 +395,6 @@ def refuse_contradictions(args, given):
     table = TABLES[args.table]
     latents = data_kind(args.data) == "latents"
     starts = {row.start for row in table.rows}
-    args.row = args.row and list(dict.fromkeys(args.row))
     for row in args.row or ():
         if row > len(table.rows):
             raise BadInput(f"--row {row}: expected 1 to {len(table.rows)}")
@@ -451,7 +451,7 @@ def run(args):
                 jobs[r][seed] = each
     if args.list:
         return print_commands(rows, jobs)
-    check_writable(args.runs, "--runs ")
+    check_writable(args.runs, "--runs ")                              # not in parse_args: --list writes nothing
 
     folder = report.folder_of(args, regime_of(args, table))
     there = report.seeds_in(folder)

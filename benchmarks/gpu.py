@@ -302,11 +302,10 @@ def cost_table(args):
     flags = ["--runs", str(args.out / "gpu" / "rows"), "--out", str(args.out)]
     flags += ["--minutes", f"{max(minutes, 0.01):.2f}"] if args.minutes else []
     flags += ["--size", "tiny", "--batch_size", "2"] if args.rehearse else []
-    path, earlier = args.out / "gpu" / "cost.json", {}
-    if path.exists():
-        earlier = read_json(path, "what was measured before")
+    path, labels = args.out / "gpu" / "cost.json", [label for label, *_ in cost.COST]
+    earlier = read_json(path, "what was measured before") if path.exists() else {}
     wanted = ["1"] if args.rehearse else ORDER
-    absent = [number for number in wanted if cost.COST[int(number) - 1][0] in earlier.get("missing", ())]
+    absent = [number for number in wanted if labels[int(number) - 1] in earlier.get("missing", ())]
     if not args.again:
         wanted = absent or wanted
     measured = cost.parse_args([*flags, "--row", *wanted])
@@ -323,13 +322,13 @@ def cost_table(args):
         for row in earlier["rows"]:
             rows.setdefault(row["label"], row | dict(date=row.get("date", earlier["date"])))
         whole = {row["label"]: row for row in [*before.get("rows", ()), *found["rows"]]}
-        found["rows"] = [whole[label] for label, *_ in cost.COST if label in whole]
+        found["rows"] = [whole[label] for label in labels if label in whole]
         write_atomic(table, json_text(found, indent=1))
         write_atomic(table.with_name("README.md"), cost.page(found, measured.command))
-    missing = [label for label, *_ in cost.COST if label not in rows]
     kept = {name: earlier[name] for name in ("before",) if name in earlier}             # what the texts compare with
-    return dict(batch=found["batch"], precision=found["precision"], matrix_rate=rate, missing=missing,
-                rows=[rows[label] for label, *_ in cost.COST if label in rows], **kept)
+    return dict(batch=found["batch"], precision=found["precision"], matrix_rate=rate,
+                rows=[rows[label] for label in labels if label in rows],
+                missing=[label for label in labels if label not in rows], **kept)
 
 
 @contextlib.contextmanager

@@ -364,18 +364,18 @@ def step_of(job):
     return 0
 
 
-def refuse_torchrun():
-    """Each copy would start its own runs, and runs of different seeds could join one group of processes."""
-    if world() > 1:
-        raise BadInput("starts its runs itself, one process each; leave torchrun out")
-
-
 def with_starts(jobs):
     """The jobs and the starts that they need, each once, starts first."""
     found = {}
     for each in jobs:
         found |= dict.fromkeys(reversed(chain(each)))
     return list(found)
+
+
+def refuse_torchrun():
+    """Each copy would start its own runs, and runs of different seeds could join one group of processes."""
+    if world() > 1:
+        raise BadInput("starts its runs itself, one process each; leave torchrun out")
 
 
 def run_all(args, wanted):
