@@ -20,13 +20,12 @@ block that fails does not end the others.
 """
 import argparse
 import concurrent.futures
-import contextlib
+import functools
 import importlib
 import os
 import platform
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -46,17 +45,16 @@ sys.path.insert(0, str(HERE))
 import consistency  # noqa: E402
 import cost  # noqa: E402
 import fsf_dmd  # noqa: E402
-import reproduce  # noqa: E402
 from common import BadInput, main, set_tf32  # noqa: E402
 from evaluate import generate  # noqa: E402
+from evidence import evidence  # noqa: E402
+from hooks import Done, after_each_step, replaced  # noqa: E402
 from inception import Inception  # noqa: E402
 from model import LightningDiT, fixed_guidance, total_derivative  # noqa: E402
 from normuon import NorMuon  # noqa: E402
 from plumbing.files import json_text, read_json, read_lines, write_atomic  # noqa: E402
 from plumbing.flags import Parser, data_source, folder_path, number  # noqa: E402
-from plumbing.kept_runs import is_done  # noqa: E402
-from plumbing.report import folder_of, markdown_lines, spread  # noqa: E402
-from plumbing.run_folder import Run  # noqa: E402
+from plumbing.report import markdown_lines  # noqa: E402
 from vae import VAE  # noqa: E402
 
 SCRIPTS = {
@@ -73,8 +71,6 @@ SETTINGS = {
     "fp32 compiled": "--compile 1",
     "bf16 compiled": "--precision bf16 --compile 1",
 }
-EVIDENCE = "--start strong --size medium --precision bf16 --row 1 2 3 4 7 9 10 --jobs 8"
-SHOWN = dict(fd_1step=1, fd_2step=1, fd_4step=1, is_2step=2, precision_2step=3, recall_2step=3)     # digits
 COMPARED = 20                   # steps whose losses are compared with the CPU's
 
 # Rows of cost.py, those of the paper's claim first: FSF-DMD, DMD2, CD, ...
@@ -215,27 +211,6 @@ def runs(args):
     return dict(steps=steps, flash_attention=flash_attention(args), rows=rows, losses=losses)
 
 
-class Done(Exception):
-    """The steps that are looked at are over."""
-
-
-@contextlib.contextmanager
-def after_each_step(action):
-    """Call action(run) at the end of every step of a training loop of this process, until it raises Done."""
-    log = Run.log
-
-    def watched(self, *rest):
-        log(self, *rest)
-        action(self)
-
-    Run.log = watched
-    try:
-        with contextlib.suppress(Done):
-            yield
-    finally:
-        Run.log = log
-
-
 def waits(args):
     """Of every script the places where a step waits for the device, as torch's sync debug mode tells them."""
     begin, end, rows = 3, 6, []
@@ -331,7 +306,6 @@ def cost_table(args):
                 missing=[label for label in labels if label not in rows], **kept)
 
 
-@contextlib.contextmanager
 def parts_timed(args, spans):
     """The calls of PARTS leave (name, begun, ended) in `spans`: events of the device, which nobody waits for."""
     def now():
@@ -341,19 +315,15 @@ def parts_timed(args, spans):
         event.record()
         return event
 
-    def timed(name, action):
+    def timed(part, action):
         def wrapped(*rest, **flags):
             begun = now()
             result = action(*rest, **flags)
-            spans.append((name, begun, now()))
+            spans.append((part, begun, now()))
             return result
         return wrapped
 
-    with contextlib.ExitStack() as undo:
-        for owner, name, part in PARTS:
-            undo.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, timed(part, getattr(owner, name)))
-        yield
+    return replaced([(owner, name, functools.partial(timed, part)) for owner, name, part in PARTS])
 
 
 def profiled(args):
@@ -466,71 +436,6 @@ def throughput(args):
     as_evaluated = [*seconds["TF32"][:2], seconds["float32"][2]]        # evaluate.py has the features in float32
     return dict(rows=rows, minutes_of_fid=sum(as_evaluated) / 60,
                 minutes_of_fid_float32=sum(seconds["float32"]) / 60)
-
-
-def evidence(args):
-    """reproduce.py to the end of its table.  Its runs are kept: where --minutes stop it, the next call goes on.
-
-    Of the seeds that are done by then a table is made; None where there are none.
-    """
-    flags = ["--data", args.data, *shlex.split(EVIDENCE)]
-    if args.rehearse:
-        flags = shlex.split("--row 1 9 --seeds 1")
-    words = ["2", *flags, "--out", str(args.out)]
-    made = reproduce.parse_args(words)
-    path = folder_of(made, reproduce.regime_of(made, reproduce.TABLES["2"])) / "runs.json"
-    earlier = path.stat().st_mtime_ns if path.exists() else 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C: the child is ended, its runs save
-    code = table_code(words, args.ends - time.perf_counter())
-    if code is None:
-        done = finished_seeds(made)
-        if not done:
-            return None
-        code = table_code([*words, "--seeds", str(done)], 300)
-    if code and (not path.exists() or path.stat().st_mtime_ns == earlier):      # no new table
-        raise BadInput(f"reproduce.py {shlex.join(words)} ended with exit code {code}")
-    rows = rows_of_table(read_json(path, "the table"))
-    missing = [f"{row['row']} ({made.seeds - row['seeds']} of {made.seeds} seeds)" for row in rows
-               if row["seeds"] < made.seeds]
-    return dict(table=path.parent.name, rows=rows, missing=missing, seconds=None)
-
-
-def table_code(words, seconds):
-    """Exit code of reproduce.py, or None where it was stopped after so many seconds."""
-    child = subprocess.Popen([sys.executable, str(HERE / "reproduce.py"), *words], start_new_session=True)
-    try:
-        return child.wait(timeout=max(1, seconds) if seconds < float("inf") else None)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        if child.poll() is None:
-            child.terminate()                                   # its runs save their step
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(timeout=90)
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-
-
-def finished_seeds(made):
-    """How many seeds of a table, from seed 0 on, have all their runs.  made: arguments of reproduce.py."""
-    rows = {r: reproduce.TABLES[made.table].rows[r - 1] for r in made.row}
-    for seed in range(made.seeds):
-        if not all(is_done(job) for job in reproduce.jobs_of(made, rows, seed).values()):
-            return seed
-    return made.seeds
-
-
-def rows_of_table(table):
-    """Of every row of a runs.json of reproduce.py its last values: mean and standard deviation over the seeds."""
-    rows = []
-    for row in table["rows"]:
-        last = [run["evaluations"][-1] for run in row["seeds"].values()]
-        found = dict(row=row["label"], seeds=len(last), passes=last[0].get("passes", "-") if last else "-")
-        for name, digits in SHOWN.items():
-            values = [np.nan if e[name] is None else e[name] for e in last if name in e]    # None: it diverged
-            found[name] = spread(values, digits)
-        rows.append(found)
-    return rows
 
 
 BLOCKS = dict(runs=runs, waits=waits, cost=cost_table, profile=profiled, difference=difference, throughput=throughput,

@@ -39,6 +39,7 @@ import consistency  # noqa: E402
 import cost  # noqa: E402
 import fsf_dmd  # noqa: E402
 from common import Stream, main, pick_device  # noqa: E402
+from hooks import Done, after_each_step, replaced  # noqa: E402
 from model import SIZES, LightningDiT, fixed_guidance  # noqa: E402
 from normuon import NorMuon  # noqa: E402
 from plumbing.files import json_text, write_atomic  # noqa: E402
@@ -246,23 +247,15 @@ class Clock:
         return wrapped
 
 
-class Done(Exception):
-    """The last step is over."""
-
-
 @contextlib.contextmanager
 def watched(module, clock):
-    """The functions that a script calls, as parts of `clock`; ends by Done after STEPS steps."""
+    """The functions that a script calls, as parts of `clock`; ends the loop after STEPS steps."""
     def pass_of():
         if "finite difference" in clock.stack:
             return "finite difference"
         return "forward passes with gradient" if torch.is_grad_enabled() else "forward passes without"
 
-    log = Run.log
-
-    def last(run, *rest):
-        with clock.part("logging"):
-            log(run, *rest)
+    def look(run):
         if run.step == STEPS:
             clock.charge()
             raise Done
@@ -270,19 +263,16 @@ def watched(module, clock):
             clock.charge()
             clock.restart()
 
-    changed = [
+    parts = [
         (LightningDiT, "forward", pass_of), (NorMuon, "step", "optimizer"), (torch.Tensor, "backward", "backward"),
         (consistency, "total_derivative", "finite difference"), (module, "update_ema", "EMA"),
         (module, "gradient_norm", "gradient norm"), (module, "batch_rows", "random numbers and data"),
         *((Stream, name, "random numbers and data") for name in ("normal", "uniform", "integers")),
+        (Run, "log", "logging"),
     ]
-    with contextlib.ExitStack() as undo:
-        for owner, name, part in changed:
-            undo.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, clock.timed(part, getattr(owner, name)))
-        undo.callback(setattr, Run, "log", log)
-        Run.log = last
-        yield
+    with replaced([(owner, name, functools.partial(clock.timed, part)) for owner, name, part in parts]):
+        with after_each_step(look):
+            yield
 
 
 def a_method(args, folder, name, forward, flops, rate):
@@ -293,7 +283,7 @@ def a_method(args, folder, name, forward, flops, rate):
                         f"--steps {STEPS + 1} --log_every 1")
     words += ["--init", f"{folder}/imf.pt", "--data", f"{folder}/latents", "--out", str(out)]
     parsed, clock = module.parse_args(words), Clock(args.device)
-    with watched(module, clock), contextlib.suppress(Done):
+    with watched(module, clock):
         module.train(parsed)
     parts = {part: spent / (STEPS - 1) for part, spent in clock.seconds.most_common()}
     step, passes = sum(parts.values()), passes_a_step(script, vars(parsed))

@@ -20,6 +20,7 @@ import consistency
 import cost
 import data
 import evaluate
+import evidence
 import finite_difference
 import fsf_dmd
 import gpu
@@ -478,16 +479,16 @@ def test_what_needs_a_gpu_is_listed_with_its_command_until_it_was_run():
 def test_the_evidence_shows_the_last_values_of_a_table():
     """Of every row the mean over its seeds after the last step; a column that a row lacks stays empty."""
     table = json.loads((KEPT / "table2-fashion-mnist-strong-row1-2-3-4-7-9-10-11" / "runs.json").read_text())
-    rows = {row["row"]: row for row in gpu.rows_of_table(table)}
+    rows = {row["row"]: row for row in evidence.rows_of_table(table)}
     assert len(rows) == 8 and all(row["seeds"] == 3 for row in rows.values())
     assert rows["FSF-DMD M=2"]["fd_2step"] == "23.4 ± 2.2" and rows["FSF-DMD M=2"]["passes"] == 2262
     assert rows["Teacher velocity network"]["fd_2step"] == "-"                      # it has 25 steps
     # A run that diverged, and a row without any.
     runs = [dict(evaluations=[dict(fd_2step=value, passes=9)]) for value in (1.0, None)]
-    odd = gpu.rows_of_table(dict(rows=[dict(label="a", seeds=dict(enumerate(runs))), dict(label="b", seeds={})]))
+    odd = evidence.rows_of_table(dict(rows=[dict(label="a", seeds=dict(enumerate(runs))), dict(label="b", seeds={})]))
     assert [(row["seeds"], row["fd_2step"], row["fd_1step"]) for row in odd] == [(2, "nan ± nan", "-"), (0, "-", "-")]
     # Its flags are reproduce.py's, and the rows those of the methods.
-    args = reproduce.parse_args(["2", *shlex.split(gpu.EVIDENCE)])
+    args = reproduce.parse_args(["2", *shlex.split(evidence.EVIDENCE)])
     assert {reproduce.TABLES["2"].rows[r - 1].label for r in args.row} == rows.keys() - {"control: the iMF trained on"}
 
 
@@ -652,14 +653,14 @@ def test_the_evidence_counts_the_seeds_that_are_done(tmp_path):
     words = ["2", "--row", "1", "7", "--seeds", "3", "--runs", str(tmp_path)]
     made = reproduce.parse_args(words)
     rows = {r: reproduce.TABLES["2"].rows[r - 1] for r in made.row}
-    assert gpu.finished_seeds(made) == 0
+    assert evidence.finished_seeds(made) == 0
     for seed, expected in ((0, 1), (2, 1), (1, 3)):                     # the seeds before it count
         for job in reproduce.jobs_of(made, rows, seed).values():
             job.folder.mkdir(parents=True, exist_ok=True)
             torch.save({}, job.folder / "model.pt")
             (job.folder / "result.json").write_text("{}")
             kept_runs.beside(job, ".json").write_text(json.dumps(dict(kept_runs.identity(job), done=True)))
-        assert gpu.finished_seeds(made) == expected
+        assert evidence.finished_seeds(made) == expected
 
 
 @pytest.mark.slow

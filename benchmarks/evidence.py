@@ -1,0 +1,86 @@
+"""The block `evidence` of gpu.py: Table 2 on Fashion-MNIST, five seeds of a larger network, as far as the time goes."""
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+import reproduce
+from common import BadInput
+from plumbing.files import read_json
+from plumbing.kept_runs import is_done
+from plumbing.report import folder_of, spread
+
+HERE = Path(__file__).resolve().parent.parent
+EVIDENCE = "--start strong --size medium --precision bf16 --row 1 2 3 4 7 9 10 --jobs 8"
+SHOWN = dict(fd_1step=1, fd_2step=1, fd_4step=1, is_2step=2, precision_2step=3, recall_2step=3)     # digits
+
+
+def evidence(args):
+    """reproduce.py to the end of its table.  Its runs are kept: where --minutes stop it, the next call goes on.
+
+    Of the seeds that are done by then a table is made; None where there are none.
+    """
+    flags = ["--data", args.data, *shlex.split(EVIDENCE)]
+    if args.rehearse:
+        flags = shlex.split("--row 1 9 --seeds 1")
+    words = ["2", *flags, "--out", str(args.out)]
+    made = reproduce.parse_args(words)
+    path = folder_of(made, reproduce.regime_of(made, reproduce.TABLES["2"])) / "runs.json"
+    earlier = path.stat().st_mtime_ns if path.exists() else 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C: the child is ended, its runs save
+    code = table_code(words, args.ends - time.perf_counter())
+    if code is None:
+        done = finished_seeds(made)
+        if not done:
+            return None
+        code = table_code([*words, "--seeds", str(done)], 300)
+    if code and (not path.exists() or path.stat().st_mtime_ns == earlier):      # no new table
+        raise BadInput(f"reproduce.py {shlex.join(words)} ended with exit code {code}")
+    rows = rows_of_table(read_json(path, "the table"))
+    missing = [f"{row['row']} ({made.seeds - row['seeds']} of {made.seeds} seeds)" for row in rows
+               if row["seeds"] < made.seeds]
+    return dict(table=path.parent.name, rows=rows, missing=missing, seconds=None)
+
+
+def table_code(words, seconds):
+    """Exit code of reproduce.py, or None where it was stopped after so many seconds."""
+    child = subprocess.Popen([sys.executable, str(HERE / "reproduce.py"), *words], start_new_session=True)
+    try:
+        return child.wait(timeout=max(1, seconds) if seconds < float("inf") else None)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if child.poll() is None:
+            child.terminate()                                   # its runs save their step
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=90)
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+
+
+def finished_seeds(made):
+    """How many seeds of a table, from seed 0 on, have all their runs.  made: arguments of reproduce.py."""
+    rows = {r: reproduce.TABLES[made.table].rows[r - 1] for r in made.row}
+    for seed in range(made.seeds):
+        if not all(is_done(job) for job in reproduce.jobs_of(made, rows, seed).values()):
+            return seed
+    return made.seeds
+
+
+def rows_of_table(table):
+    """Of every row of a runs.json of reproduce.py its last values: mean and standard deviation over the seeds."""
+    rows = []
+    for row in table["rows"]:
+        last = [run["evaluations"][-1] for run in row["seeds"].values()]
+        found = dict(row=row["label"], seeds=len(last), passes=last[0].get("passes", "-") if last else "-")
+        for name, digits in SHOWN.items():
+            values = [np.nan if e[name] is None else e[name] for e in last if name in e]    # None: it diverged
+            found[name] = spread(values, digits)
+        rows.append(found)
+    return rows
