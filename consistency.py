@@ -62,7 +62,7 @@ def draw_times(r: Tensor, law: str = "uniform", mask_prob: float = 0.5) -> tuple
         r = torch.sigmoid(mean + scale * torch.special.ndtri(r))
     t, s = r.amax(1), r.amin(1)
     i = torch.arange(len(r), dtype=torch.float64)
-    masked = ((i + 1) * mask_prob).floor() > (i * mask_prob).floor()
+    masked = ((i + 1) * mask_prob + 1e-9).floor() > (i * mask_prob + 1e-9).floor()   # 1e-9: 100 * 0.29 < 29
     return t, torch.where(masked.to(t.device), t, s)
 
 
@@ -115,7 +115,7 @@ def consistency_loss(u: Callable, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, 
 def regression(pred: Tensor, target: Tensor, c: float = 1e-3, cosine: bool = True, tangent_norm: float = 0.0) -> Tensor:
     """rho(pred, sg target) of consistency_loss for each sample -> [B].  tangent_norm > 0: AYF's and rCM's instead."""
     if tangent_norm:
-        g = (target - pred).detach()                                                    # Eq. 58
+        g = (target - pred).view_as(pred).detach()                                      # Eq. 58
         g = g / expand(g.flatten(1).norm(dim=1) + tangent_norm, g)
         return (pred - (pred + g).detach()).flatten(1).pow(2).sum(1)                    # Eq. 57, summed as there
     return distance(pred, target.detach(), c, cosine)
@@ -161,7 +161,7 @@ def imf_loss(net: Callable, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, y: Te
 
     net: see guided_target.  y [B], null where dropped; guidance [B, 3]; guided=False: every omega is 1, which saves a
     pass; h, exact: see total_derivative; rows: those with s < t, None: counted here; rho: options of `regression`.
-    The V form of iMF, || u + (t-s) sg(du/dt) - sg(v_g) ||^2, has this gradient exactly.
+    The V form of iMF, u + (t-s) sg(du/dt) against sg(v_g), has this gradient exactly, but for the cosine of rho.
     """
     guidance = whole_interval(guidance, t, s)
     rows = (s < t).nonzero()[:, 0] if rows is None else rows

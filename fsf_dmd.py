@@ -62,8 +62,8 @@ def rollout(u: Callable, eps: Tensor, M: int, grad: str = "all") -> tuple[Tensor
     """The generator unrolled on its own flow map, Eq. 18-20 -> (x, U) with x_hat = x - U, here x = eps [B, C, H, W].
 
     u: callable (x, t, s), times as floats.  Inputs are detached, so no gradient runs from step to step; with grad="all"
-    every step keeps its own, with "last" only the last.  M = 1 is the one-step generator of Eq. 14.  ValueError for
-    other values of M or grad.
+    every step keeps its own, with "last" only the last.  M = 1 is the one-step generator of Eq. 14.  ValueError if
+    M < 1, or for another grad.
     """
     if M < 1 or grad not in ("all", "last"):
         raise ValueError(f"M {M}, grad {grad!r}: expected M >= 1 and all or last")

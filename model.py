@@ -178,7 +178,7 @@ def guided_velocity(net: nn.Module, x: Tensor, t: Tensor, y: Tensor, guidance: T
     """Guided instantaneous velocity v(x_t, t | y) of a LightningDiT -> [B, C, H, W].
 
     t [B], guidance [B, 3], channels: see `cfg`.  in_context: omega is an input, one forward pass.  plain: CFG, two
-    passes.  decoupled: one pass, because guidance was distilled into its weights.
+    passes.  decoupled: one pass; guidance, if any, was distilled into its weights.
     """
     if net.conditioning == "in_context":
         return net(x, t, y, None, gate_guidance(guidance, t))

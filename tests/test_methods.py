@@ -514,6 +514,7 @@ def test_a_network_that_loses_an_axis_is_refused_where_it_would_broadcast(lost):
     losses = dict(
         fm=lambda u: consistency.flow_matching_loss(u, x, eps, t),
         ct=lambda u: consistency.consistency_loss(u, x, t, s, eps - x, eps - x, cosine=False),
+        ct_norm=lambda u: consistency.consistency_loss(u, x, t, s, eps - x, eps - x, tangent_norm=0.1),
         rcgm=lambda u: consistency.rcgm_loss(u, right, x, t, s, eps - x, cosine=False),
         isg=lambda u: consistency.isg_loss(u, right, x, t, s, t / 2),
         fsf=lambda u: fsf_dmd.fsf_dmd_loss(x, x, u, u, t, eps)[0],

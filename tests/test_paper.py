@@ -334,6 +334,12 @@ def test_masking_takes_a_fixed_share_of_the_rows_evenly_spread(mask_prob):
     assert torch.equal(masked, s == t)                                # the same rows at every step
 
 
+def test_no_row_is_lost_where_the_share_is_no_binary_fraction():
+    for percent in range(101):
+        t, s = consistency.draw_times(uniform(100, 2), "uniform", percent / 100)
+        assert (s == t).sum() == percent
+
+
 def test_logit_normal_times_have_their_mean_and_scale():
     r = torch.tensor([[0.5, 0.5], [0.8413447, 0.1586553]], dtype=torch.float64)
     for mean, scale in ((-0.4, 1.0), (0.0, 1.0), (0.7, 2.0)):
