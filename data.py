@@ -341,7 +341,8 @@ def image_files(folder: str | Path) -> tuple[list, list]:
         if not images:
             empty.append(name)
     if not files:
-        raise BadInput(f"{folder}: no images in class folders (looked for {' '.join(IMAGE_SUFFIXES)})")
+        raise BadInput(f"{folder}: no images in class folders (looked for {' '.join(IMAGE_SUFFIXES)}); put them "
+                       "into one sub-folder per class, or all into one")
     if empty:
         raise BadInput(f"{folder}: no image in {', '.join(empty[:3])}")
     return files, classes

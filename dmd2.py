@@ -82,12 +82,12 @@ def fake_loss(fake: Callable, x_hat: Tensor, t: Tensor, eps: Tensor) -> Tensor:
 
 
 def gan_generator_loss(logits_fake: Tensor) -> Tensor:
-    """softplus(-D(x_hat)), Eq. 53.  logits [B, ...] -> [B], their mean."""
+    """softplus(-D), Eq. 53.  logits [B, ...] of D at a noised x_hat -> [B], their mean."""
     return F.softplus(-logits_fake).reshape(len(logits_fake), -1).mean(1)
 
 
 def gan_discriminator_loss(logits_fake: Tensor, logits_real: Tensor) -> Tensor:
-    """softplus(D(fake)) + softplus(-D(real)), Eq. 53.  logits [B, ...] -> [B], their mean."""
+    """softplus(D(fake)) + softplus(-D(real)), Eq. 53.  logits [B, ...] of D at noised samples -> [B], their mean."""
     return (F.softplus(logits_fake) + F.softplus(-logits_real)).reshape(len(logits_fake), -1).mean(1)
 
 
@@ -134,7 +134,7 @@ PRESETS = {
         omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500, health_every=500),
     ("latents", "scratch"): dict(
         size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=1, cd=1, ttur=1,
-        omega=6.0, guide_to=0.9, omega_max=8.0, save_every=500, health_every=500),
+        omega=6.0, guide_to=0.9, omega_max=8.0, save_every=5_000, health_every=5_000),
 }
 
 

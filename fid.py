@@ -72,7 +72,7 @@ def npz_source(path: str | Path) -> tuple[int, Callable, str]:
     shape, dtype = headers["arr_0"]
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
         raise BadInput(f"{path}: arr_0 is {dtype} {list(shape)}, expected uint8 [N, H, W, 3] with N, H and W above 0")
-    array = read_npz_arrays(path, str(path), headers, ["arr_0"], share=3 / 4)["arr_0"]
+    array = read_npz_arrays(path, str(path), headers, ["arr_0"], share=3 / 4 / world())["arr_0"]
     array = np.ascontiguousarray(array)
 
     def read(indices):
@@ -127,12 +127,15 @@ def collect(network: Callable, images: Callable, n: int, folder: Path, identity:
         barrier()
         if rank() > 0:
             return {}
-        parts = [read_part(folder / f"features_{start:06d}.pt", min(batch, n - start)) for start in range(0, n, batch)]
-    if None in parts or any(part.keys() != parts[0].keys() for part in parts):
-        raise BadInput(f"{folder}: its files do not fit together; delete that folder and run the command again")
-    found = {}
-    for name in parts[0]:
-        found[name] = torch.cat([part[name] for part in parts])
+        found = {}
+        for start in range(0, n, batch):                         # into one tensor: of a million images there is no
+            part = read_part(folder / f"features_{start:06d}.pt", min(batch, n - start))    # room for them twice
+            if part is None or found and part.keys() != found.keys():
+                raise BadInput(f"{folder}: its files do not fit together; delete that folder and run the command again")
+            for name, value in part.items():
+                if start == 0:
+                    found[name] = value.new_empty(n, value.shape[1])
+                found[name][start:start + batch] = value
     return found
 
 

@@ -138,7 +138,7 @@ PRESETS = {
         save_every=500, health_every=500),
     ("latents", "scratch"): dict(
         size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=1, lam=0.01, shift=1.0,
-        omega=6.0, guide_to=0.9, omega_max=8.0, save_every=500, health_every=500),
+        omega=6.0, guide_to=0.9, omega_max=8.0, save_every=5_000, health_every=5_000),
 }
 
 

@@ -64,7 +64,7 @@ def param_groups(*models: torch.nn.Module, hidden=in_blocks) -> list[dict]:
     adam = [p for n, p in named if not hidden(n, p)]
     if not muon:
         raise ValueError(f"param_groups: hidden() finds no matrix among {', '.join(n for n, _ in named[:3])} ...; "
-                         "pass one that knows the names of your layers")
+                         "pass one that knows the names of your layers; a network without any takes torch.optim.AdamW")
     if len({id(p) for p in muon + adam}) < len(named):
         raise ValueError("param_groups: a parameter is in two of these networks")
     return [dict(params=muon, muon=True), dict(params=adam, muon=False)]
@@ -78,9 +78,9 @@ class NorMuon(torch.optim.Optimizer):
     lr, momentum, beta2, weight_decay, scale: see the file header.  adam_lr, adam_betas, adam_eps: the AdamW part;
     adam_lr becomes the `lr` of its groups.
     ns_dtype: of the Newton-Schulz products; None = bfloat16 on CUDA, float32 elsewhere.
-    As in the official code a parameter without gradient counts as gradient zero: its momentum still moves it, weight
-    decay does not.
-    Raises ValueError for values out of range, named parameters, or a "muon" parameter that is not a matrix.
+    As in the official code a parameter without gradient counts as gradient zero: its momentum still moves it, at full
+    speed, weight decay does not.  So to freeze a layer that was trained, make a new optimizer without it.
+    Raises ValueError for values out of range, named parameters, a "muon" parameter that is not a matrix, or no matrix.
     """
 
     def __init__(self, params, lr: float = 6e-4, momentum: float = 0.95, beta2: float = 0.95, weight_decay: float = 0.0,
@@ -92,23 +92,31 @@ class NorMuon(torch.optim.Optimizer):
         if params and not isinstance(params[0], dict):
             params = [dict(params=[p for p in params if p.ndim == 2], muon=True),
                       dict(params=[p for p in params if p.ndim != 2], muon=False)]
+            if not params[0]["params"]:
+                raise ValueError("NorMuon: none of these parameters is a matrix; take torch.optim.AdamW")
         if adam_lr is None:
             adam_lr = lr / 6 if scale == "aspect" else lr
         defaults = dict(lr=lr, momentum=momentum, beta2=beta2, weight_decay=weight_decay, scale=scale,
-                        ns_steps=ns_steps, ns_dtype=ns_dtype, adam_betas=adam_betas,
+                        ns_steps=ns_steps, ns_dtype=ns_dtype, adam_lr=adam_lr, adam_betas=adam_betas,
                         adam_eps=adam_eps, muon=True)
-        params = [group if group.get("muon", True) else dict(lr=adam_lr) | group for group in params]
         super().__init__(params, defaults)
-        for g in self.param_groups:
-            in_range = g["lr"] > 0 and math.isfinite(g["lr"]) and g["weight_decay"] >= 0
-            if not in_range or not 0 <= g["momentum"] < 1 or not 0 <= g["beta2"] < 1:
-                raise ValueError(f"NorMuon: lr {g['lr']}, momentum {g['momentum']}, beta2 {g['beta2']} or weight_decay "
-                                 f"{g['weight_decay']} is out of range")
-            if g["scale"] not in ("aspect", "rms"):
-                raise ValueError(f"NorMuon: scale {g['scale']!r}, expected 'aspect' or 'rms'")
-            if g["muon"] and any(p.ndim != 2 for p in g["params"]):
-                raise ValueError("NorMuon orthogonalises matrices only: put other parameters into a group with "
-                                 "muon=False")
+
+    def add_param_group(self, param_group):
+        """As torch's, which calls it for the groups of the constructor too.  Raises ValueError as that does."""
+        if not param_group.get("muon", True):
+            param_group = dict(lr=self.defaults["adam_lr"]) | param_group
+        super().add_param_group(param_group)
+        g = self.param_groups[-1]
+        in_range = dict(lr=g["lr"] > 0 and math.isfinite(g["lr"]), momentum=0 <= g["momentum"] < 1,
+                        beta2=0 <= g["beta2"] < 1, weight_decay=g["weight_decay"] >= 0)
+        wrong = [f"{name} {g[name]} is out of range" for name, right in in_range.items() if not right]
+        if g["scale"] not in ("aspect", "rms"):
+            wrong.append(f"scale {g['scale']!r}, expected 'aspect' or 'rms'")
+        if g["muon"] and any(p.ndim != 2 for p in g["params"]):
+            wrong.append("it orthogonalises matrices only, put other parameters into a group with muon=False")
+        if wrong:
+            self.param_groups.pop()
+            raise ValueError("NorMuon: " + "; ".join(wrong))
 
     def load_state_dict(self, state_dict):
         """torch casts optimizer states to the parameter's dtype on loading; ours stay float32.

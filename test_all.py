@@ -401,11 +401,28 @@ def test_normuon_scales_batches_and_states():
     opt = normuon.NorMuon([p, q], lr=0.1, weight_decay=0.5)
     opt.step()
     assert torch.equal(p, torch.ones(4, 4)) and torch.equal(q, torch.ones(3))
+    p.grad = rand(4, 4, dtype=torch.float32)
+    opt.step()
+    p.grad, before = None, p.detach().clone()
+    opt.step()
+    with torch.no_grad():
+        direction = normuon.newton_schulz(opt.state[p]["momentum"][None])[0]
+    assert torch.cosine_similarity((before - p).flatten(), direction.flatten(), dim=0) > 0.9
     for bad in (dict(lr=0), dict(lr=float("nan")), dict(momentum=1.0), dict(scale="adam")):
         with pytest.raises(ValueError, match="NorMuon"):
             normuon.NorMuon([p], **bad)
     with pytest.raises(ValueError, match="matrices only"):
         normuon.NorMuon([dict(params=[q], muon=True)])
+    with pytest.raises(ValueError, match="none of these parameters is a matrix"):
+        normuon.NorMuon([q])
+    # a group that is added later has the same rules, and is not there when it was refused
+    opt = normuon.NorMuon([p], lr=0.3)
+    opt.add_param_group(dict(params=[q], muon=False))
+    assert opt.param_groups[-1]["lr"] == pytest.approx(0.05)
+    with pytest.raises(ValueError, match="matrices only"):
+        opt.add_param_group(dict(params=[torch.nn.Parameter(torch.ones(3))]))
+    opt.step()
+    assert len(opt.param_groups) == 3
 
 
 def is_float32(opt):

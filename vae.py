@@ -414,7 +414,7 @@ def encode_rows(vae: VAE, files: list, rows: range, args: argparse.Namespace, de
             raise BadInput(f"{bad[0]}: not a readable image; repair or remove it, "
                            "or pass --skip_bad 1 to leave such files out")
         if kept:
-            x = x.to(device).float() / 127.5 - 1                                       # [-1, 1]
+            x = torch.from_numpy(x).to(device).float() / 127.5 - 1                                       # [-1, 1]
             for k, view in enumerate((x, x.flip(3))):
                 with tf32(), autocast(args, device):
                     mean, std = vae.encode(view)
@@ -431,14 +431,15 @@ def encode_rows(vae: VAE, files: list, rows: range, args: argparse.Namespace, de
     return dict(latents=latents, latents_flip=flipped, labels=torch.tensor(labels)), bad
 
 
-def read_batch(paths: list, size: int) -> tuple[torch.Tensor | None, list]:
+def read_batch(paths: list, size: int) -> tuple[np.ndarray | None, list]:
     """Image files -> (the readable ones, uint8 [b, 3, size, size], or None; whether each is readable).
 
-    One tensor a batch: a worker passes each tensor through an open file, and a process may have only 1,024 of these.
+    numpy, which a worker sends through a pipe.  Tensors go through shared memory, of which a container has 64 MB; where
+    they do not fit, the worker loses the batch, and this process waits for ever.
     """
     images = [read_image(path, size) for path in paths]
-    kept = [image for image in images if image is not None]
-    return torch.stack(kept) if kept else None, [image is not None for image in images]
+    kept = [image.numpy() for image in images if image is not None]
+    return np.stack(kept) if kept else None, [image is not None for image in images]
 
 
 def finish_encoding(out: Path, identity: dict, classes: list) -> None:

@@ -69,7 +69,8 @@ def parse_args(argv=None):
 
 def run(args):
     args.device = pick_device(args.device)
-    common.keep_freed_memory()                                                  # as every script
+    if args.device.type == "cpu":
+        common.keep_freed_memory()                                              # as every script
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         cost.random_inputs(folder, args.size)

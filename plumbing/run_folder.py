@@ -255,6 +255,19 @@ class Run:
             write_atomic(self.folder / "args.json", json_text(identity(self.args), indent=1))
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
         barrier()
+        self.refuse_other_folders()
+
+    def refuse_other_folders(self):
+        """BadInput in every process if one did not find what the first one found, as on machines without a shared disk.
+
+        Each would go on from a step of its own, with weights of its own, and their gradients would be summed.
+        """
+        other = torch.tensor(int(self.from_first_process(self.step) != self.step))
+        if world() > 1:
+            dist.all_reduce(other, dist.ReduceOp.MAX)
+        if other:
+            raise BadInput(f"--out {self.folder}: the processes of this run see different folders; "
+                           "expected one that all of them share")
 
     def load(self, path):
         with reading(path, "the state of this run", f"it cannot be resumed, {start_over(self.args)}"):

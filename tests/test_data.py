@@ -4,6 +4,7 @@ Data and batches, the autoencoder, latent shards, official weights, and the way 
 """
 import argparse
 import errno
+import functools
 import json
 import os
 import shlex
@@ -340,6 +341,16 @@ def photos(tmp_path_factory):
     torch.save({"state_dict": weights, "epoch": 1}, folder / "vae.pt")
     run(folder, "vae.py encode --images images --ckpt vae.pt --out latents --size 16 --shard 7")
     return folder
+
+
+def test_images_come_to_the_encoder_through_a_pipe(photos):
+    """A worker that sends tensors takes shared memory for them; where that is full, an encoding waits for ever."""
+    paths = [path for path, _ in data.image_files(photos / "images")[0][:6]]
+    read = functools.partial(vae.read_batch, size=16)
+    batches = list(torch.utils.data.DataLoader(paths, 4, num_workers=1, collate_fn=read))
+    assert all(isinstance(images, np.ndarray) for images, _ in batches)
+    for image, path in zip(np.concatenate([images for images, _ in batches]), paths, strict=True):
+        assert np.array_equal(image, data.read_image(path, 16))
 
 
 def encode_here(command):

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import socket
@@ -253,17 +254,32 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, script):
     assert process.returncode == 130 and err == f"{script}: stopped before it began\n"
 
 
-@pytest.mark.slow
-def test_a_lost_process_ends_the_other_with_one_line(home):
-    """Started without torchrun, which would end the other one too, in its own way."""
+def two_processes(folders, command):
+    """One run's two processes, started without torchrun, which would end the other one too, in its own way."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, str(HERE / "consistency.py"), *IMF.split()[1:], "--steps", "5000", "--log_every", "1",
-             "--out", "lost"]
+    words = [sys.executable, str(HERE / "consistency.py"), *shlex.split(command)[1:]]
     group = dict(environment(), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    first, second = (subprocess.Popen(words, cwd=home, env=dict(group, RANK=str(rank)), stdout=subprocess.PIPE,
-                                      stderr=subprocess.PIPE, text=True) for rank in (0, 1))
+    return [subprocess.Popen(words, cwd=folder, env=dict(group, RANK=str(rank)), stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True) for rank, folder in enumerate(folders)]
+
+
+@pytest.mark.slow
+def test_processes_that_see_different_folders_are_refused(home, tmp_path):
+    """As on two machines without a shared disk: one would go on, the other begin again."""
+    command = IMF.replace("toy.npz", str(home / "toy.npz"))
+    run(home, f"{command} --steps 2 --out apart")
+    before = state(home, "apart")["step"]
+    for process in two_processes([home, tmp_path], f"{command} --steps 4 --out apart"):
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 2 and "the processes of this run see different folders" in err
+    assert state(home, "apart")["step"] == before == 2
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_other_with_one_line(home):
+    first, second = two_processes([home, home], f"{IMF} --steps 5000 --log_every 1 --out lost")
     until((home / "lost" / "metrics.jsonl").exists, first)
     second.kill()
     _, err = first.communicate(timeout=120)
