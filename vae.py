@@ -438,8 +438,8 @@ def read_batch(paths: list, size: int) -> tuple[np.ndarray | None, list]:
     they do not fit, the worker loses the batch, and this process waits for ever.
     """
     images = [read_image(path, size) for path in paths]
-    kept = [image.numpy() for image in images if image is not None]
-    return np.stack(kept) if kept else None, [image is not None for image in images]
+    kept = [image for image in images if image is not None]
+    return torch.stack(kept).numpy() if kept else None, [image is not None for image in images]
 
 
 def finish_encoding(out: Path, identity: dict, classes: list) -> None:
