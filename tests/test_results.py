@@ -645,7 +645,10 @@ def test_what_is_said_of_fsf_dmd_from_scratch_at_the_searched_rate_is_in_the_num
     theirs = [[run["evaluations"][i] for run in imf["seeds"].values()] for i in (0, 1)]
     longer = [run["evaluations"][0] for run in rows_of["FSF-DMD, longer"]["seeds"].values()]
     base = [[run["evaluations"][i] for run in rows_of["iMF, longer"]["seeds"].values()] for i in (0, 1)]
-    measured = (theirs[0], of_rcgm, ours, of_twin, theirs[1], base[0], longer, base[1])
+    half = [run["evaluations"][0] for run in rows_of["FSF-DMD, rate 0.008"]["seeds"].values()]
+    half_base = [[run["evaluations"][i] for run in rows_of["iMF, rate 0.008"]["seeds"].values()] for i in (0, 1)]
+    measured = (theirs[0], of_rcgm, ours, of_twin, theirs[1], base[0], longer, base[1],
+                half_base[0], half, half_base[1])
     for line, found in zip(rows, measured, strict=True):
         assert cells_of(found) in line
     assert ours[0]["step"] == theirs[0][0]["step"]
@@ -680,9 +683,10 @@ def test_what_is_said_of_fsf_dmd_from_scratch_at_the_searched_rate_is_in_the_num
     assert (passes[0], passes[2]) == (4125, 10125) and passes[3] == 7876
     assert [round(passes[i] / passes[j], 1) for i, j in ((2, 0), (1, 0), (3, 1))] == [2.5, 1.3, 1.5]
     means = [f"{np.mean([e['fd_2step'] for e in found]):.1f}" for found in (ours, *theirs)]
-    of_longer = [f"{np.mean([e['fd_2step'] for e in found]):.1f}" for found in (longer, *base)]
+    of_longer = [f"{np.mean([e['fd_2step'] for e in found]):.1f}" for found in (longer, *base, half, *half_base)]
     assert (f"{means[0]}, iMF {means[1]}, iMF with FSF-DMD's passes {means[2]} (1,500 steps: {of_longer[0]}, "
-            f"{of_longer[1]} and {of_longer[2]})") in text
+            f"{of_longer[1]} and {of_longer[2]}; at half of the rate {of_longer[3]}, {of_longer[4]} and {of_longer[5]})"
+            ) in text
 
     # With all of the steps.
     assert longer[0]["step"] == base[0][0]["step"] == 1500
@@ -704,6 +708,28 @@ def test_what_is_said_of_fsf_dmd_from_scratch_at_the_searched_rate_is_in_the_num
     d = np.array([a["fd_2step"] - b["fd_2step"] for a, b in zip(*base)])
     assert f"from step 1,500 to 2,864 iMF gains {d.mean():.3f} ± {d.std(ddof=1):.3f} at 2 steps" in text
     assert "and row 7, at 0.004, is at 29.6 after 3,680" in text
+
+    # At half of the rate.
+    assert half[0]["passes"] == pytest.approx(half_base[1][0]["passes"], rel=1e-3)
+    for a, b, k, words, seeds_behind in (
+        (half_base[0], base[0], "fd_2step", "+0.269 ± 0.920", 2), (half, longer, "fd_2step", "-1.674 ± 13.059", 2),
+        (half, half_base[0], "fd_1step", "9.865 ± 5.178", 3), (half, half_base[0], "fd_2step", None, 2),
+        (half, half_base[0], "fd_4step", None, 2), (base[1], half_base[1], "fd_2step", "9.713 ± 3.054", 3),
+        (half, half_base[1], "fd_1step", "26.646 ± 6.697", 3), (half, half_base[1], "fd_2step", "19.587 ± 7.603", 3),
+        (half, half_base[1], "fd_4step", "16.889 ± 7.690", 3), (longer, half_base[1], "fd_2step", "21.261 ± 7.291", 3),
+        (half_base[1], half, "recall_2step", None, 3),
+    ):
+        d = np.array([one[k] - other[k] for one, other in zip(a, b)])
+        sign = f"{d.mean():+.3f}"[0] if words and words[0] in "+-" else ""
+        shown = f"{sign}{abs(d.mean()):.3f} ± {d.std(ddof=1):.3f}"
+        assert words is None or shown == words and words in text, (k, words)
+        assert (d > 0).sum() == seeds_behind, (k, words)
+    recall = [np.mean([e["recall_2step"] for e in found]) for found in (half, half_base[1])]
+    assert f"with lower recall ({recall[0]:.3f}, {recall[1]:.3f})" in text
+    for a, b, k, p in ((base[1], half_base[1], "fd_2step", "0.031"), (half, half_base[1], "fd_1step", "0.02"),
+                       (half, half_base[1], "fd_2step", "0.047")):
+        found = scipy.stats.ttest_1samp([one[k] - other[k] for one, other in zip(a, b)], 0).pvalue
+        assert f"{found:.2g}" == p and f"(p {p} alone)" in text
 
 
 def test_a_network_from_scratch_that_was_measured_once_is_a_point_of_the_curves():
