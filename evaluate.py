@@ -284,6 +284,7 @@ def samples_as_images(args: argparse.Namespace, device: torch.device) -> tuple[C
     net, checkpoint, data = load_for_sampling(args)
     net = net.to(device)
     omega, guide_to, channels, sampler = sampling(args, checkpoint)
+    refuse_shift(args, sampler)
     vae = decoder_for(data, args, device)
     steps = sampler_steps(sampler, args.steps)[0]
     if data.kind == "latents" and vae is None:
@@ -304,6 +305,11 @@ def samples_as_images(args: argparse.Namespace, device: torch.device) -> tuple[C
         return pixels.expand(-1, 3, -1, -1)                      # grey images three times
 
     return images, what
+
+
+def refuse_shift(args: argparse.Namespace, sampler: str) -> None:
+    if args.shift != 1 and sampler != "euler":
+        raise BadInput("--shift: belongs to --sampler euler; leave that out")
 
 
 def named(sampler: str, shift: float) -> str:
@@ -384,8 +390,6 @@ def sampling(args: argparse.Namespace, checkpoint: dict) -> tuple[float, float, 
     if plain and sampler == "flow_map":
         raise BadInput(f"--sampler flow_map: {args.what} is a velocity network, which has no target time; "
                        "expected euler or renoised")
-    if args.shift != 1 and sampler != "euler":
-        raise BadInput("--shift: belongs to --sampler euler; leave that out")
     given = [f"--{flag}" for flag in ("omega", "guide_to", "cfg_channels") if getattr(args, flag) is not None]
     if given and not is_guided(conditioning, sampler):
         raise BadInput(f"{', '.join(given)}: {args.what}, sampled so, takes no guidance but what its weights hold; "
@@ -490,6 +494,7 @@ def measure_without_inception(args: argparse.Namespace) -> None:
     out = output_folder(args)
     net, checkpoint, data = load_for_sampling(args)
     args.omega, args.guide_to, args.cfg_channels, args.sampler = sampling(args, checkpoint)
+    refuse_shift(args, args.sampler)
     M = checkpoint["args"].get("M")                              # steps of its rollout, which it is made for
     args.steps = sampler_steps(args.sampler, args.steps, M=M if isinstance(M, int) and 0 < M < STEPS else None)
     if data.kind == "latents" and args.n:
