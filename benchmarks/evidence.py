@@ -33,7 +33,6 @@ def evidence(args):
     made = reproduce.parse_args(words)
     path = folder_of(made, reproduce.regime_of(made, reproduce.TABLES["2"])) / "runs.json"
     earlier = path.stat().st_mtime_ns if path.exists() else 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)           # as Ctrl-C: the child is ended, its runs save
     code = table_code(words, args.ends - time.perf_counter())
     if code is None:
         done = finished_seeds(made)
@@ -49,19 +48,30 @@ def evidence(args):
 
 
 def table_code(words, seconds):
-    """Exit code of reproduce.py, or None where it was stopped after so many seconds."""
+    """Exit code of reproduce.py, or None where it was stopped after so many seconds.
+
+    SIGTERM and Ctrl-C end it too, then KeyboardInterrupt is raised: an exception in the middle of Popen would leave the
+    child behind.
+    """
+    asked = []
+    stops = (signal.SIGINT, signal.SIGTERM)
+    before = {s: signal.signal(s, lambda number, frame: asked.append(number)) for s in stops}
     child = subprocess.Popen([sys.executable, str(HERE / "reproduce.py"), *words], start_new_session=True)
-    try:
-        return child.wait(timeout=max(1, seconds) if seconds < float("inf") else None)
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
+    ends = time.perf_counter() + max(1, seconds)
+    while child.poll() is None and not asked and time.perf_counter() < ends:
+        time.sleep(0.2)
+    code = child.poll()
+    if code is None:
+        child.terminate()                                       # its runs save their step
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=90)
         if child.poll() is None:
-            child.terminate()                                   # its runs save their step
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(timeout=90)
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
+            os.killpg(child.pid, signal.SIGKILL)
+    for s, handler in before.items():
+        signal.signal(s, handler)
+    if asked:
+        raise KeyboardInterrupt
+    return code
 
 
 def finished_seeds(made):
