@@ -151,8 +151,9 @@ def pick_device(flag):
 def keep_freed_memory():
     """Tell glibc to keep large freed blocks: given back, they are faulted in again at every step.
 
-    This saves a sixth of a step of the digits' network and a sixteenth of B/1's, for 3% more memory.  Either
-    way glibc keeps a third more than is in use; with MALLOC_MMAP_THRESHOLD_=65536 in the environment it keeps nothing.
+    On a CPU, where it is called, this saves a sixth of a step of the digits' network and a sixteenth of B/1's, for 3%
+    more memory.  Either way glibc keeps a third more than is in use; with MALLOC_MMAP_THRESHOLD_=65536 in the
+    environment it keeps nothing.
     """
     if "MALLOC_MMAP_THRESHOLD_" in os.environ:
         return

@@ -414,7 +414,7 @@ def encode_rows(vae: VAE, files: list, rows: range, args: argparse.Namespace, de
             raise BadInput(f"{bad[0]}: not a readable image; repair or remove it, "
                            "or pass --skip_bad 1 to leave such files out")
         if kept:
-            x = torch.from_numpy(x).to(device).float() / 127.5 - 1                                       # [-1, 1]
+            x = torch.from_numpy(x).to(device).float() / 127.5 - 1                     # [-1, 1]
             for k, view in enumerate((x, x.flip(3))):
                 with tf32(), autocast(args, device):
                     mean, std = vae.encode(view)
