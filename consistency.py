@@ -26,7 +26,7 @@ and rcgm is the same with imf's v as tangent, d/dt [(t-s) u] taken as a backward
     python consistency.py --loss cd --init imf    # the baseline that FSF-DMD is compared with
 
 Cost in forward passes of one network (backward = 2), half of the rows masked: fm 3, ct 5, imf 5.5, cd 5 (from fm 6: CFG
-takes two), rcgm 7, isg 5.  In masked rows imf and cd take no difference (2 passes); imf's velocity is its prediction.
+takes two), rcgm 7, isg 5.  Masked rows (s = t) save imf and cd the 2 passes of du/dt, and imf one for its velocity.
 """
 import shlex
 from collections.abc import Callable
@@ -378,7 +378,7 @@ def train(args):
     channels = args.cfg_channels                                                # of a plain teacher's CFG; 0: all
     rho = dict(c=args.huber_c, cosine=args.cosine)
     options = dict(h=args.fd_h, exact=args.jvp == "exact", tangent_norm=args.tangent_norm, **rho)
-    guided = args.omega_max > 1                                                 # a loss on data draws omega above 1
+    guided = args.omega_max > 1                                                 # omega is drawn, else it is always 1
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) where not drawn
 
     def u(y, guidance=None):

@@ -16,9 +16,10 @@ Lee, Park, arXiv 2605.19256 (bracketed numbers): Table 2 rows 4-6, Table 3 row 8
 
 || . ||^2 is the mean over elements: the value of lambda depends on it.
 
-One step is ONE generator update and R = --ttur fake updates (TTUR 1:R counted as DMD2 does): the first fake update has
-the samples of the generator turn, the others their own rollouts.  Discriminator: two DDT blocks and a class token on
-the features of the fake network's first blocks (model.DiscriminatorHead), which lambda_D L_D also trains.
+One step is ONE generator update and R = --ttur fake updates (1:R, DMD2's two time-scale update rule, TTUR): the first
+fake update has the samples of the generator turn, the others their own rollouts.  Discriminator: two DDT blocks and a
+class token on the features of the fake network's first blocks (model.DiscriminatorHead), which lambda_D L_D also
+trains.
 
     python dmd2.py --init imf --ttur 5                  # digits, 2 CPU cores: about 2 minutes
     python dmd2.py --init imf --ttur 5 --no_gan         # without the GAN: it is not built at all
@@ -224,7 +225,7 @@ def train(args):
     features = metric_space(data, args)
     channels = args.cfg_channels                                                # of a plain teacher's CFG; 0: all
     options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
-    guided = args.omega_max > 1                                                 # a loss on data draws omega above 1
+    guided = args.omega_max > 1                                                 # omega is drawn, else it is always 1
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) where not drawn
 
     def u(y):
@@ -249,7 +250,7 @@ def train(args):
         if args.cd_guidance == "drawn" or not teacher:
             drawn = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
             batch["guidance"] = whole_interval(drawn, batch["t"], batch["s"])
-        batch["z"] = g.normal(B, args.M, *shape)                # rollout noise; Eq. 17 needs M of them
+        batch["z"] = g.normal(B, args.M, *shape)                # rollout noise: Eq. 17 takes M, 18 the first
         batch["tau"] = 0.02 + 0.96 * g.uniform(B)                 # U(0.02, 0.98), as DMD2
         batch["eps_tau"] = g.normal(B, *shape)
         for name in ("fake", "gen", "real"):
@@ -285,7 +286,7 @@ def train(args):
                 with autocast(args, device):
                     x_hat = backward_simulation(u(b.y), b.z, k, args.M)         # Eq. 17
                     loss, gap = dmd_loss(x_hat, v_fake(b.y), v_teacher(b.y), b.tau, b.eps_tau)
-                    objective = args.lam * loss                                 # Eq. 15; DMD2: 59
+                    objective = args.lam * loss                                 # Eq. 15; 59 in DMD2
                     if head:
                         gan = gan_generator_loss(D(b.y)(x_hat, b.t_gen, b.eps_gen))
                         objective = objective + args.lam * args.lambda_g * gan  # Eq. 54

@@ -7,8 +7,9 @@
     python evaluate.py ref --data DIR --inception W --out DIR        # reference statistics of real images
 
 Without --inception, the feature space of pixel data sets (metrics.py): a small convolutional classifier trained once
-on the data set itself, on one CPU thread from a fixed seed (97% right on the odd digits when trained on the even
-ones), cached under runs/cache.  Those of the digits and of Fashion-MNIST come with the project (results/classifiers).
+on the data set itself, on one CPU thread from a fixed seed, cached under runs/cache.  (Trained on every second image of
+the digits it is right on 97% of the others.)  Those of the digits and of Fashion-MNIST come with the project
+(results/classifiers).
 """
 import argparse
 import hashlib

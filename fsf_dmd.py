@@ -6,8 +6,9 @@ from an iMF 3.85 (M = 2, 4,000 steps) and 3.96 (M = 1, 3,000), from flow matchin
 
 DMD moves generated samples along v_fake - v_teacher at perturbed points, and trains a second network to know v_fake.
 FSF-DMD trains none: it takes the flow map's own average velocity from tau to 0 for it,
-v_fake(x_tau, tau) ~ u(x_tau, tau, 0) [10-13].  Here t = 0 is data and t = 1 noise, u(x, t, s) goes from t to s; sg: no
-gradient; eps, eps': noise.
+v_fake(x_tau, tau) ~ u(x_tau, tau, 0) [10-13].  A fake network points to the mean of all samples that x_tau may come
+from, u(x_tau, tau, 0) to the one sample at which the generator's own path from x_tau ends.  Here t = 0 is data and
+t = 1 noise, u(x, t, s) goes from t to s; sg: no gradient; eps, eps': noise.
 
     rollout    U = sum_i (t_i - t_{i+1}) u(sg x_i, t_i, t_{i+1}),  t_i = 1 - i/M,   x_hat = eps - U          [14, 18-20]
     perturb    tau = k r / (1 + (k-1) r),  r ~ U(0,1),   x_tau = (1 - tau) sg x_hat + tau eps'
@@ -17,9 +18,8 @@ gradient; eps, eps': noise.
 
 || . ||^2 is the mean over elements: the value of lambda depends on it.
 
-L_FSF alone does not have the data as its fixed point: it compares a sample, f(x_tau, tau, 0), with a posterior mean,
-so it contracts (on N(0, 1) to a deviation of 0.46..0.58; tests/test_methods.py).  L_CD prevents this; without L_CD
-the generator collapses.
+The two differ, so L_FSF alone does not have the data as its fixed point: it contracts (on N(0, 1) to a deviation of
+0.46..0.58; tests/test_methods.py), and the generator collapses.  L_CD prevents this.
 
     python fsf_dmd.py --init imf --M 2       # digits, 2 CPU cores: 1 to 2 minutes, the iMF it starts from included
 
@@ -59,7 +59,7 @@ from plumbing.watch import begin, finish, health, watch
 # ---- method ----------------------------------------------------------------------------------------------------------
 
 def rollout(u: Callable, eps: Tensor, M: int, grad: str = "all") -> tuple[Tensor, Tensor]:
-    """The generator unrolled on its own flow map, Eq. 18-20 -> (x, U) with x_hat = x - U, here x = eps [B, C, H, W].
+    """The generator unrolled on its own flow map, Eq. 18-20 -> (x, U): x is eps [B, C, H, W], the samples are x - U.
 
     u: callable (x, t, s), times as floats.  Inputs are detached, so no gradient runs from step to step; with grad="all"
     every step keeps its own, with "last" only the last.  M = 1 is the one-step generator of Eq. 14.  ValueError if
@@ -196,7 +196,7 @@ def train(args):
     features = metric_space(data, args)
     channels = args.cfg_channels                                                # of a plain teacher's CFG; 0: all
     options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
-    guided = args.omega_max > 1                                                 # a loss on data draws omega above 1
+    guided = args.omega_max > 1                                                 # omega is drawn, else it is always 1
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) where not drawn
 
     def u(y):
@@ -218,7 +218,7 @@ def train(args):
         if args.cd_guidance == "drawn" or not teacher:
             drawn = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
             batch["guidance"] = whole_interval(drawn, batch["t"], batch["s"])
-        batch["z"] = g.normal(B, args.M, *shape)                # rollout noise; Eq. 17 needs M of them
+        batch["z"] = g.normal(B, args.M, *shape)                # rollout noise: Eq. 17 takes M, 18 the first
         batch["tau"] = shift_time(g.uniform(B), args.shift)
         batch["eps_tau"] = g.normal(B, *shape)
         k = g.integers(args.M)                                  # Eq. 17: jumps before the one with gradient
@@ -250,7 +250,7 @@ def train(args):
                             x, U = b.z[:, 0], b.z[:, 0] - x_hat
                         loss, gap = fsf_dmd_loss(x, U, v_fake(b.y), v_teacher(b.y), b.tau, b.eps_tau,
                                                  args.weight, args.clip, args.cosine_factor)
-                        objective = args.lam * loss                             # Eq. 15; DMD2: 59
+                        objective = args.lam * loss                             # Eq. 15; 59 in DMD2
                     (objective.sum() / B).backward()
                     accumulate(total, B, fsf=loss, gap=gap)
 

@@ -14,7 +14,7 @@ the same optimizer.
 
 WHICH LR?  Two conventions are in use; at width 768 they differ sixfold, the commonest reason for a "wrong" rate:
     scale="aspect"  official code: the line above.  One step moves W by about lr / sqrt(width) (RMS): at width 768 by
-                    0.02..0.036 lr, so 6e-4 is AdamW's 1e-4; at width 48 by 0.13 lr
+                    0.02..0.036 lr, so 6e-4 is AdamW's 1e-4 (which moves by about 0.2 lr); at width 48 by 0.13 lr
     scale="rms"     the update has RMS 0.2 lr whatever the shape: lr 1e-4 means about what it means to AdamW
 Each group has its own `lr`, so a scheduler of torch moves both (OneCycleLR and CyclicLR: pass a list of two rates).
 The AdamW group starts at adam_lr; left out, that is lr / 6 under "aspect" and lr under "rms", so that both groups move

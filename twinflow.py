@@ -155,7 +155,7 @@ def train(args):
     state |= dict(target=target)
     features = metric_space(data, args)
     options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
-    guided = args.omega_max > 1                                                 # a loss on data draws omega above 1
+    guided = args.omega_max > 1                                                 # omega is drawn, else it is always 1
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) where not drawn
 
     def u(y):

@@ -263,7 +263,7 @@ def checked(args, script):
     if not args.dry_run:
         return args
     if args.data != "digits" and not Path(args.data).exists():
-        print(f"--data {args.data}: is not there; below is what {preset_kind(args.data)} get")
+        print(f"--data {args.data}: is not there; by its name, below is what {preset_kind(args.data)} get")
     print(f"{script}: preset ({preset_kind(args.data)}, {args.start})")
     for k in sorted(args.sources.keys() - {"dry_run"}):
         value = getattr(args, k)
