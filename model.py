@@ -103,8 +103,8 @@ def total_derivative(u: Callable, x: Tensor, t: Tensor, s: Tensor, tangent: Tens
     """d/dt u(x_t, t, s) along dx/dt = tangent, ds/dt = 0: tangent . grad_x u + d_t u.  -> shape of x, without gradient.
 
     u: callable (x [B, ...], t [B], s [B]).  h: step of the central difference [u(x+ha, t+h, s) - u(x-ha, t-h, s)] / 2h.
-    Its error is O(h^2), and rounding adds O(1/h).  At B/1 and h = 0.005 rounding is 0.98 of the derivative in bf16, so
-    autocast is off here, and 0.09 in TF32 (results/gpu.md).  t +- h may leave [0, 1]: the network is smooth in time.
+    Its error is O(h^2); rounding adds O(1/h): at B/1 and h = 0.005 it is 0.98 of the derivative in bf16 (so autocast
+    is off here) and 0.09 in TF32 (results/gpu.md).  t +- h may leave [0, 1]: the network is smooth in time.
     exact: torch.func.jvp (flash attention has no forward derivative).
     """
     with torch.autocast(x.device.type, enabled=False):
@@ -147,7 +147,7 @@ def backward_simulation(u: Callable, eps: Tensor, k: int, M: int, noise: str = "
 
     u: callable (x, t, s), times as floats.  eps [B, M, ...]: fresh noise for every step; real data never enter.
     k: one number for the batch, 0 .. M-1 (else ValueError); with M - 1 it is the M-step sampler of DMD2 and SiD.
-    noise (SiD): a jump's x0 goes back with fresh noise, that which the jump implies (ddim) or the first (fixed).
+    noise: what a jump's x0 is noised with: fresh noise, the noise that the jump implies (ddim), or the first (fixed).
     """
     if not 0 <= k < M or eps.shape[1] != M or noise not in ("fresh", "ddim", "fixed"):
         raise ValueError(f"{k=}, {noise=}, eps {list(eps.shape)}: expected k < {M}, fresh, ddim or fixed, [B, {M}, ..]")
@@ -163,10 +163,9 @@ def backward_simulation(u: Callable, eps: Tensor, k: int, M: int, noise: str = "
 
 
 def gate_guidance(guidance: Tensor, t: Tensor) -> Tensor:
-    """Guidance (omega, t_min, t_max) [B, 3] at one instant t: omega inside the interval, 1 outside.
+    """Guidance (omega, t_min, t_max) [B, 3] or [1, 3] at one instant t [B]: omega inside the interval, 1 outside.
 
-    The interval itself is then [0, 1]: iMF trains its s = t rows on that one only, so this is how its instantaneous
-    velocity has to be asked.
+    The returned interval is [0, 1]: iMF trains its rows with s = t on no other, so its velocity must be asked with it.
     """
     omega, t_min, t_max = guidance.unbind(1)
     omega = torch.where((t >= t_min) & (t <= t_max), omega, 1.0)
@@ -177,8 +176,8 @@ def guided_velocity(net: nn.Module, x: Tensor, t: Tensor, y: Tensor, guidance: T
                     channels: int | None = None) -> Tensor:
     """Guided instantaneous velocity v(x_t, t | y) of a LightningDiT -> [B, C, H, W].
 
-    t [B], guidance [B, 3], channels: see `cfg`.  in_context: omega is an input, one forward pass.  plain: CFG, two
-    passes.  decoupled: one pass; guidance, if any, was distilled into its weights.
+    t [B], guidance [B, 3] or [1, 3], channels: see `cfg`.  in_context: omega is an input, one forward pass.  plain:
+    CFG, two passes.  decoupled: one pass; guidance, if any, was distilled into its weights.
     """
     if net.conditioning == "in_context":
         return net(x, t, y, None, gate_guidance(guidance, t))
@@ -193,8 +192,8 @@ def guided_map(net: nn.Module, x: Tensor, t: Tensor | float, s: Tensor | float, 
                guidance: Tensor | None) -> Tensor:
     """Average velocity u(x_t, t, s | y) of a flow map.
 
-    guidance [B, 3] or None, no guidance: an input in_context; a decoupled network has it in its weights.  A plain
-    network knows no s: in flow matching s = t, and as the student of DMD2 and SiD it only ever jumps to 0.
+    guidance [B, 3] or [1, 3], None: no guidance.  in_context: it is an input.  decoupled: not used, guidance is in the
+    weights.  plain: s is not used; in flow matching s = t, and the student of DMD2 and SiD only ever jumps to 0.
     """
     if net.conditioning == "plain":
         return net(x, t, y)
@@ -216,10 +215,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x):
+    def normalize(self, x):
         x32 = x.to(torch.promote_types(x.dtype, torch.float32))
-        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return x32.to(x.dtype) * self.weight.to(x.dtype)
+        return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+    def forward(self, x):
+        return self.normalize(x) * self.weight.to(x.dtype)
 
 
 class TimestepEmbedder(nn.Module):
@@ -279,7 +280,7 @@ def rotate(q, cos, sin):
     """Turn each neighbouring pair (a, b) of q [B, heads, N, head_dim] by its angle: (a cos - b sin, b cos + a sin)."""
     a, b = q.unflatten(-1, (-1, 2)).unbind(-1)
     swapped = torch.stack([-b, a], dim=-1).flatten(-2)
-    return q * cos.to(q.dtype) + swapped * sin.to(q.dtype)
+    return torch.addcmul(q * cos.to(q.dtype), swapped, sin.to(q.dtype))                 # addcmul(a, b, c) = a + b c
 
 
 class Attention(nn.Module):
@@ -310,8 +311,10 @@ class SwiGLU(nn.Module):
         return self.w3(F.silu(gate) * value)
 
 
-def modulate(x, shift, scale):
-    return x * (1 + scale[:, None]) + shift[:, None]
+def modulate(norm, x, shift, scale):
+    """norm(x) * (1 + scale) + shift, where the norm's gain goes into the scale [B, D]: one pass over x [B, N, D]."""
+    gain = norm.weight * (1 + scale)
+    return torch.addcmul(shift[:, None], norm.normalize(x), gain[:, None])
 
 
 class Block(nn.Module):
@@ -327,8 +330,8 @@ class Block(nn.Module):
 
     def forward(self, x, c, cos, sin):                                                  # [B, N, D], [B, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=-1)
-        x = x + gate1[:, None] * self.attn(modulate(self.norm1(x), shift1, scale1), cos, sin)
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = torch.addcmul(x, gate1[:, None], self.attn(modulate(self.norm1, x, shift1, scale1), cos, sin))
+        return torch.addcmul(x, gate2[:, None], self.mlp(modulate(self.norm2, x, shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
@@ -340,7 +343,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x, c):
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(modulate(self.norm_final, x, shift, scale))
 
 
 def sincos_positions(dim, grid):
@@ -358,8 +361,8 @@ class LightningDiT(nn.Module):
 
     forward(x, t, y, s=None, guidance=None) -> velocity [B, C, H, W]
         x [B, C, H, W]; t, s times in [0, 1] (TwinFlow's fake side: negative), [B] or float; y [B] int64 labels,
-        num_classes = null; s=None means s = t, the instantaneous velocity; guidance [B, 3] = (omega >= 1, t_min,
-        t_max), in_context only, None = (1, 0, 1), no guidance.
+        num_classes = null; s=None means s = t, the instantaneous velocity; guidance [B, 3] or [1, 3] = (omega >= 1,
+        t_min, t_max), in_context only, None = (1, 0, 1), no guidance.
     Raises ValueError on an unknown size, conditioning or dim, on dims that do not divide, on images of another size, on
     s with a plain network, on guidance without in_context.
     n_tokens, token_block: n and k of in_context (the paper's are lost; 16 and 4 give its parameter count).
@@ -453,7 +456,7 @@ class LightningDiT(nn.Module):
             if self.conditioning == "in_context":
                 if guidance is None:
                     guidance = fixed_guidance(1.0, 0.0, 1.0, x)
-                tokens = self.condition_tokens(c_t, c_y, s, guidance.to(dtype))         # [B, 6n, D]
+                tokens = self.condition_tokens(c_t, c_y, s, guidance.to(dtype).expand(B, 3))        # [B, 6n, D]
 
         h = self.x_embedder(x) + self.pos_embed                                         # [B, N, D]
         for i, block in enumerate(self.blocks):
@@ -524,10 +527,7 @@ class DiscriminatorHead(nn.Module):
 # ---- Improved MeanFlow's own network (Geng et al.; code Lyy-iiis/imeanflow, MIT), to start from its published weights 
 
 class IMFBlock(nn.Module):
-    """No adaLN and no biases; QK-norm, 1-D rotary positions over the whole sequence.
-
-    attn_scale and mlp_scale are learned vector gates.
-    """
+    """No adaLN, no biases; QK-norm, 1-D rotary positions over the whole sequence; *_scale are learned gates."""
 
     def __init__(self, dim, num_heads, hidden):
         super().__init__()
@@ -588,7 +588,7 @@ class IMFDiT(nn.Module):
         with torch.autocast(x.device.type, enabled=False):                              # times stay in fp32
             if guidance is None:
                 guidance = fixed_guidance(1.0, 0.0, 1.0, x)
-            omega, t_min, t_max = guidance.to(dtype).unbind(1)
+            omega, t_min, t_max = guidance.to(dtype).expand(B, 3).unbind(1)
             conditions = (self.y_embedder(y), self.omega_embedder(1 - 1 / omega), self.t_min_embedder(t_min),
                           self.t_max_embedder(t_max), self.h_embedder(h))
             prefix = torch.cat([c[:, None] + token for c, token in zip(conditions, self.tokens)], dim=1)  # [B, 20, D]
