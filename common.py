@@ -28,7 +28,6 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing import interrupt
 from plumbing.files import BadInput, first_line, is_out_of_memory, no_space
 
 OUT_OF_MEMORY = "error: out of memory; a smaller --micro_batch or --batch_size, where there is one, needs less"
@@ -36,7 +35,6 @@ OUT_OF_MEMORY = "error: out of memory; a smaller --micro_batch or --batch_size, 
 
 def main(train, parse_args):
     """Run a script: bad input ends in one line and exit code 2."""
-    interrupt.imported()
     sys.stderr = sys.stderr or open(os.devnull, "w")                # closed by the shell; tqdm needs one
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")           # a terminal that has no +- sign

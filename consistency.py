@@ -31,7 +31,6 @@ takes two), rcgm 7, isg 5.  Masked rows (s = t) save imf and cd the 2 passes of 
 import shlex
 from collections.abc import Callable
 
-from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -338,7 +337,7 @@ def parse_args(argv=None):
     if args.tangent_norm:
         refuse(args, ["huber_c", "cosine"], "--tangent_norm takes the squared distance")
     args.sampler = "euler" if loss == "fm" else "flow_map"
-    return checked(args, f"consistency_{loss}")
+    return checked(args)
 
 
 def pretrained(args, loss):
@@ -368,12 +367,10 @@ def train(args):
 
     net, teacher = starting_networks(args, data, device, pretrained, CONDITIONING.get(args.loss))
     ema = frozen_copy(net)
-    opt = NorMuon(param_groups(net), lr=args.lr)
-    compile_blocks(args, net, ema, teacher)
-    state = dict(net=net, ema=ema, opt=opt, teacher=teacher)
     target = frozen_copy(net) if args.loss == "rcgm" else None                  # RCGM's own EMA, of a short memory
-    compile_blocks(args, target)
-    state |= dict(target=target)
+    opt = NorMuon(param_groups(net), lr=args.lr)
+    compile_blocks(args, net, ema, teacher, target)
+    state = dict(net=net, ema=ema, opt=opt, teacher=teacher, target=target)
     features = metric_space(data, args)
     channels = args.cfg_channels                                                # of a plain teacher's CFG; 0: all
     rho = dict(c=args.huber_c, cosine=args.cosine)

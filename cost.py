@@ -28,7 +28,6 @@ import sys
 import tempfile
 import time
 
-from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import numpy as np
 import torch
 from safetensors.torch import save_file

@@ -36,7 +36,6 @@ and 48.6); FSF-DMD takes 13 (15).
 """
 from collections.abc import Callable
 
-from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -46,10 +45,9 @@ from common import (BadInput, accumulate, autocast, batch_rows, compile_blocks, 
 from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, pretrained, whole_interval
 from data import load_data
 from evaluate import metric_space
-from model import (SIZES, DiscriminatorHead, IMFDiT, backward_simulation, expand, guided_map, guided_velocity,
-                   interpolate)
+from model import DiscriminatorHead, IMFDiT, backward_simulation, expand, guided_map, guided_velocity, interpolate
 from normuon import NorMuon, param_groups
-from plumbing.checkpoints import load_checkpoint, starting_networks
+from plumbing.checkpoints import starting_networks
 from plumbing.flags import (CONSISTENCY_FLAGS, checked, flow_map_flags, health_flag, number, parser, refuse,
                             refuse_idle, resolve, teacher_flag)
 from plumbing.run_folder import Run, check_folder
@@ -162,8 +160,8 @@ def parse_args(argv=None):
     gan("--no_gan", dest="lambda_g", action="store_const", const=0.0, help="the same as --lambda_g 0")
     add("--lambda_d", type=number(float, 0, open_low=True), default=1e-2,
         help="lambda_D of Eq. 54, the GAN term of the fake side")
-    add("--disc_trunk", choices=["fake", "teacher", "generator"], default="fake",
-        help="whose first blocks the discriminator reads; those of the teacher and the generator get no gradient")
+    add("--disc_trunk", choices=["fake", "generator"], default="fake",
+        help="whose first blocks the discriminator reads; those of the generator get no gradient from it")
     add("--ida", type=number(float, 0, 1), default=1.0, help="a of Eq. 60 (SenseFlow: 0.97); 1: off")
     p.set_defaults(init="imf")
     args = resolve(p, argv, PRESETS, "dmd2")
@@ -172,34 +170,21 @@ def parse_args(argv=None):
     if args.start == "scratch" and not args.cd:
         raise BadInput("--init scratch --cd 0: without a teacher nothing would tell the network of the data, "
                        "expected --cd 1")
-    if args.start == "scratch" and args.disc_trunk == "teacher":
-        raise BadInput("--init scratch --disc_trunk teacher: there is no teacher, expected --disc_trunk fake")
-    if args.teacher and args.disc_trunk == "teacher" and args.init in ("imf", "fm"):    # before a start is trained
-        refuse_trunk(SIZES[args.size], load_checkpoint(args.teacher)["config"])
     if not args.cd:
         refuse(args, ["lam", "cd_guidance", *CONSISTENCY_FLAGS], "belongs to L_CD, which needs --cd 1")
         args.lam = 1.0                                                                  # Eq. 50-51 alone
     refuse_idle(args)
     args.sampler = "flow_map" if args.cd else "renoised"
-    return checked(args, "dmd2")
-
-
-def refuse_trunk(config, of_teacher):
-    """BadInput if a discriminator made for a network of this configuration cannot read the teacher."""
-    shape = {k: config[k] for k in ("depth", "hidden_size", "num_heads", "patch_size")}
-    if of_teacher.get("architecture") == "imf" or not shape.items() <= of_teacher.items():
-        raise BadInput(f"--disc_trunk teacher: the head is made for a trunk of {shape}, the teacher has another")
+    return checked(args)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
-def new_fake_side(args, net, teacher, device):
+def new_fake_side(args, net, device):
     """-> (fake network, a copy of the start; discriminator head, or None; list of those that exist; their optimizer)"""
     if args.lambda_g and isinstance(net, IMFDiT):
         raise BadInput(f"--init {args.init}: the discriminator reads a LightningDiT; with iMF's own network pass "
                        "--lambda_g 0")
-    if args.lambda_g and getattr(args, "disc_trunk", "fake") == "teacher":              # sid.py has the fake one
-        refuse_trunk(net.config, teacher.config)
     fake = frozen_copy(net)
     head = DiscriminatorHead(fake).to(device) if args.lambda_g else None
     fake_side = [fake, head] if head else [fake]
@@ -219,8 +204,8 @@ def train(args):
     opt = NorMuon(param_groups(net), lr=args.lr)
     compile_blocks(args, net, ema, teacher)
     state = dict(net=net, ema=ema, opt=opt, teacher=teacher)
-    fake, head, fake_side, opt_fake = new_fake_side(args, net, teacher, device)
-    trunk = dict(fake=fake, teacher=teacher).get(args.disc_trunk) or frozen_view(args, net)
+    fake, head, fake_side, opt_fake = new_fake_side(args, net, device)
+    trunk = fake if args.disc_trunk == "fake" else frozen_view(args, net)
     state |= dict(fake=fake, head=head, opt_fake=opt_fake)
     features = metric_space(data, args)
     channels = args.cfg_channels                                                # of a plain teacher's CFG; 0: all
@@ -229,13 +214,13 @@ def train(args):
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) where not drawn
 
     def u(y):
-        return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))
+        return lambda x, t, s: guided_map(net, x, t, s, y, fixed)
 
     def v_fake(y):
         return lambda x, tau: fake(x, tau, y)                                   # never guided
 
     def v_teacher(y):                                                           # scratch: the network itself, Eq. 23
-        return lambda x, tau: guided_velocity(teacher or net, x, tau, y, fixed.expand(len(x), 3), channels)
+        return lambda x, tau: guided_velocity(teacher or net, x, tau, y, fixed, channels)
 
     def D(y):
         return lambda x, t, eps: head(trunk, interpolate(x, eps, t), t, y)

@@ -17,14 +17,13 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import numpy as np
 import torch
 
 from common import BadInput, main, noise_by_index, pick_device, rank, setup, tf32, world
 from data import Data, denormalize, load_data, normalize, preview, to_images
-from fid import (collect, describe, differ, feature_networks, image_source, inception_metrics, own_statistics,
-                 read_reference, write_reference)
+from fid import (collect, describe, feature_network, image_source, inception_metrics, own_statistics, read_reference,
+                 write_reference)
 from inception import Inception  # noqa: F401  (a public name of this file too, as those of the next line)
 from metrics import frechet_distance, inception_score, precision_recall  # noqa: F401
 from metrics import EVAL_SEED, METRICS, Features
@@ -106,20 +105,20 @@ def sampler_steps(sampler: str, steps: list | None = None, few: tuple = (1, 2, 4
 
 
 def evaluate(net: LightningDiT, features: Features | None, args: argparse.Namespace, steps: list | None = None,
-             n: int | None = None, seed: int = EVAL_SEED, sampler: str | None = None, *,
-             restate: Callable = lambda x: x, shift: float = 1.0) -> dict[str, float]:
+             n: int | None = None, seed: int = EVAL_SEED, *, restate: Callable = lambda x: x,
+             shift: float = 1.0) -> dict[str, float]:
     """{"fd_1step": ..., "fd_2step": ..., ...}: every metric at every number of sampling steps (see `sampler_steps`).
 
     args: anything with omega, guide_to, cfg_channels and sampler, as argparse.Namespace(**checkpoint["args"]): how to
-    sample; M if it has one.  sampler: another one than args'; shift: of euler's times.  n: samples, else features.n.
-    restate: see `restated`.  features None (latents): {}.
+    sample; M if it has one.  shift: of euler's times.  n: samples, else features.n.  restate: see `restated`.
+    features None (latents): {}.
     """
     if features is None:
         return {}
-    found, sampler, n = {}, sampler or args.sampler, n or features.n
-    for N in sampler_steps(sampler, steps, M=getattr(args, "M", None)):
+    found, n = {}, n or features.n
+    for N in sampler_steps(args.sampler, steps, M=getattr(args, "M", None)):
         x, y = generate(net, n, features.shape, N, args.omega, args.guide_to, args.cfg_channels, seed,
-                        sampler=sampler, shift=shift)
+                        sampler=args.sampler, shift=shift)
         for name, value in features.metrics(restate(x), y).items():
             found[f"{name}_{N}step"] = value
     return found
@@ -241,30 +240,30 @@ def measure(args: argparse.Namespace) -> None:
     if n < 4:
         raise BadInput(f"{n} images are too few, expected 4 or more")
     own = own_statistics(args.data, args.pipeline) if of_ref else None
-    network, spaces = feature_networks(args.inception, args.vgg, args.pipeline, device)
-    if ref and differ(ref["spaces"], spaces):
-        raise BadInput(f"--ref {args.ref}: is in the features of {ref['spaces']}, but the images would be in those of "
-                       f"{spaces}; make it again with these flags, or pass the flags that it was made with")
+    network, space = feature_network(args.inception, args.pipeline, device)
+    if ref and ref["space"] not in (None, space):
+        raise BadInput(f"--ref {args.ref}: is in the features of {ref['space']}, but the images would be in those of "
+                       f"{space}; make it again with these flags, or pass the flags that it was made with")
     if n <= 2048 and not args.few:
         raise BadInput(f"{n} images give no covariance of 2048 features, expected more than 2048; "
                        "--few 1 computes it all the same")
     if ref and ref["features"] is None and rank() == 0:
         print(f"--ref {args.ref}: holds no features, so there is no precision and recall; "
               "`python evaluate.py ref` makes a reference that has them")
-    identity = dict(sampler=sampler, spaces=spaces, n=n, batch=args.batch_size)
+    identity = dict(sampler=sampler, spaces=space, n=n, batch=args.batch_size)
     found = collect(network, images, n, out / "features", identity, args.batch_size)
     if rank() > 0:
         return
     if of_ref:
-        write_reference(out / "reference.npz", found, own, spaces)
+        write_reference(out / "reference.npz", found, own, space)
         of = f"those in {args.data}" if own else f"of {n} images"
-        print(f"wrote {out / 'reference.npz'}: mu, sigma {of}, features of {min(n, 10_000)}; {spaces}")
+        print(f"wrote {out / 'reference.npz'}: mu, sigma {of}, features of {min(n, 10_000)}; {space}")
         return
     metrics = inception_metrics(found, ref, device)
     label = f"FID (n = {n})"
     if n % 1000 == 0:
         label = "FID" if n == 50_000 else f"FID{n // 1000}K"
-    line = (f"{label} {describe(metrics)}; n = {n}; {spaces}; reference {args.ref} ({ref['hash']}); {sampler}; "
+    line = (f"{label} {describe(metrics)}; n = {n}; {space}; reference {args.ref} ({ref['hash']}); {sampler}; "
             f"torch {torch.__version__}, numpy {np.__version__}")
     print(line)
     write_atomic(out / "fid.json", json_text(metrics | dict(n=n, label=label, definition=line), indent=1))
@@ -438,9 +437,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--vae", help="VAE checkpoint that decodes latents")
     p.add_argument("--inception",
                    help="weight file of FID's Inception network: FID, IS, precision and recall in its features")
-    p.add_argument("--vgg",
-                   help="with --inception: torchvision's vgg16 weights; precision and recall in its features too, "
-                        "as StyleGAN3")
     p.add_argument("--ref", help="with --inception: reference statistics, .npz (ADM's, or of `ref`)")
     p.add_argument("--pipeline", choices=["adm", "pytorch_fid"], default="adm",
                    help="resizing and scaling before Inception (default: adm, as torch-fidelity and NVIDIA)")
@@ -456,6 +452,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if len(what) + bool(args.from_images) != 1:
         raise BadInput("expected one of CHECKPOINT, `grid CHECKPOINT`, `ref --data IMAGES`, or --from_images IMAGES")
     args.what = what[0] if what else None
+    if args.grid and args.what in (None, "ref"):
+        raise BadInput("grid: is a picture of a network's samples, expected `grid CHECKPOINT` alone")
     if (args.what == "ref" or args.from_images) and not args.inception:
         raise BadInput("ref and --from_images: need --inception, the weights of FID's network")
     if args.what == "ref" and not args.data:
@@ -472,7 +470,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         idle, why = ("inception", "n"), "grid makes the picture alone"
     refused = [(idle, f"{why}; leave that out")]
     if not args.inception:
-        of_inception = ("vgg", "ref", "pipeline", "few", "batch_size")
+        of_inception = ("ref", "pipeline", "few", "batch_size")
         refused.append((of_inception, "need --inception, the weights of FID's network"))
     for flags, why in refused:
         given = [f"--{flag}" for flag in flags if getattr(args, flag) != p.get_default(flag)]

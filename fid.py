@@ -1,6 +1,6 @@
-"""FID, Inception Score, precision and recall in the features of FID's Inception network, and of VGG16.
+"""FID, Inception Score, precision and recall in the features of FID's Inception network.
 
-evaluate.py calls what is here, top to bottom: networks, images, their features, a reference, the numbers.
+evaluate.py calls what is here, top to bottom: network, images, their features, a reference, the numbers.
 """
 import contextlib
 import hashlib
@@ -15,37 +15,26 @@ from tqdm import tqdm
 
 from common import BadInput, barrier, rank, world
 from data import images_below, npz_headers, read_npz_arrays, read_rgb
-from inception import load_inception, load_vgg16
+from inception import load_inception
 from metrics import frechet_distance, inception_score, moments, precision_recall, spread
 from plumbing.files import listing_hash, lock, read_json, reading, refuse_flips, write_atomic
 
-WIDTHS = dict(features=2048, logits=1008, vgg=4096)              # of what a feature network gives
+WIDTHS = dict(features=2048, logits=1008)                        # of what the network gives
 
 
-def feature_networks(inception_path: str, vgg_path: str | None, pipeline: str,
-                     device: torch.device) -> tuple[Callable, str]:
-    """(network, what it is), of the weight files; network is a callable, uint8 images [m, 3, H, W] -> features.
+def feature_network(path: str, pipeline: str, device: torch.device) -> tuple[Callable, str]:
+    """(network, what it is) of a weight file.
 
-    The features: dict(features [m, 2048], logits [m, 1008]) and, with VGG16, vgg [m, 4096].
+    network: callable, uint8 images [m, 3, H, W] -> dict(features [m, 2048], logits [m, 1008]).
     """
-    inception, digest = load_inception(inception_path, pipeline)
+    inception, digest = load_inception(path, pipeline)
     inception = inception.to(device)
-    spaces = f"Inception {digest} ({pipeline})"
-    vgg = None
-    if vgg_path:
-        vgg, digest = load_vgg16(vgg_path)
-        vgg = vgg.to(device)
-        spaces += f", VGG16 {digest}"
 
     def network(images):
-        images = images.to(device)
-        features, logits = inception(images)
-        found = dict(features=features, logits=logits)
-        if vgg is not None:
-            found["vgg"] = vgg(images)
-        return found
+        features, logits = inception(images.to(device))
+        return dict(features=features, logits=logits)
 
-    return network, spaces
+    return network, f"Inception {digest} ({pipeline})"
 
 
 def image_source(path: str | Path, n: int | None = None) -> tuple[int, Callable, str]:
@@ -130,7 +119,7 @@ def collect(network: Callable, images: Callable, n: int, folder: Path, identity:
         found = {}
         for start in range(0, n, batch):                         # into one tensor: of a million images there is no
             part = read_part(folder / f"features_{start:06d}.pt", min(batch, n - start))    # room for them twice
-            if part is None or found and part.keys() != found.keys():
+            if part is None:
                 raise BadInput(f"{folder}: its files do not fit together; delete that folder and run the command again")
             for name, value in part.items():
                 if start == 0:
@@ -157,53 +146,44 @@ def read_part(path: Path, rows: int) -> dict | None:
             refuse_flips(path)
             part = torch.load(path, weights_only=True)
             for name, width in WIDTHS.items():
-                if (name in part or name != "vgg") and part[name].shape != (rows, width):
+                if part[name].shape != (rows, width):
                     raise ValueError(f"{name} are {list(part[name].shape)}")
     except BadInput:
         return None
-    return {name: part[name] for name in WIDTHS if name in part}
+    return part
 
 
 def read_reference(path: str | Path) -> dict:
-    """dict(mu, sigma, features, vgg, spaces, hash) of reference statistics: of `evaluate.py ref`, ADM's or iMF's .npz.
+    """dict(mu, sigma, features, space, hash) of reference statistics: of `evaluate.py ref`, ADM's or iMF's .npz.
 
-    features, vgg and spaces (what made them) are None where the file has none, as ADM's and iMF's.  BadInput if it
-    holds no such statistics.
+    features and space (what made them) are None where the file has none, as ADM's and iMF's.  BadInput if it holds no
+    such statistics.
     """
     shown = f"--ref {path}"
     headers = npz_headers(path, shown)
-    names = [name for name in ("mu", "sigma", "ref_mu", "ref_sigma", "features", "vgg") if name in headers]
+    names = [name for name in ("mu", "sigma", "ref_mu", "ref_sigma", "features") if name in headers]
     there = ", ".join(f"{name} {headers[name][1]} {list(headers[name][0])}" for name in names) or "neither"
     damaged = BadInput(f"{shown}: expected finite mu [2048] and sigma [2048, 2048], and where it has them features "
-                       f"[n, 2048] and vgg [n, 4096] of 4 images or more (found {there}); make it again with "
-                       "`python evaluate.py ref`, or fetch it again")
+                       f"[n, 2048] of 4 images or more (found {there}); make it again with `python evaluate.py ref`, "
+                       "or fetch it again")
     for name in names:
         shape, dtype = headers[name]
         fits = shape == ((2048,) if name.endswith("mu") else (2048, 2048))
-        if name in WIDTHS:
-            fits = len(shape) == 2 and shape[0] >= 4 and shape[1] == WIDTHS[name]
+        if name == "features":
+            fits = len(shape) == 2 and shape[0] >= 4 and shape[1] == 2048
         if not fits or dtype.kind not in "fiu":
             raise damaged
     found = read_npz_arrays(path, shown, headers, names, share=1 / 4)
     found = {name: array.astype(array.dtype.newbyteorder("="), copy=False) for name, array in found.items()}
-    spaces = None
+    space = None
     if "spaces" in headers and headers["spaces"][1].kind == "U" and headers["spaces"][1].itemsize <= 4000:
-        spaces = str(read_npz_arrays(path, shown, headers, ["spaces"], share=1 / 4)["spaces"])
+        space = str(read_npz_arrays(path, shown, headers, ["spaces"], share=1 / 4)["spaces"])
     mu = found.get("mu", found.get("ref_mu"))
     sigma = found.get("sigma", found.get("ref_sigma"))
     if mu is None or sigma is None or not all(np.isfinite(array).all() for array in found.values()):
         raise damaged
     digest = hashlib.sha256(mu.tobytes() + sigma.tobytes()).hexdigest()[:8]
-    return dict(mu=mu, sigma=sigma, features=found.get("features"), vgg=found.get("vgg"), spaces=spaces, hash=digest)
-
-
-def differ(theirs: str | None, ours: str) -> bool:
-    """Whether two texts of `feature_networks` name other weights or resizing; VGG16 may be missing in one of them."""
-    if theirs is None:
-        return False
-    theirs, ours = (dict(part.partition(" ")[::2] for part in text.split(", ")) for text in (theirs, ours))
-    both = theirs.keys() & ours.keys()
-    return "Inception" not in both or any(theirs[name] != ours[name] for name in both)
+    return dict(mu=mu, sigma=sigma, features=found.get("features"), space=space, hash=digest)
 
 
 def own_statistics(source: str, pipeline: str) -> dict | None:
@@ -218,17 +198,15 @@ def own_statistics(source: str, pipeline: str) -> dict | None:
     return read_reference(source)
 
 
-def write_reference(path: Path, found: dict, own: dict | None, spaces: str) -> None:
+def write_reference(path: Path, found: dict, own: dict | None, space: str) -> None:
     """reference.npz of the features that `collect` found, for `read_reference`.
 
-    own: where mu and sigma come from (`own_statistics`), None: the features.  spaces: what made the features.
+    own: where mu and sigma come from (`own_statistics`), None: the features.  space: what made the features.
     """
     mu, sigma = (value.numpy() for value in moments(found["features"]))
     if own:
         mu, sigma = own["mu"], own["sigma"]
-    arrays = dict(mu=mu, sigma=sigma, features=spread(found["features"], 10_000).numpy(), spaces=spaces)
-    if "vgg" in found:
-        arrays["vgg"] = spread(found["vgg"], 50_000).half().numpy()    # half: as StyleGAN3 compares them
+    arrays = dict(mu=mu, sigma=sigma, features=spread(found["features"], 10_000).numpy(), spaces=space)
 
     def save(temporary):
         with open(temporary, "wb") as file:                      # numpy would add a suffix to a name
@@ -238,7 +216,7 @@ def write_reference(path: Path, found: dict, own: dict | None, spaces: str) -> N
 
 
 def inception_metrics(found: dict, ref: dict, device: torch.device | str = "cpu") -> dict:
-    """The numbers, of found = {features [n, 2048], logits [n, 1008][, vgg [n, 4096]]} and ref = read_reference(...).
+    """The numbers, of found = {features [n, 2048], logits [n, 1008]} and ref = read_reference(...).
 
     device: where the distances of precision and recall are computed, 7e12 of their terms at 50,000 images.
     """
@@ -249,12 +227,10 @@ def inception_metrics(found: dict, ref: dict, device: torch.device | str = "cpu"
     metrics["is_1split"], _ = inception_score(probs, splits=1)
     metrics["is_splits"] = min(10, len(probs))
     metrics["is"], metrics["is_std"] = inception_score(probs, metrics["is_splits"])
-    for space, name in (("features", "inception"), ("vgg", "vgg")):
-        if ref[space] is not None and space in found:
-            kept = torch.as_tensor(ref[space])
-            real, fake = kept.to(device), found[space].to(device, kept.dtype)      # half of VGG16's on both sides
-            metrics[f"precision_{name}"], metrics[f"recall_{name}"] = precision_recall(real, fake)
-            metrics[f"n_real_{name}"] = len(ref[space])
+    if ref["features"] is not None:
+        real, fake = torch.as_tensor(ref["features"]).to(device), found["features"].to(device)
+        metrics["precision_inception"], metrics["recall_inception"] = precision_recall(real, fake)
+        metrics["n_real_inception"] = len(real)
     return metrics
 
 
@@ -262,8 +238,7 @@ def describe(metrics: dict) -> str:
     """The numbers of `inception_metrics` in one line."""
     line = (f"{metrics['fid']:.4f}, IS {metrics['is']:.3f} +- {metrics['is_std']:.3f} "
             f"({metrics['is_splits']} shuffled splits; {metrics['is_1split']:.3f} in one)")
-    for name in ("inception", "vgg"):
-        if f"precision_{name}" in metrics:
-            precision, recall, n_real = (metrics[f"{key}_{name}"] for key in ("precision", "recall", "n_real"))
-            line += f", {name} precision {precision:.4f}, recall {recall:.4f} (k = 3, {n_real} real)"
+    if "precision_inception" in metrics:
+        precision, recall, n_real = (metrics[f"{key}_inception"] for key in ("precision", "recall", "n_real"))
+        line += f", inception precision {precision:.4f}, recall {recall:.4f} (k = 3, {n_real} real)"
     return line

@@ -38,7 +38,6 @@ are no gradients in memory yet.
 import math
 from collections.abc import Callable
 
-from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 from torch import Tensor
 
@@ -177,7 +176,7 @@ def parse_args(argv=None):
     if args.lam > 0 and args.warmup >= args.steps and not args.dry_run:
         print(f"fsf_dmd.py: all {args.steps} steps are L_CD alone, --warmup is {args.warmup}")
     args.sampler = "flow_map"
-    return checked(args, "fsf_dmd")
+    return checked(args)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -200,13 +199,13 @@ def train(args):
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) where not drawn
 
     def u(y):
-        return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))
+        return lambda x, t, s: guided_map(net, x, t, s, y, fixed)
 
     def v_fake(y):
-        return lambda x, tau: guided_map(ema, x, tau, 0.0, y, fixed.expand(len(x), 3))                         # Eq. 12
+        return lambda x, tau: guided_map(ema, x, tau, 0.0, y, fixed)            # Eq. 12
 
     def v_teacher(y):                                                           # scratch: the network itself, Eq. 23
-        return lambda x, tau: guided_velocity(teacher or net, x, tau, y, fixed.expand(len(x), 3), channels)
+        return lambda x, tau: guided_velocity(teacher or net, x, tau, y, fixed, channels)
 
     def draw(g, index):
         """The global batch of one step and its random numbers."""
@@ -235,9 +234,8 @@ def train(args):
 
     with Run(args, state, ema, data) as run:
         begin(run, features)
-        for step, drawn in run.steps(draw):
+        for step, (batch, k) in run.steps(draw):
             total = {}
-            batch, k = drawn
 
             # -- generator turn
             for b in micro_batches(batch, args, device):

@@ -1,9 +1,8 @@
-"""The networks whose features the published metrics are computed in: FID's Inception and, for precision and recall,
-VGG16.
+"""FID's Inception: the network whose features the published metrics are computed in.
 
-Weights are files that the user downloads; nothing is fetched here.  evaluate.py uses these networks;
-golden/inception.npz holds outputs of the two public implementations to compare with.  The networks need torch alone;
-reading the files needs common.py, model.py and plumbing/.
+Weights are files that the user downloads; nothing is fetched here.  golden/inception.npz holds outputs of the two
+public implementations to compare with.  The network needs torch alone; reading the files needs common.py, model.py and
+plumbing/.
 """
 import pickle
 import zipfile
@@ -209,7 +208,13 @@ def load_inception(path: str | Path, pipeline: str = "adm") -> tuple[Inception, 
     for name, value in net.state_dict().items():
         if name.endswith("num_batches_tracked"):                 # counters, not in every file
             state[name] = value
-    return fill(net, state, path, "Inception network", INCEPTION_FILES)
+    try:
+        refuse_differences(net, state, "Inception network")
+    except ValueError as error:
+        raise BadInput(f"{path}: {error}; expected {INCEPTION_FILES}") from None
+    refuse_not_finite(path, state)
+    net.load_state_dict(state)
+    return net.requires_grad_(False).eval(), weights_hash(net)
 
 
 def is_torchscript(path: str | Path) -> bool:
@@ -389,56 +394,3 @@ def nvidia_names() -> dict[str, str]:
     names["output.weight"] = "fc.weight"
     names["output.bias"] = "fc.bias"
     return names
-
-
-def fill(net: nn.Module, state: dict, path: str | Path, what: str, expected: str) -> tuple[nn.Module, str]:
-    """(net with these weights, frozen and in eval mode, their hash); BadInput says which tensors of the file differ."""
-    try:
-        refuse_differences(net, state, what)
-    except ValueError as error:
-        raise BadInput(f"{path}: {error}; expected {expected}") from None
-    refuse_not_finite(path, state)
-    net.load_state_dict(state)
-    return net.requires_grad_(False).eval(), weights_hash(net)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# VGG16
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class VGG16(nn.Module):
-    """forward(uint8 images [n, 3, H, W]) -> 4096 features [n, 4096] behind the ReLU of classifier.3, at 224 x 224.
-
-    The space of StyleGAN3's precision and recall, from torchvision's file; TensorFlow's resize.  Not compared with
-    NVIDIA's pickle, which runs code on loading.
-    """
-
-    def __init__(self):
-        super().__init__()
-        layers = []
-        c_in = 3
-        for c in (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M"):
-            if c == "M":
-                layers.append(nn.MaxPool2d(2))
-            else:
-                layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU()]
-                c_in = c
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Sequential(
-            nn.Linear(512 * 7 * 7, 4096), nn.ReLU(),
-            nn.Identity(),                                       # torchvision's dropout: the next layer is classifier.3
-            nn.Linear(4096, 4096), nn.ReLU(),
-        )
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        mean = torch.tensor((123.675, 116.28, 103.53), device=images.device).view(3, 1, 1)
-        std = torch.tensor((58.395, 57.12, 57.375), device=images.device).view(3, 1, 1)
-        x = (resize_tf1(images.float(), 224) - mean) / std
-        return self.classifier(self.features(x).flatten(1))
-
-
-def load_vgg16(path: str | Path) -> tuple[VGG16, str]:
-    """(VGG16 in eval mode, hash of its weights) from torchvision's vgg16 state dict; its last layer is left out."""
-    state = {k: v for k, v in read_weights(path).items() if not k.startswith("classifier.6.")}
-    return fill(VGG16(), state, path, "VGG16", "torchvision's vgg16 weights")

@@ -33,7 +33,6 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
-from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 
 import consistency
@@ -443,6 +442,8 @@ def run(args):
         a_control = args.init and row.start is None                   # of a start that is given there is none
         if (args.row is None or r in args.row) and not a_control:
             rows[r] = row
+    if not rows:
+        raise BadInput(f"--row {' '.join(map(str, args.row))}: a control, which --init leaves out; choose others")
     jobs = {r: {} for r in rows}                                      # {row number: {seed: Job}}
     for seed in range(args.seeds):
         for r, each in jobs_of(args, rows, seed).items():

@@ -23,7 +23,6 @@ import re
 import shlex
 import sys
 
-from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import numpy as np
 import torch
 

@@ -31,7 +31,6 @@ Cost in forward passes of one network (backward = 2; backward to the input alone
 import math
 from collections.abc import Callable
 
-from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 from torch import Tensor
 
@@ -143,7 +142,7 @@ def parse_args(argv=None):
     if args.M == 1:
         refuse(args, ["noise"], "--M 1 never renoises")
     args.sampler = "renoised" if args.noise == "fresh" else f"renoised_{args.noise}"
-    return checked(args, "sid")
+    return checked(args)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -159,20 +158,20 @@ def train(args):
     opt = NorMuon(param_groups(net), lr=args.lr)
     compile_blocks(args, net, ema, teacher)
     state = dict(net=net, ema=ema, opt=opt, teacher=teacher)
-    fake, head, fake_side, opt_fake = new_fake_side(args, net, teacher, device)
+    fake, head, fake_side, opt_fake = new_fake_side(args, net, device)
     state |= dict(fake=fake, head=head, opt_fake=opt_fake)
     features = metric_space(data, args)
     channels = args.cfg_channels                                                # of a plain teacher's CFG; 0: all
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) where not drawn
 
     def u(y):
-        return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))
+        return lambda x, t, s: guided_map(net, x, t, s, y, fixed)
 
     def v_fake(y):
         return lambda x, tau: fake(x, tau, y)                                   # never guided
 
     def v_teacher(y):
-        return lambda x, tau: guided_velocity(teacher, x, tau, y, fixed.expand(len(x), 3), channels)
+        return lambda x, tau: guided_velocity(teacher, x, tau, y, fixed, channels)
 
     def D(y):
         return lambda x, t, eps: head(fake, interpolate(x, eps, t), t, y)

@@ -26,7 +26,6 @@ against 10.5 for fsf_dmd.py --init scratch.
 """
 from collections.abc import Callable
 
-from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import torch
 from torch import Tensor
 
@@ -131,7 +130,7 @@ def parse_args(argv=None):
         refuse(args, ["jvp", "fd_h"], "belongs to --base imf")
     refuse_idle_terms(args)
     args.sampler = "flow_map"
-    return checked(args, "twinflow")
+    return checked(args)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -147,25 +146,23 @@ def train(args):
         raise BadInput(f"--init {args.init}: iMF's own network sees t - s only, so it cannot tell (-t, -t) from "
                        "(t, t); expected a LightningDiT flow map")
     ema = frozen_copy(net)
-    opt = NorMuon(param_groups(net), lr=args.lr)
-    compile_blocks(args, net, ema)
-    state = dict(net=net, ema=ema, opt=opt)
     target = frozen_copy(net) if args.base == "rcgm" else None                  # RCGM's own EMA, of a short memory
-    compile_blocks(args, target)
-    state |= dict(target=target)
+    opt = NorMuon(param_groups(net), lr=args.lr)
+    compile_blocks(args, net, ema, target)
+    state = dict(net=net, ema=ema, opt=opt, target=target)
     features = metric_space(data, args)
     options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
     guided = args.omega_max > 1                                                 # omega is drawn, else it is always 1
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) where not drawn
 
     def u(y):
-        return lambda x, t, s: guided_map(net, x, t, s, y, fixed.expand(len(x), 3))
+        return lambda x, t, s: guided_map(net, x, t, s, y, fixed)
 
     def v_fake(y):
         return lambda x, tau: net(x, -tau, y)                                   # never guided; both times are -tau
 
     def v_teacher(y):
-        return lambda x, tau: guided_velocity(net, x, tau, y, fixed.expand(len(x), 3))
+        return lambda x, tau: guided_velocity(net, x, tau, y, fixed)
 
     def draw(g, index):
         """The global batch of one step and its random numbers."""
@@ -189,9 +186,8 @@ def train(args):
 
     with Run(args, state, ema, data) as run:
         begin(run, features)
-        for step, drawn in run.steps(draw):
+        for step, batch in run.steps(draw):
             total = {}
-            batch = drawn
 
             # -- generator turn
             for b in micro_batches(batch, args, device):

@@ -18,7 +18,6 @@ import os
 import re
 from pathlib import Path
 
-from plumbing import interrupt  # noqa: F401  (first: Ctrl-C while torch is imported)
 import numpy as np
 import torch
 import torch.nn as nn
@@ -29,8 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import BadInput, autocast, barrier, main, noise_by_index, pick_device, rank, setup, tf32, world
-from data import (image_files, latents_to_uint8, open_shard, read_image, read_meta, read_rgb, read_stats, say_unread,
-                  shards)
+from data import image_files, latents_to_uint8, open_shard, read_image, read_meta, read_stats, say_unread, shards
 from data import denormalize, load_data, normalize  # noqa: F401  (public names of this file too)
 from model import refuse_differences
 from plumbing.checkpoints import read_weights, refuse_not_finite, weights_hash
@@ -539,28 +537,16 @@ def decode(args: argparse.Namespace) -> None:
         raise BadInput(f"{path}: latents of {latents.shape[1]} channels, but {args.ckpt} is the {name} with {channels}")
     if not latents.isfinite().all():
         raise BadInput(f"{path}: holds latents that are not finite; python vae.py check FOLDER finds them")
+    out = Path(args.out)
+    if out.exists() and any(out.iterdir()):
+        raise BadInput(f"--out {out}: is not empty, expected a new folder")
+    out.mkdir(parents=True, exist_ok=True)
     device = pick_device("auto")
     vae = vae.to(device)
-    out = Path(args.out)
-    own = {f"{i:06d}.png" for i in range(len(latents))}
-    others = sorted(path.name for path in out.glob("*.png") if path.name not in own)
-    if others:
-        raise BadInput(f"--out {out}: holds {others[0]}, which is none of these {len(latents)} images; pass another")
-    out.mkdir(parents=True, exist_ok=True)
     for i, z in enumerate(tqdm(latents, desc=f"decode {name}", unit=" images", dynamic_ncols=True)):
-        image, path = Image.fromarray(latents_to_uint8(vae, z[None].to(device))[0]), out / f"{i:06d}.png"
-        if path.exists() and not is_almost(path, image):
-            raise BadInput(f"--out {out}: its {path.name} is another picture, which would be replaced; pass another")
-        write_atomic(path, lambda temporary, image=image: image.save(temporary, format="PNG"))
+        image = Image.fromarray(latents_to_uint8(vae, z[None].to(device))[0])
+        write_atomic(out / f"{i:06d}.png", lambda temporary, image=image: image.save(temporary, format="PNG"))
     print(f"{out}: {len(latents)} images")
-
-
-def is_almost(path: Path, image: Image.Image) -> bool:
-    """Whether a file holds this picture, as an earlier call left it: other threads move a pixel by 1 or 2."""
-    with contextlib.suppress(BadInput):
-        there, here = (np.asarray(each, dtype=int) for each in (read_rgb(path), image))
-        return there.shape == here.shape and abs(there - here).max() <= 2
-    return False
 
 
 def read_latents(path: Path) -> torch.Tensor:
@@ -606,7 +592,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     d = commands.add_parser("decode", help="latents of a folder or shard -> PNG files")
     d.add_argument("latents")
     d.add_argument("--ckpt", required=True, help="VAE checkpoint")
-    d.add_argument("--out", type=folder_path, required=True, help="folder for the images")
+    d.add_argument("--out", type=folder_path, required=True, help="new folder for the images")
     d.add_argument("--n", type=number(int, 1), default=16, help="images (16)")
     return p.parse_args(argv)
 

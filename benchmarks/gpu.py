@@ -300,7 +300,7 @@ def cost_table(args):
         found["rows"] = [whole[label] for label in labels if label in whole]
         write_atomic(table, json_text(found, indent=1))
         write_atomic(table.with_name("README.md"), cost.page(found, measured.command))
-    kept = {name: earlier[name] for name in ("before",) if name in earlier}             # what the texts compare with
+    kept = dict(before=earlier["before"]) if "before" in earlier else {}                # what the texts compare with
     return dict(batch=found["batch"], precision=found["precision"], matrix_rate=rate,
                 rows=[rows[label] for label in labels if label in rows],
                 missing=[label for label in labels if label not in rows], **kept)

@@ -152,15 +152,9 @@ def table(rows):
         cells = [str(row["start_steps"]), report.spread(row["start_distance"], 1), report.spread(row["cd"], 1),
                  f"{row['lam']:g}"]
         for name, places in zip(SHOWN, digits):
-            cells.append(signed(row["difference"][name], places))
+            cells.append(report.spread(row["difference"][name], places, "+"))
         body.append(cells)
     return report.markdown_lines(["start, steps", "its distance", "after CD", "lambda", *TITLES], body)
-
-
-def signed(values, digits):
-    """mean +- standard deviation with the mean's sign."""
-    text = f"{np.mean(values):+.{digits}f}"
-    return f"{text} ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else text
 
 
 def figure(rows):

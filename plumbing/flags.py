@@ -13,9 +13,10 @@ from common import BadInput, rank
 from data import data_name, preset_kind
 from model import SIZES
 from plumbing.checkpoints import load_checkpoint
-from plumbing.run_folder import RUNTIME_FLAGS, STEPS, check_writable
+from plumbing.run_folder import RUNTIME_FLAGS, check_writable
 
 # Upper limits of what no machine does: beyond them a slip is told at once, not by a library after minutes.
+STEPS = 10 ** 9                 # and of every number of a flag that has no other
 BATCH = 2 ** 20                 # images
 SEED = 2 ** 32 - 1
 
@@ -258,13 +259,13 @@ def resolve(p, argv, presets, script):
     return args
 
 
-def checked(args, script):
+def checked(args):
     """args, after a script's own refusals; with --dry_run they are printed, and the program ends."""
     if not args.dry_run:
         return args
     if args.data != "digits" and not Path(args.data).exists():
         print(f"--data {args.data}: is not there; by its name, below is what {preset_kind(args.data)} get")
-    print(f"{script}: preset ({preset_kind(args.data)}, {args.start})")
+    print(f"{args.script}.py: preset ({preset_kind(args.data)}, {args.start})")
     for k in sorted(args.sources.keys() - {"dry_run"}):
         value = getattr(args, k)
         print(f"  --{k:<14} {'-' if value is None else str(value):<12} {args.sources[k]}")

@@ -45,13 +45,12 @@ def rounded(evaluation):
 
 
 def collect(job, kind):
-    """One run: dict(evaluations=[{step, fd_2step, ...}], other_sampler, sec_per_step, memory_gb, passes, measured).
+    """One run: dict(evaluations=[{step, fd_2step, ...}], sec_per_step, memory_gb, passes, measured).
 
-    kind: of data, as in data_kind.  evaluations: with the sampler that the network was trained for; other_sampler: the
-    last one with another.  passes: forward passes a step, None of a row that trains nothing.  measured: by which
-    classifier, or of latents what its FID is called.
+    kind: of data, as in data_kind.  passes: forward passes a step, None of a row that trains nothing.  measured: by
+    which classifier, or of latents what its FID is called.
     """
-    other, measured = {}, None
+    measured = None
     if kind == "latents":
         evaluations = read_fids(job.folder)
         for path in job.folder.glob("fid_*/fid.json"):
@@ -62,7 +61,7 @@ def collect(job, kind):
         measured = classifier_of(found)
     else:
         result = read_json(job.folder / "result.json", "the result of a run")
-        evaluations, other, measured = result["evaluations"], result["other_sampler"], classifier_of(result)
+        evaluations, measured = result["evaluations"], classifier_of(result)
     evaluations = [rounded(evaluation) for evaluation in evaluations]
 
     lines = []
@@ -80,7 +79,6 @@ def collect(job, kind):
     memory = [line.get("memory_gb", 0) for line in lines]
     return dict(
         evaluations=evaluations,
-        other_sampler=rounded(other),
         sec_per_step=round(float(np.median(seconds)), 4) if seconds else None,
         memory_gb=round(max(memory), 3) if memory else None,
         passes=passes,
@@ -202,11 +200,11 @@ def final_value(row, seed, metric):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def spread(values, digits):
-    """mean +- standard deviation, as text."""
+def spread(values, digits, sign=""):
+    """mean +- standard deviation, as text; sign="+": a mean above 0 has its sign."""
     if not values:
         return "-"
-    mean = f"{np.mean(values):.{digits}f}"
+    mean = f"{np.mean(values):{sign}.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 

@@ -38,9 +38,6 @@ OWN_FILES = ("args.json", "metrics.jsonl", "state.pt", "model.pt", "result.json"
              "samples.png")
 OWN_PICTURES = ("samples_[0-9]*.png", "health_[0-9]*.png")
 
-# Upper limit of training steps, and of every number of a flag that has no other.
-STEPS = 10 ** 9
-
 # A network that trains has weights near 1 (1.2 at most in the digits' runs).  Beyond this one it has diverged, although
 # its loss may be finite.
 LARGEST_WEIGHT = 1e4
@@ -143,18 +140,6 @@ def same_value(flag, before, now):
     if flag in PATHS and isinstance(before, str) and isinstance(now, str):
         return os.path.abspath(before) == os.path.abspath(now)
     return before == now
-
-
-def refuse_odd_history(step, evaluations):
-    """ValueError if these are not the step and the evaluations that `Run.save` writes."""
-    whole = type(step) is int and 0 <= step <= STEPS and isinstance(evaluations, list)
-    if not whole or not all(isinstance(e, dict) and type(e.get("step")) is int for e in evaluations):
-        raise ValueError("its step or its evaluations are of another kind")
-    for evaluation in evaluations:
-        if evaluation.keys() != evaluations[0].keys():
-            raise ValueError("its evaluations have several kinds of metrics")
-        if not all(type(v) in (int, float) for v in evaluation.values()):
-            raise ValueError("its evaluations hold more than numbers")
 
 
 def same_data(before, now):
@@ -273,15 +258,11 @@ class Run:
         with reading(path, "the state of this run", f"it cannot be resumed, {start_over(self.args)}"):
             refuse_flips(path)
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            refuse_odd_history(saved["step"], saved["evaluations"])
             if not same_data(saved["data"], self.fingerprint_of_data()):
                 raise BadInput(f"--data {self.data.source}: has changed since {path} was written; "
                                f"{start_over(self.args)}")
             for name, part in self.state.items():
-                settings = [dict(group, params=None) for group in getattr(part, "param_groups", [])]
                 part.load_state_dict(saved[name])
-                for group, own in zip(getattr(part, "param_groups", []), settings):     # the flags', not the file's
-                    group.update(own, params=group["params"])
             self.step, self.evaluations = saved["step"], saved["evaluations"]
         self.refuse_divergence(f"{path} holds it: {start_over(self.args)}")
 
@@ -462,7 +443,7 @@ class Run:
                      dict(config=self.model.config, weights=self.model.state_dict(), data=self.data.meta,
                           sampler=self.args.sampler, step=self.step, args=args))
 
-    def result(self, definition, other_sampler=None):
+    def result(self, definition):
         """Write result.json: last and best of every metric, with their definition.  -> the dict"""
         last, best = {}, {}
         if self.evaluations:
@@ -475,7 +456,6 @@ class Run:
             best[k] = dict(value=at[k], step=at["step"])
         device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
         result = dict(last=last, best=best, evaluations=self.evaluations, definition=definition,
-                      other_sampler=other_sampler or {},
                       made_with=dict(torch=torch.__version__, device=device, processes=world()))
         if self.main:
             write_atomic(self.folder / "result.json", json_text(result, indent=1))

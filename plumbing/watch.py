@@ -62,7 +62,7 @@ def finish(run, features):
               "no metric of latents is computed while training")
         return
     first, last = run.evaluations[0], run.evaluations[-1]
-    result = run.result(f"{features.definition()}; sampler {run.args.sampler}", other_sampler(run, features))
+    result = run.result(f"{features.definition()}; sampler {run.args.sampler}")
     rows = [("at step 0", first)] if first["step"] == 0 else []
     print(table([*rows, (f"after {last['step']} steps", last)], features))
     files = ["model.pt", "result.json", "metrics.jsonl", *pictures]
@@ -86,14 +86,6 @@ def omega_response(net, data, n=100):
     v_cond = net(x_t, t, y, None, at_1)
     wanted, found = v_cond - v_uncond, net(x_t, t, y, None, at_2) - v_cond
     return ((found * wanted).sum() / (wanted * wanted).sum()).item()
-
-
-def other_sampler(run, features):
-    """The last network once more, 2 steps of the sampler that it was not trained for, for result.json; {} if none."""
-    if run.model.conditioning == "plain":
-        return {}
-    other = "flow_map" if run.args.sampler.startswith("renoised") else "renoised"
-    return dict(sampler=other) | evaluate(run.model, features, run.args, [2], sampler=other)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,6 @@ from test_helpers import (
     read_metrics,
     refusal,
     run,
-    small_net,
     start,
     state,
     tensors,
@@ -87,18 +86,6 @@ def test_a_run_that_ends_in_its_warmup_says_so(in_home, capsys):
     assert capsys.readouterr().out == "fsf_dmd.py: all 5 steps are L_CD alone, --warmup is 5\n"
     fsf_dmd.parse_args("--data toy.npz --init fm --steps 6 --warmup 5".split())
     assert not capsys.readouterr().out
-
-
-def test_a_discriminator_reads_a_teacher_of_its_own_shape_only():
-    args = argparse.Namespace(lambda_g=1.0, disc_trunk="teacher", init="imf")
-    for other in (dict(hidden_size=48), dict(depth=2)):
-        with pytest.raises(common.BadInput, match="--disc_trunk teacher: the head is made for a trunk of"):
-            dmd2.new_fake_side(args, small_net("in_context"), small_net("in_context", **other), torch.device("cpu"))
-    net = small_net("in_context")
-    shape = {k: net.config[k] for k in ("depth", "hidden_size", "num_heads", "patch_size")}
-    official = model.IMFDiT(input_size=4, in_channels=2, mlp_hidden=64, num_classes=3, **shape)
-    with pytest.raises(common.BadInput, match="the head is made for a trunk of"):
-        dmd2.new_fake_side(args, net, official, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("init, lam, shift, M, steps, warmup, cfg_channels", [
@@ -151,7 +138,7 @@ def test_a_dry_run_prints_who_set_what_and_writes_nothing(in_home, capsys):
 
     with pytest.raises(SystemExit):
         consistency.parse_args("--loss imf --data far/away --dry_run".split())
-    assert "--data far/away: is not there; below is what latents get" in capsys.readouterr().out
+    assert "--data far/away: is not there; by its name, below is what latents get" in capsys.readouterr().out
 
 
 def test_a_checkpoint_whose_data_are_elsewhere(in_home, tmp_path, monkeypatch, capsys):
@@ -179,7 +166,7 @@ FLAGS = {                       # base command: each of these flips one flag of 
     "consistency.py --loss isg --init imf/model.pt --data toy.npz": [
         "--M 1", "--huber_c 1", "--omega 3", "--cd_guidance drawn --omega_max 3", "--init fm/model.pt"],
     TOY["dmd2.py"]: [
-        "--M 1", "--ttur 3", "--fake_lr 1e-2", "--lambda_g 0", "--lambda_g 1", "--lambda_d 1", "--disc_trunk teacher",
+        "--M 1", "--ttur 3", "--fake_lr 1e-2", "--lambda_g 0", "--lambda_g 1", "--lambda_d 1", "--disc_trunk generator",
         "--ida 1", "--ida 0.5", "--cd 0", "--lam 0.3", "--cd 1 --mask_prob 0"],
     f"dmd2.py {FM} --ttur 1": ["--cd 1", "--omega 3"],
     f"dmd2.py {SCRATCH}": ["--lam 1", "--ttur 2", "--omega_max 3"],
@@ -222,7 +209,7 @@ def test_every_flag_changes_what_is_trained(in_home, few_samples, command):
 
 @pytest.mark.slow
 def test_pretraining_flags_and_the_other_losses(in_home, few_samples, monkeypatch):
-    monkeypatch.setattr(evaluate.evaluate, "__defaults__", (None, 60, 0, False))        # the losses' own samplers
+    monkeypatch.setattr(evaluate.evaluate, "__defaults__", (None, 60, 0))        # the losses' own samplers
     nets = {}
     for extra in ("--loss imf", "--loss imf --omega_max 5", "--loss imf --n_tokens 3", "--loss imf --token_block 0",
                   "--loss fm", "--loss ct"):
@@ -579,7 +566,7 @@ def test_an_older_torch_does_not_compile_the_discriminator(version, in_home, mon
     args = dmd2.parse_args(shlex.split("--data toy.npz --init imf/model.pt --compile 1"))
     net, _ = checkpoints.load_network("imf/model.pt")
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
-    fake, head, _, _ = dmd2.new_fake_side(args, net, net, torch.device("cpu"))
+    fake, head, _, _ = dmd2.new_fake_side(args, net, torch.device("cpu"))
     compiled = [bool(part.blocks[0]._compiled_call_impl) for part in (fake, head)]
     assert compiled == [True, not version.startswith("2.11")]
 
@@ -623,7 +610,7 @@ def test_compiled_blocks_break_no_graph_and_are_compiled_in_the_first_step_only(
 
 @pytest.mark.slow
 def test_intervals_and_starting_over(in_home, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((2,), 60, 0, None))
+    monkeypatch.setattr(evaluate.evaluate, "__defaults__", ((2,), 60, 0))
     command, folder = TOY["fsf_dmd.py"], in_home / "often"
     train(f"{command} --steps 4 --log_every 1 --eval_every 2 --preview_every 2 --save_every 1 --device cpu --out often")
     lines = read_metrics(in_home, "often")
@@ -716,6 +703,7 @@ BAD = [  # command, words of the one line
     ("fsf_dmd.py --data toy.npz --init steps.pt", "steps.pt: is a few-step generator"),
     ("sid.py --data toy.npz --init imf/model.pt --teacher steps.pt", "steps.pt: is a few-step generator"),
     ("reproduce.py 4 --data toy.npz --init jumps.pt --seeds 1", "jumps.pt: is a few-step generator"),
+    ("reproduce.py 2 --data toy.npz --init imf/model.pt --row 11", "--row 11: a control, which --init leaves out"),
     (f"fsf_dmd.py --data toy.npz --init {'long' * 60}/model.pt --lr 0.1", "too long a name for a folder; pass --out"),
     ("fsf_dmd.py --data toy.npz --init fm/model.pt --cfg_channels 2", "--data toy.npz has 1 channels"),
     ("evaluate.py fm/model.pt --cfg_channels 2", "--cfg_channels 2: expected 0 to 1 for fm/model.pt"),
@@ -755,7 +743,7 @@ BAD = [  # command, words of the one line
     ("fsf_dmd.py --data toy.npz --init imf/model.pt --vae vae.pt", "--vae: decodes latents, and --data toy.npz has"),
     ("sid.py --data toy.npz --init decoupled.pt --guide_to 0.5", "--guide_to: the flow map in decoupled.pt takes no"),
     ("dmd2.py --init fm --cd_guidance drawn --dry_run", "--cd_guidance: belongs to L_CD, which needs --cd 1"),
-    ("dmd2.py --lambda_g 0 --disc_trunk teacher", "builds no discriminator"),
+    ("dmd2.py --lambda_g 0 --disc_trunk generator", "builds no discriminator"),
     ("dmd2.py --mask_prob 0.1 --lam 1", "--lam, --mask_prob: belongs to L_CD, which needs --cd 1"),
     ("dmd2.py --cd 1 --omega_max 3", "--omega_max: omega is drawn with --cd_guidance drawn only"),
     ("fsf_dmd.py --omega_law truncexp", "--omega_law: omega is drawn with --cd_guidance drawn only"),
@@ -774,9 +762,6 @@ BAD = [  # command, words of the one line
     ("fsf_dmd.py --cfg_channels 3", "--cfg_channels: belongs to a velocity network (fm) as the teacher"),
     ("fsf_dmd.py --init scratch --cd_guidance drawn", "L_CT of --init scratch draws omega"),
     ("dmd2.py --init scratch --cd 0", "without a teacher nothing would tell the network of the data"),
-    ("dmd2.py --data toy.npz --teacher decoupled.pt --size small --disc_trunk teacher",
-     "the head is made for a trunk of {'depth': 4"),
-    ("dmd2.py --init scratch --disc_trunk teacher", "there is no teacher, expected --disc_trunk fake"),
     ("sid.py --init scratch", "--init scratch: expected fm or imf, or the path of a model.pt"),
     ("sid.py --lambda_d 1", "--lambda_g 0 builds no discriminator"),
     ("sid.py --M 1 --noise ddim", "--noise: --M 1 never renoises"),
@@ -814,6 +799,8 @@ BAD = [  # command, words of the one line
     ("evaluate.py imf/model.pt --inception a --ref b --steps 1 2", "--steps 1 2: with --inception one number of steps"),
     ("evaluate.py imf/model.pt --cfg_channels 1", "--cfg_channels: belongs to a velocity network, which imf"),
     ("evaluate.py grid imf/model.pt --n 50", "--n: grid makes the picture alone; leave that out"),
+    ("evaluate.py grid --from_images x --inception w --ref r", "grid: is a picture of a network's samples"),
+    ("evaluate.py grid ref --data x --inception w", "grid: is a picture of a network's samples"),
     ("evaluate.py ref --data x --inception y --steps 2 --vae z", "--steps, --vae: ref is of real images"),
     ("evaluate.py --from_images x --inception y --ref z --data w", "--data: --from_images samples no network"),
 ]

@@ -149,8 +149,8 @@ def test_the_derivative_and_the_distance_are_those_of_the_flags(random_starts, m
 # ---- what is trained, kept, logged and measured ----------------------------------------------------------------------
 
 def test_the_optimizer_of_the_fake_side_has_all_of_network_and_head():
-    args = argparse.Namespace(lambda_g=1.0, disc_trunk="fake", compile=0, fake_lr=0.02, lr=0.1)
-    fake, head, _, opt = dmd2.new_fake_side(args, small_net("in_context"), None, torch.device("cpu"))
+    args = argparse.Namespace(lambda_g=1.0, compile=0, fake_lr=0.02, lr=0.1)
+    fake, head, _, opt = dmd2.new_fake_side(args, small_net("in_context"), torch.device("cpu"))
     found = [id(p) for group in opt.param_groups for p in group["params"]]
     every = [*fake.named_parameters(), *head.named_parameters()]
     assert sorted(found) == sorted(id(p) for name, p in every if name != "pos_embed")   # a fixed table

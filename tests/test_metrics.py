@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from golden_weights import golden_features, golden_input, golden_ints, golden_state
 from PIL import Image
 
@@ -327,19 +326,14 @@ def test_the_images_of_fid_follow_the_flags(in_home, few_samples):
     assert len(set(found)) == 5
 
 
-def test_a_reference_holds_features_of_all_classes_and_is_compared_as_it_is_stored(tmp_path):
-    """A folder is sorted by class: the first 10,000 images are of a few.  VGG16's features are halves on both sides."""
+def test_a_reference_holds_features_of_all_classes(tmp_path):
+    """A folder is sorted by class: the first 10,000 images are of a few."""
     rows = torch.arange(10_003.0)
     features = torch.stack([rows, rows.sin(), rows.cos(), (0.1 * rows).sin()], dim=1)
-    fid.write_reference(tmp_path / "reference.npz", dict(features=features, vgg=features), None, "Inception x (adm)")
+    fid.write_reference(tmp_path / "reference.npz", dict(features=features), None, "Inception x (adm)")
     with np.load(tmp_path / "reference.npz") as kept:
         assert len(kept["features"]) == 10_000 and kept["features"][-1, 0] > 10_000 - 2
-        assert kept["vgg"].dtype == np.float16 and len(kept["vgg"]) == 10_003
         torch.testing.assert_close(torch.tensor(kept["sigma"]), torch.cov(features.double().T))
-    same = torch.ones(6, 4)
-    ref = dict(mu=np.ones(4), sigma=np.eye(4), features=None, vgg=same.half().numpy())
-    found = dict(features=rand(6, 4), logits=rand(6, 3), vgg=same + 1e-5)           # in halves they are the same
-    assert fid.inception_metrics(found, ref)["precision_vgg"] == 1
 
 
 # ---- FID's network ---------------------------------------------------------------------------------------------------
@@ -440,16 +434,6 @@ def write_inception():
     torch.save(net.state_dict(), "inception.pth")
 
 
-def write_vgg():
-    """vgg16.pth in this folder.  -> its tensors, as torchvision's file holds them"""
-    torch.manual_seed(0)
-    last_layer = {"classifier.6.weight": torch.ones(10, 4096), "classifier.6.bias": torch.ones(10)}
-    vgg = inception.VGG16().state_dict() | last_layer
-    assert len(vgg) == 32
-    torch.save(vgg, "vgg16.pth")
-    return vgg
-
-
 FOLDER = "--from_images folder --inception inception.pth --ref ref/reference.npz"
 BAD_FID = [  # arguments of evaluate.py, words of the one line
     (FOLDER, "6 images give no covariance"),
@@ -464,7 +448,6 @@ BAD_FID = [  # arguments of evaluate.py, words of the one line
     ("a.pt --ref b.npz", "need --inception"),
     ("ref --data badref.npz --inception inception.pth", "expected an .npz with arr_0"),
     ("grid missing.pt", "missing.pt: no such file"),
-    ("ref --data images.npz --inception inception.pth --vgg short.pth", "missing classifier.3.weight"),
     ("--from_images images.npz --inception nowhere.pth --ref ref/reference.npz", "which you download yourself"),
 ]
 
@@ -477,7 +460,6 @@ def test_fid_of_images_resumes_and_says_what_it_is(tmp_path, monkeypatch, capsys
     """
     monkeypatch.chdir(tmp_path)
     write_inception()
-    vgg = write_vgg()
     array = np.random.default_rng(0).integers(0, 256, (6, 20, 20, 3)).astype(np.uint8)
     np.savez("images.npz", arr_0=array)
     Path("folder/class").mkdir(parents=True)
@@ -485,7 +467,7 @@ def test_fid_of_images_resumes_and_says_what_it_is(tmp_path, monkeypatch, capsys
         Image.fromarray(image).save(f"folder/class/{i:03d}.png")
 
     # The reference: of one process or of two, in batches of 2 or of 3.
-    nets = "--inception inception.pth --vgg vgg16.pth --few 1"
+    nets = "--inception inception.pth --few 1"
     run(
         tmp_path, "evaluate.py ref --data folder --inception inception.pth --few 1 --batch_size 3 --out two",
         processes=2,
@@ -495,24 +477,8 @@ def test_fid_of_images_resumes_and_says_what_it_is(tmp_path, monkeypatch, capsys
     assert made == ["features_000000.pt", "features_000003.pt"]
     with np.load("ref/reference.npz") as ref, np.load("two/reference.npz") as two:
         sigma, features = ref["sigma"], ref["features"]
-        assert ref["vgg"].shape == (6, 4096)
-        assert ref["vgg"].std() > 0
         assert np.abs(two["features"] - features).max() < 1e-5 * features.std()
     torch.testing.assert_close(torch.tensor(sigma), torch.cov(torch.tensor(features).double().T))
-
-    # VGG16 is its published layers: RGB less the means of ImageNet, and a ReLU behind the last one.
-    with torch.no_grad():
-        x = inception.resize_tf1(torch.tensor(array[:1]).permute(0, 3, 1, 2).float(), 224)
-        r, g, b = x[:, 0] - 123.675, x[:, 1] - 116.28, x[:, 2] - 103.53
-        x = torch.stack([r / 58.395, g / 57.12, b / 57.375], dim=1)
-        for i in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28):
-            x = F.conv2d(x, vgg[f"features.{i}.weight"], vgg[f"features.{i}.bias"], padding=1).relu()
-            if i in (2, 7, 14, 21, 28):
-                x = F.max_pool2d(x, 2)
-        x = F.linear(x.flatten(1), vgg["classifier.0.weight"], vgg["classifier.0.bias"]).relu()
-        x = F.linear(x, vgg["classifier.3.weight"], vgg["classifier.3.bias"]).relu()
-    with np.load("ref/reference.npz") as ref:
-        np.testing.assert_allclose(ref["vgg"][:1].astype(float), x.numpy(), rtol=2e-3, atol=1e-5)
 
     # The same images against it.
     command = f"--from_images images.npz {nets} --ref ref/reference.npz --batch_size 5 --out out"
@@ -524,9 +490,8 @@ def test_fid_of_images_resumes_and_says_what_it_is(tmp_path, monkeypatch, capsys
     printed = capsys.readouterr().out
     assert result["fid"] < 1e-6 * np.trace(sigma)
     assert result["precision_inception"] == result["recall_inception"] == 1
-    assert result["precision_vgg"] > 0.8
     assert result["label"] == "FID (n = 6)"
-    for words in ("FID (n = 6)", "in one)", "(adm), VGG16", "reference ref/reference.npz", "torch 2"):
+    for words in ("FID (n = 6)", "in one)", "(adm)", "reference ref/reference.npz", "torch 2"):
         assert words in printed
 
     damaged = {name: value.clone() for name, value in torch.load(first, weights_only=True).items()}
@@ -558,8 +523,6 @@ def test_fid_of_images_resumes_and_says_what_it_is(tmp_path, monkeypatch, capsys
     unreadable = Path("folder/class/003.png")
     unreadable.write_bytes(unreadable.read_bytes()[:300])
     np.savez("badref.npz", mu=np.zeros(7), sigma=np.eye(7))
-    short = {k: torch.zeros(1).expand(v.shape) for k, v in vgg.items() if "classifier.3" not in k}
-    torch.save(short, "short.pth")
     for command, words in BAD_FID:
         said = refusal(f"evaluate.py {command}", capsys, monkeypatch)
         assert words in said, (command, said)
@@ -589,15 +552,6 @@ def test_a_reference_of_another_pipeline_or_network_is_refused(tmp_path, monkeyp
     before_any_feature = "--inception nowhere.pth --few 1 --pipeline pytorch_fid --out adm"
     said = refusal(f"evaluate.py ref --data adm.npz {before_any_feature}", capsys, monkeypatch)
     assert "holds mu and sigma of its own, made with --pipeline adm" in said
-
-
-def test_features_of_other_weights_are_others_and_vgg16_may_be_missing():
-    ours = "Inception 11 (adm), VGG16 22"
-    for theirs in (None, ours, "Inception 11 (adm)"):
-        assert not fid.differ(theirs, ours)
-    assert not fid.differ(ours, "Inception 11 (adm)")
-    for theirs in ("Inception 12 (adm), VGG16 22", "Inception 11 (pytorch_fid)", "Inception 11 (adm), VGG16 23", "?"):
-        assert fid.differ(theirs, ours)
 
 
 @pytest.mark.parametrize("conditioning", model.CONDITIONINGS)
@@ -678,7 +632,7 @@ def test_precision_is_of_the_generated_images_and_inception_score_of_ten_splits(
     real = torch.randn(60, 2048)
     features = real[:1] + 1e-3 * torch.randn(60, 2048)
     logits = torch.randn(60, 1008)
-    ref = dict(mu=np.zeros(2048), sigma=np.eye(2048), features=real.numpy(), vgg=None)
+    ref = dict(mu=np.zeros(2048), sigma=np.eye(2048), features=real.numpy())
     found = fid.inception_metrics(dict(features=features, logits=logits), ref)
     assert found["precision_inception"] == 1 and found["recall_inception"] < 0.05
     probs = logits.double().softmax(1)

@@ -245,7 +245,7 @@ def test_passes_before_a_row_from_a_distilled_network_and_seconds_after_its_warm
         (tmp_path / name).mkdir()
         (tmp_path / name / "args.json").write_text(json.dumps(flags))
         evaluations = [dict(step=20, fd_2step=1.0)]
-        (tmp_path / name / "result.json").write_text(json.dumps(dict(evaluations=evaluations, other_sampler={})))
+        (tmp_path / name / "result.json").write_text(json.dumps(dict(evaluations=evaluations)))
     net = LightningDiT("tiny", "in_context", in_channels=1, input_size=8, num_classes=10)
     torch.save(dict(config=net.config, weights=net.state_dict(), data=None, args={}, step=40), tmp_path / "cd/model.pt")
     lines = [dict(step=step, sec_per_step=1.0 if step <= 10 else 3.0) for step in (5, 10, 15, 20)]
@@ -265,7 +265,7 @@ def test_a_run_that_diverged_stands_in_the_table(tmp_path):
         folder = tmp_path / str(seed)
         folder.mkdir()
         evaluations = [dict(step=s, fd_2step=v, is_2step=None) for s, v in zip((100, 200), values, strict=True)]
-        (folder / "result.json").write_text(json.dumps(dict(evaluations=evaluations, other_sampler={})))
+        (folder / "result.json").write_text(json.dumps(dict(evaluations=evaluations)))
         runs[seed] = report.collect(kept_runs.Job(folder, ["dmd2.py"], [], None), "pixels")
     table = reproduce.TABLES["7"]
     rows = report.summary({13: table.rows[12], 14: table.rows[13]}, {13: runs, 14: runs})
@@ -345,7 +345,7 @@ def test_failed_runs_replace_no_fuller_table_and_no_fuller_search(monkeypatch, t
         job.folder.mkdir(parents=True)
         if distance:
             torch.save({}, job.folder / "model.pt")
-            result = dict(evaluations=[dict(step=400, fd_2step=distance)], other_sampler={}, definition="")
+            result = dict(evaluations=[dict(step=400, fd_2step=distance)], definition="")
             (job.folder / "result.json").write_text(json.dumps(result))
             kept_runs.beside(job, ".json").write_text(json.dumps(dict(kept_runs.identity(job), done=True)))
 

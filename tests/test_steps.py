@@ -224,8 +224,7 @@ def test_a_step_of_fsf_dmd_from_a_velocity_network(random_starts, monkeypatch):
 
 # ---- DMD2 ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("trunk", ["fake", pytest.param("teacher", marks=pytest.mark.slow),
-                                   pytest.param("generator", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trunk", ["fake", pytest.param("generator", marks=pytest.mark.slow)])
 def test_a_step_of_dmd2(random_starts, monkeypatch, trunk):
     """Generator [50-51, 53-54, 59], fake side [52-54], IDA [60]; the first fake update has the generator's samples."""
     def generator(n, b, _):

@@ -32,7 +32,7 @@ import consistency
 import metrics
 import reproduce
 from data import load_data
-from plumbing import checkpoints, files, interrupt, kept_runs, run_folder, watch
+from plumbing import checkpoints, files, kept_runs, run_folder, watch
 from test_helpers import HERE, assert_same, environment, refusal, run, small_images, small_net, start, state, train
 
 IMF = "consistency.py --loss imf --data toy.npz"
@@ -238,20 +238,6 @@ def test_a_closed_terminal_saves(home):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGHUP and "and saved" in err and "Traceback" not in err
     assert state(home, out)["step"] > 0
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc for what is being imported")
-@pytest.mark.parametrize("script", ["fsf_dmd.py", "reproduce.py"])
-def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, script):
-    first = "\nfrom plumbing import interrupt  # noqa"
-    with_it = {path.name for path in HERE.glob("*.py") if first in path.read_text()}
-    assert with_it == set(interrupt.SCRIPTS)
-    process = start(tmp_path, [sys.executable, str(HERE / script), "2", "--list"])
-    maps = Path(f"/proc/{process.pid}/maps")
-    until(lambda: "libtorch" in maps.read_text(), process)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err == f"{script}: stopped before it began\n"
 
 
 def two_processes(folders, command):
