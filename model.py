@@ -280,7 +280,7 @@ def rotate(q, cos, sin):
     """Turn each neighbouring pair (a, b) of q [B, heads, N, head_dim] by its angle: (a cos - b sin, b cos + a sin)."""
     a, b = q.unflatten(-1, (-1, 2)).unbind(-1)
     swapped = torch.stack([-b, a], dim=-1).flatten(-2)
-    return torch.addcmul(q * cos.to(q.dtype), swapped, sin.to(q.dtype))                 # addcmul(a, b, c) = a + b c
+    return q * cos.to(q.dtype) + swapped * sin.to(q.dtype)
 
 
 class Attention(nn.Module):
@@ -314,7 +314,7 @@ class SwiGLU(nn.Module):
 def modulate(norm, x, shift, scale):
     """norm(x) * (1 + scale) + shift, where the norm's gain goes into the scale [B, D]: one pass over x [B, N, D]."""
     gain = norm.weight * (1 + scale)
-    return torch.addcmul(shift[:, None], norm.normalize(x), gain[:, None])
+    return torch.addcmul(shift[:, None], norm.normalize(x), gain[:, None])              # addcmul(a, b, c) = a + b c
 
 
 class Block(nn.Module):

@@ -176,10 +176,10 @@ def test_sids_own_weight_is_a_number_without_gradient():
 def test_both_turns_of_a_step_of_sid_have_one_last_jump(random_starts, monkeypatch):
     found, real = [], sid.backward_simulation
     monkeypatch.setattr(sid, "backward_simulation", lambda u, eps, k, *rest: found.append(k) or real(u, eps, k, *rest))
-    run = RUN.replace("--steps 2 --batch_size 20 --micro_batch 12", "--steps 8 --batch_size 4 --preview_every 0")
-    sid.train(sid.parse_args(f"--init a.pt --M 4 {run} --out one-k".split()))
+    flags = "--M 4 --steps 8 --batch_size 4 --micro_batch 4 --preview_every 0"
+    sid.train(sid.parse_args(f"--init a.pt {RUN} {flags} --out one-k".split()))
     fake_turns, generator_turns = found[:16:2], found[1:16:2]
-    assert fake_turns == generator_turns and len(set(fake_turns)) > 1
+    assert fake_turns == generator_turns and len(fake_turns) == 8 and len(set(fake_turns)) > 1
 
 
 @pytest.mark.parametrize("name, flags", [("twinflow", "--base rcgm --lam 0.3 --lam_adv 0.7"),
