@@ -164,7 +164,7 @@ def test_what_is_said_of_a_gpu_is_in_the_numbers():
         f"18.5 hours at {seconds['iMF']:.3f} s",
         f"from scratch an iMF {seconds['iMF']:.3f}, with TwinFlow "
         f"{seconds['iMF + TwinFlow']:.3f}, flow matching {seconds['FM']:.3f}",
-        f"The 4,000 steps of FSF-DMD take {4000 * two['sec_per_step'] / 60:.0f} minutes at an H200's "
+        f"the 4,000 steps of FSF-DMD take {4000 * two['sec_per_step'] / 60:.0f} minutes at an H200's "
         f"{two['sec_per_step']:.2f} s",
         f"a step took {two['memory_gb']:.1f} GB",
         f"There {two['sec_per_step']:.2f} and {dmd2['sec_per_step']:.2f} s; {two['memory_gb']:.1f} and "
