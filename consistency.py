@@ -28,6 +28,7 @@ and rcgm is the same with imf's v as tangent, d/dt [(t-s) u] taken as a backward
 Cost in forward passes of one network (backward = 2), half of the rows masked: fm 3, ct 5, imf 5.5, cd 5 (from fm 6: CFG
 takes two), rcgm 7, isg 5.  Masked rows (s = t) save imf and cd the 2 passes of du/dt, and imf one for its velocity.
 """
+import gc
 import shlex
 from collections.abc import Callable
 
@@ -351,6 +352,7 @@ def pretrained(args, loss):
     if rank() == 0:
         print(f"starts from {path}, which comes from: python consistency.py {shlex.join(argv)}")
     train(own)
+    gc.collect()                                                # a compiled network is freed here alone
     found = load_checkpoint(path)["step"]
     if found != own.steps and not has_state(args):              # a run that goes on has its own weights
         raise BadInput(f"{path} has been trained for {found} steps, not {own.steps}: pass --init {path} if you mean it")

@@ -43,12 +43,11 @@ from plumbing.files import json_text, lock, read_json, write_atomic
 from plumbing.flags import Parser, folder_path, number
 from plumbing.kept_runs import HERE, refuse_torchrun, sources
 from plumbing.report import markdown_lines
-from reproduce import TABLE_5, paper
+from reproduce import DMD2_CD, TABLE_5, paper
 
 CD_MASKED = "consistency.py --loss cd --init {start}"                 # a masked row needs no finite difference
 FSF = "fsf_dmd.py --init {start}"
 DMD2 = "dmd2.py --init {start}"
-DMD2_CD = "dmd2.py --init {start} --cd 1"
 
 # label, start (imf, fm, or None: from scratch), command.
 # fm: FSF-DMD is what comes after its 20,000 steps of L_CD alone (Table 6).

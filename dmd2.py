@@ -189,7 +189,8 @@ def new_fake_side(args, net, device):
     head = DiscriminatorHead(fake).to(device) if args.lambda_g else None
     fake_side = [fake, head] if head else [fake]
     trainable(True, *fake_side)
-    compile_blocks(args, fake, head if torch.__version__ >= "2.13" else None)           # 2.11 compiles the head wrong
+    # torch 2.11 compiles the head wrong; that 2.13 does it right was seen on a CPU only.
+    compile_blocks(args, fake, head if torch.__version__ >= "2.13" and device.type == "cpu" else None)
     return fake, head, fake_side, NorMuon(param_groups(*fake_side), lr=args.fake_lr or args.lr)
 
 

@@ -43,7 +43,7 @@ def image_source(path: str | Path, n: int | None = None) -> tuple[int, Callable,
     n: take so many, evenly over all of them, as `spread`.  A folder's images are taken in the order of their names and
     have one size; arr_0 is uint8 [N, H, W, 3].  BadInput for anything else, of a folder when the image is read.
     """
-    count, read, digest = npz_source(path) if str(path).endswith(".npz") else folder_source(path)
+    count, read, digest = npz_source(path) if str(path).lower().endswith(".npz") else folder_source(path)
     n = min(n or count, count)
 
     def images(start, stop):
@@ -129,12 +129,19 @@ def collect(network: Callable, images: Callable, n: int, folder: Path, identity:
 
 
 def claim(folder: Path, identity: dict) -> None:
-    """Write identity.json; where another one was, or a damaged one, the features beside it are removed first."""
+    """Write identity.json; where another one was, or a damaged one, the features beside it are removed first.
+
+    BadInput for features without one.
+    """
     saved = folder / "identity.json"
     with contextlib.suppress(BadInput):                          # not there, or damaged
         if read_json(saved, "the identity of features") == identity:
             return
-    for old in [*folder.glob("features_*.pt"), *folder.glob(".features_*.tmp")]:
+    found = [*folder.glob("features_*.pt"), *folder.glob(".features_*.tmp")]
+    if found and not saved.exists():                             # ours are never without
+        raise BadInput(f"{folder}: holds {found[0].name} and no identity.json, so it was not made here; "
+                       "pass --out elsewhere")
+    for old in found:
         old.unlink()
     write_atomic(saved, json.dumps(identity))
 
@@ -153,13 +160,13 @@ def read_part(path: Path, rows: int) -> dict | None:
     return part
 
 
-def read_reference(path: str | Path) -> dict:
+def read_reference(path: str | Path, flag: str = "--ref") -> dict:
     """dict(mu, sigma, features, space, hash) of reference statistics: of `evaluate.py ref`, ADM's or iMF's .npz.
 
-    features and space (what made them) are None where the file has none, as ADM's and iMF's.  BadInput if it holds no
-    such statistics.
+    features and space (what made them) are None where the file has none, as ADM's and iMF's.  BadInput, which names
+    the flag, if it holds no such statistics.
     """
-    shown = f"--ref {path}"
+    shown = f"{flag} {path}"
     headers = npz_headers(path, shown)
     names = [name for name in ("mu", "sigma", "ref_mu", "ref_sigma", "features") if name in headers]
     there = ", ".join(f"{name} {headers[name][1]} {list(headers[name][0])}" for name in names) or "neither"
@@ -191,11 +198,11 @@ def own_statistics(source: str, pipeline: str) -> dict | None:
 
     ADM's: they are of the whole data set, arr_0 is a part of it.  BadInput if the images would go another way.
     """
-    if not source.endswith(".npz") or not {"mu", "sigma"} <= set(npz_headers(source, source)):
+    if not source.lower().endswith(".npz") or not {"mu", "sigma"} <= set(npz_headers(source, source)):
         return None
     if pipeline != "adm":
         raise BadInput(f"--data {source}: holds mu and sigma of its own, made with --pipeline adm; pass that")
-    return read_reference(source)
+    return read_reference(source, "--data")
 
 
 def write_reference(path: Path, found: dict, own: dict | None, space: str) -> None:

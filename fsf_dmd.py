@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from common import (accumulate, autocast, batch_rows, compile_blocks, ema_decay, frozen_copy,
-                    gradient_norm, main, micro_batches, setup, sync_gradients, update_ema)
+                    gradient_norm, main, micro_batches, rank, setup, sync_gradients, update_ema)
 from consistency import distillation_loss, draw_guidance, draw_times, imf_loss, pretrained, whole_interval
 from data import load_data
 from evaluate import metric_space
@@ -173,7 +173,7 @@ def parse_args(argv=None):
         refuse(args, ["rollout_grad"], "Eq. 17 has gradient in its last call only")
     if args.M == 1:
         refuse(args, ["rollout", "rollout_grad"], "--M 1 has one call, with gradient")
-    if args.lam > 0 and args.warmup >= args.steps and not args.dry_run:
+    if args.lam > 0 and args.warmup >= args.steps and not args.dry_run and rank() == 0:
         print(f"fsf_dmd.py: all {args.steps} steps are L_CD alone, --warmup is {args.warmup}")
     args.sampler = "flow_map"
     return checked(args)

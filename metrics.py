@@ -202,7 +202,8 @@ class Features:
         self.hash = weights_hash(self.net)[:8]
         self.source = data.source
         self.shape = data.x.shape[1:]
-        self.n = next(n for images, n in EVAL_SAMPLES if len(data.x) >= images)
+        n = next(n for images, n in EVAL_SAMPLES if len(data.x) >= images)
+        self.n = max(n, data.num_classes)                        # one of each class at least
         self.real = kept(path.with_name(f"real-{digest}-{self.hash}.pt"), len(data.x), lambda: self(data.x)[0])
         self.real_y = data.y
         self.test = data.test

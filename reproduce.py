@@ -45,8 +45,9 @@ from metrics import refuse_few
 from model import SIZES
 from plumbing import report
 from plumbing.checkpoints import load_checkpoint, new_network, refuse_jumps, refuse_other_data
-from plumbing.flags import Parser, data_source, folder_path, number
-from plumbing.kept_runs import HERE, Job, chain, is_done, machine, record, refuse_torchrun, run_all, sources_of
+from plumbing.flags import Parser, data_source, folder_path, network_name, number
+from plumbing.kept_runs import (HERE, Job, chain, default_jobs, is_done, machine, record, refuse_torchrun, run_all,
+                                sources_of)
 from plumbing.run_folder import check_writable
 
 PAPER = json.loads((HERE / "golden" / "paper_tables.json").read_text())
@@ -101,7 +102,8 @@ FLAGS_STRONG = {
     "cd1":    " --lam 0.1 --lr 0.003 --fake_lr 0.003",
 }
 
-# {control}: the steps of the start and of a distillation together, for (kind of data, --start).
+# {control}: the steps of the start and, of pixels and latents, those of a distillation; of images 525, which are the
+# passes of one.  For (kind of data, --start).
 CONTROL = {
     ("pixels", "weak"): 600,
     ("pixels", "strong"): 1000,
@@ -258,12 +260,6 @@ TABLES = {
 # Jobs: a row and a seed
 # ---------------------------------------------------------------------------------------------------------------------
 
-def init_name(args):
-    """A short name of --init: of a model.pt its folder's, else its own."""
-    path = Path(args.init)
-    return path.parent.name if path.name == "model.pt" else path.stem
-
-
 def job(args, command, seed, start=None, via=None):
     """The run of one command and one seed.  Its folder is named after its arguments."""
     kind = preset_kind(args.data)
@@ -277,7 +273,7 @@ def job(args, command, seed, start=None, via=None):
     if via:
         name.append(via.folder.name.removeprefix("consistency-").removesuffix(f"-seed{seed}"))
     elif start and args.init:
-        name.append(init_name(args))
+        name.append(network_name(args.init)[:60])                     # a name has 255 bytes for all its flags
     elif start:
         name.append(start.folder.name.removeprefix("consistency-loss").removesuffix(f"-seed{seed}"))
     if script != "evaluate.py":
@@ -360,7 +356,7 @@ def parse_args(argv=None):
                    "long (on digits with settings of its own)")
     g.add_argument("--init",
                    help="tables 2 to 9 but 5: start from this model.pt, or official weights, not from one trained here")
-    g.add_argument("--seeds", type=number(int, 1), default=5, help="seeds 0, 1, ... of every row (default: 5)")
+    g.add_argument("--seeds", type=number(int, 1, 1000), default=5, help="seeds 0, 1, ... of every row (default: 5)")
     g.add_argument("--size", choices=list(SIZES),
                    help="network of the starts and of rows from scratch (default: the presets)")
     g.add_argument("--precision", choices=["fp32", "bf16"], help="of every training run (default: the presets)")
@@ -375,7 +371,7 @@ def parse_args(argv=None):
     g.add_argument("--vae", help="VAE checkpoint, as in evaluate.py")
     g.add_argument("--inception", help="weight file of FID's Inception network, as in evaluate.py")
     g.add_argument("--ref", help="reference statistics, as in evaluate.py")
-    g.add_argument("--n", type=number(int, 4), help="images of an FID (default: 50,000)")
+    g.add_argument("--n", type=number(int, 4, 10 ** 8), help="images of an FID (default: 50,000)")
     g.add_argument("--fid_every", type=number(int, 0), default=0,
                    help="steps of a distillation between FIDs; 0: at the end only (the paper reports the best found)")
     args = p.parse_args(argv)
@@ -383,8 +379,7 @@ def parse_args(argv=None):
     refuse_contradictions(args, given)
     args.row = args.row and list(dict.fromkeys(args.row))
     args.out = args.out or args.runs / "tables"
-    if args.jobs is None:
-        args.jobs = 1 if torch.cuda.is_available() else min(8, os.cpu_count() or 1)
+    args.jobs = args.jobs or default_jobs()
     args.command = shlex.join(["python", "reproduce.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
@@ -401,6 +396,8 @@ def refuse_contradictions(args, given):
     if idle and not latents:
         flags = ", ".join(f"--{flag}" for flag in idle)
         raise BadInput(f"{flags}: does nothing for table {args.table} on {args.data}; leave that out")
+    if args.fid_every and args.table == "5":
+        raise BadInput("--fid_every: no row of table 5 distils; leave that out")
     if args.start == "strong" and "imf" not in starts:
         raise BadInput(f"--start strong: the strong start is an iMF, and table {args.table} has none; leave that out")
     if args.start == "strong" and (latents or args.init):
@@ -496,7 +493,7 @@ def print_commands(rows, jobs):
 def regime_of(args, table):
     """The start's name in the folder and the head of a table; "" where nothing starts from an iMF."""
     if args.init:
-        return init_name(args)
+        return network_name(args.init)
     return args.start if any(row.start == "imf" for row in table.rows) else ""
 
 

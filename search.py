@@ -6,7 +6,7 @@
     python search.py scratch                 # Table 5: 6 methods, 6 runs each
     python search.py weak --method SiD       # one method
     python search.py weak --data /usr/share/datasets/fashion-mnist --seeds 1  # 7 methods, 4 runs each; strong: 7; fm: 3
-    python search.py scratch --data /usr/share/datasets/fashion-mnist --seeds 1  # 3 methods, 3 or 4 runs each
+    python search.py scratch --data /usr/share/datasets/fashion-mnist --seeds 1  # 5 methods, 3 or 4 runs each
 
 Six settings a method from the weak start; four elsewhere, around what the weak search chose, or from scratch around the
 presets.  Of images of 24 pixels or more CD and FSF-DMD have the same number of forward passes; from scratch there are
@@ -31,8 +31,8 @@ from data import data_name, preset_kind
 from plumbing import report
 from plumbing.files import json_text, write_atomic
 from plumbing.flags import Parser, data_source, folder_path, number
-from plumbing.kept_runs import is_done, refuse_torchrun, run_all
-from reproduce import DMD2, DMD2_CD, FSF, STARTS, job, usable_data
+from plumbing.kept_runs import default_jobs, is_done, refuse_torchrun, run_all
+from reproduce import CD_MASKED, DMD2, DMD2_CD, FSF, STARTS, job, usable_data
 
 SEEDS = (100, 101)
 FINALISTS = 2                                                         # of each method, that run on the second seed too
@@ -73,7 +73,6 @@ FOUR_OF_RCGM = [
     "--target_ema 0.99 --delta 0.01 --lr 0.012",
 ]
 
-CD_MASKED = "consistency.py --loss cd --init {start}"                 # masking is the preset; plain CD has its rate
 SID = "sid.py --init {start}"
 ONE_FAKE_UPDATE = " --ttur 1 --no_gan"                                # 8.5 passes a step; steps: for FSF-DMD's passes
 FROM_WEAK = {
@@ -146,6 +145,10 @@ FROM_SCRATCH_OF_IMAGES = {                                            # for half
                            ["--lr 0.016 --lam 0.01 --shift 1",
                             "--lr 0.016 --lam 0.001 --shift 10",
                             "--lr 0.032 --lam 0.001 --shift 10"]),
+    "iMF + DMD2":         ("dmd2.py --init scratch --steps 750",      # the preset's rate is iMF's best
+                           ["--lam 0.003", "--lam 0.01", "--lam 0.03", "--lam 0.1"]),
+    "iMF + TwinFlow":     ("twinflow.py --base imf --steps 750",
+                           ["--lam 0.01", "--lam 0.03", "--lam 0.1", "--lam 0.3"]),
 }
 # start: (the start's command, or None from scratch; its methods)
 SEARCHES = {
@@ -169,11 +172,11 @@ def parse_args(argv=None):
     p.add_argument("--method", choices=sorted(set(names)), help="this method only")
     p.add_argument("--data", type=data_source, default="digits", help="digits, or other images, as in reproduce.py")
     p.add_argument("--seeds", type=number(int, 1, 2), default=2, help="1: no second seed for the best two of a method")
-    p.add_argument("--jobs", type=number(int, 1), default=min(8, os.cpu_count() or 1), help="runs at a time")
+    p.add_argument("--jobs", type=number(int, 1), help="runs at a time (default: as reproduce.py)")
     p.add_argument("--runs", type=folder_path, default="runs/reproduce", help="folder of the runs that are kept")
     p.add_argument("--out", type=folder_path, help="where the folder is made (default: tables in --runs)")
     args = p.parse_args(argv)
-    args.out = args.out or args.runs / "tables"
+    args.out, args.jobs = args.out or args.runs / "tables", args.jobs or default_jobs()
     args.command = shlex.join(["python", "search.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 

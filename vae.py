@@ -298,8 +298,9 @@ def encode(args: argparse.Namespace) -> None:
     )
     with contextlib.ExitStack() as held:
         if rank() == 0:
-            claim_folder(out, identity)
+            check_claim(out, identity)
             held.enter_context(lock(out / ".lock", "encoding"))
+            write_atomic(out / "encode.json", json.dumps(identity, indent=1))
             for leftover in out.glob("*.tmp"):                   # of a process that was killed
                 leftover.unlink()
         barrier()
@@ -361,8 +362,8 @@ def shard_sums(path: Path) -> tuple[dict, int, list]:
         return sums, int(metadata["total_size"]), json.loads(metadata["bad"])
 
 
-def claim_folder(out: Path, identity: dict) -> None:
-    """Make the folder and write what is encoded, and how, into its encode.json; BadInput if it holds anything else."""
+def check_claim(out: Path, identity: dict) -> None:
+    """BadInput if the folder holds anything but latents of this identity: what is encoded, and how."""
     saved = out / "encode.json"
     if saved.exists():
         before = read_json(saved, "the encode.json of this command", repair="choose another --out")
@@ -373,12 +374,10 @@ def claim_folder(out: Path, identity: dict) -> None:
                   if identity.get(k) != v and k not in free]
         if differ:
             raise BadInput(f"--out {out}: holds latents made otherwise: {', '.join(differ)}; choose another folder")
-        if before == identity:
-            return
-    elif out.exists() and set(out.iterdir()) - set(out.glob(".encode.json.*.tmp")):      # of a process that was killed
-        raise BadInput(f"--out {out}: is not empty and holds no latents of this command, expected a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(saved, json.dumps(identity, indent=1))
+    elif out.exists():
+        ours = {out / ".lock", *out.glob(".encode.json.*.tmp")}  # of a process that was killed at once
+        if set(out.iterdir()) - ours:
+            raise BadInput(f"--out {out}: is not empty and holds no latents of this command, expected a new folder")
 
 
 def encode_shard(path: Path, vae: VAE, files: list, rows: range, of_files: str, args: argparse.Namespace,
@@ -543,9 +542,14 @@ def decode(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     device = pick_device("auto")
     vae = vae.to(device)
-    for i, z in enumerate(tqdm(latents, desc=f"decode {name}", unit=" images", dynamic_ncols=True)):
-        image = Image.fromarray(latents_to_uint8(vae, z[None].to(device))[0])
-        write_atomic(out / f"{i:06d}.png", lambda temporary, image=image: image.save(temporary, format="PNG"))
+    try:
+        for i, z in enumerate(tqdm(latents, desc=f"decode {name}", unit=" images", dynamic_ncols=True)):
+            image = Image.fromarray(latents_to_uint8(vae, z[None].to(device))[0])
+            write_atomic(out / f"{i:06d}.png", lambda temporary, image=image: image.save(temporary, format="PNG"))
+    except BaseException:                                        # the same command finds a new folder again
+        for path in out.glob("*.png"):
+            path.unlink()
+        raise
     print(f"{out}: {len(latents)} images")
 
 
@@ -599,7 +603,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     commands = dict(encode=encode, check=check, decode=decode)
-    commands[args.command](args)
+    if args.command == "encode" or rank() == 0:
+        commands[args.command](args)
 
 
 if __name__ == "__main__":

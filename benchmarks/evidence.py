@@ -38,7 +38,7 @@ def evidence(args):
         done = finished_seeds(made)
         if not done:
             return None
-        code = table_code([*words, "--seeds", str(done)], 300)
+        code = table_code([*words, "--seeds", str(done)], 110)
     if code and (not path.exists() or path.stat().st_mtime_ns == earlier):      # no new table
         raise BadInput(f"reproduce.py {shlex.join(words)} ended with exit code {code}")
     rows = rows_of_table(read_json(path, "the table"))
@@ -64,7 +64,7 @@ def table_code(words, seconds):
     if code is None:
         child.terminate()                                       # its runs save their step
         with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=90)
+            child.wait(timeout=60)
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
     for s, handler in before.items():

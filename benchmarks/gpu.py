@@ -102,7 +102,7 @@ def parse_args(argv=None):
     p.add_argument("--out", type=folder_path, default=HERE / "results", help="where gpu.md and gpu/ are written")
     p.add_argument("--minutes", type=number(float, 0), default=7,
                    help="after so many minutes no block and no method of cost is begun, and evidence is stopped, which "
-                   "takes up to two more (0: never); the next call goes on")
+                   "takes up to three more (0: never); the next call goes on")
     p.add_argument("--data", type=data_source, default="/usr/share/datasets/fashion-mnist", help="of evidence")
     p.add_argument("--batch_size", type=number(int, 2), default=128, help="of profile and difference")
     args = p.parse_args(argv)
@@ -279,6 +279,10 @@ def cost_table(args):
     flags += ["--size", "tiny", "--batch_size", "2"] if args.rehearse else []
     path, labels = args.out / "gpu" / "cost.json", [label for label, *_ in cost.COST]
     earlier = read_json(path, "what was measured before") if path.exists() else {}
+    here = earlier.get("device") == device_name(args) and earlier["torch"] == torch.__version__
+    known = {row["label"]: row for row in earlier["rows"]} if here else {}
+    if args.again:                                              # cost.py keeps its rows too
+        (args.out / "gpu" / "rows" / "cost.json").unlink(missing_ok=True)
     wanted = ["1"] if args.rehearse else ORDER
     absent = [number for number in wanted if labels[int(number) - 1] in earlier.get("missing", ())]
     if not args.again:
@@ -290,12 +294,14 @@ def cost_table(args):
     found, today = read_json(table, "what cost.py measured"), time.strftime("%Y-%m-%d")
     rows = {}
     for row in found["rows"]:
+        if row["sec_per_step"] == known.get(row["label"], {}).get("sec_per_step"):
+            continue                                            # not measured today
         flops = 1e9 * (found["batch"] * row["gflop_per_image"] + row["gflop_optimizer"])
         rows[row["label"]] = {k: row[k] for k in ("label", "passes", "sec_per_step", "memory_gb", "paper_sec_per_step")}
         rows[row["label"]] |= dict(share_of_matrix_rate=flops / row["sec_per_step"] / rate, date=today)
-    if earlier.get("device") == device_name(args) and earlier["torch"] == torch.__version__:
-        for row in earlier["rows"]:
-            rows.setdefault(row["label"], row | dict(date=row.get("date", earlier["date"])))
+    if here:
+        for label, row in known.items():
+            rows.setdefault(label, row | dict(date=row.get("date", earlier["date"])))
         whole = {row["label"]: row for row in [*before.get("rows", ()), *found["rows"]]}
         found["rows"] = [whole[label] for label in labels if label in whole]
         write_atomic(table, json_text(found, indent=1))

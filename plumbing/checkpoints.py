@@ -177,6 +177,8 @@ def are_other_images(checkpoint, data):
     made_for = checkpoint["data"]
     if made_for is None or data.kind == "latents":
         return False
+    if len(made_for["mean"]) != len(data.mean):
+        return True
     found, here = torch.tensor([*made_for["mean"], *made_for["std"]]), torch.tensor([*data.mean, *data.std])
     return (found - here).abs().max() > 1e-3
 

@@ -62,7 +62,7 @@ def write_atomic(path: str | Path, content) -> None:
         if callable(content):
             content(temporary)
         elif isinstance(content, str):
-            Path(temporary).write_text(content)
+            Path(temporary).write_text(content, "utf-8", "backslashreplace")     # a path may be no UTF-8
         else:
             with open(temporary, "wb") as file:                     # to a name, torch would write that name into it
                 torch.save(content, file)

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 from common import BadInput, rank
@@ -201,9 +202,9 @@ def flow_map_flags(p):
         help="law of that draw: iMF's, or a truncated exponential of omega itself")
     add = p.network.add_argument
     add("--n_tokens", type=number(int, 1, 1024),
-        help="n, tokens per condition of the augmented backbone (default: 16; tiny, small 1)")
+        help="n, tokens per condition of the augmented backbone (default: 16; tiny, small, medium 1)")
     add("--token_block", type=number(int, 0, 1024),
-        help="k, they join after this many blocks (default: 4; tiny, small 2)")
+        help="k, they join after this many blocks (default: 4; tiny, small, medium 2)")
 
 
 def rcgm_flags(p):
@@ -276,6 +277,8 @@ def resolve_compile(args, kind):
     """What --compile auto means for a kind of data: 0, 1, or "auto", which is left to the device (compile_blocks)."""
     if getattr(args, "jvp", "fd") == "exact":
         return 0
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():  # what torch.compile makes includes it
+        return 0
     if kind == "latents":                                           # on a GPU Triton needs a C compiler
         compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
         return "auto" if compiler else 0
@@ -311,13 +314,18 @@ def look_into(path, inits, given, defaults):
     return kind, stored
 
 
+def network_name(path):
+    """What a folder is named after where a network is given by its path: of a model.pt its folder's name."""
+    path = Path(path)
+    return path.parent.name if path.name == "model.pt" and path.parent.name else path.stem
+
+
 def folder_name(script, values, given, preset_values, init_kind):
     """runs/<script>-<data>-<init>, then each flag that was given and differs from the preset."""
-    init = values["init"]
-    if init != init_kind:                                           # a path: the name of its run folder
-        init = Path(init).parent.name or Path(init).stem
+    init = values["init"] if values["init"] == init_kind else network_name(values["init"])
     not_named = RUNTIME_FLAGS | {"data", "init", "loss"}
-    differs = [f"{k}{given[k]}" for k in sorted(given) if k not in not_named and given[k] != preset_values.get(k)]
+    shown = given | ({"teacher": network_name(given["teacher"])} if given.get("teacher") else {})
+    differs = [f"{k}{shown[k]}" for k in sorted(given) if k not in not_named and given[k] != preset_values.get(k)]
     name = "-".join([script, data_name(values["data"]), init, *differs]).replace("/", "")
     if len(os.fsencode(name)) > 255:                                # no file system takes more
         raise BadInput(f"the default --out, runs/{name[:40]}..., is too long a name for a folder; pass --out")
@@ -350,7 +358,7 @@ def refuse_idle_terms(args):
     if args.jvp == "exact":
         refuse(args, ["fd_h"], "--jvp exact takes no difference")
     if args.mask_prob == 1:
-        refuse(args, ["jvp", "fd_h"], "--mask_prob 1 leaves no row with s < t")
+        refuse(args, ["jvp", "fd_h", "delta", "order"], "--mask_prob 1 leaves no row with s < t")
     if args.omega_max == 1:
         refuse(args, ["omega_law"], "--omega_max 1 draws no omega")
 
@@ -364,7 +372,7 @@ def refuse_guidance(args):
     teacher = "plain" if args.start == "fm" else "in_context"
     if file:
         teacher = load_checkpoint(file)["config"]["conditioning"]
-    if teacher == "decoupled" and args.start == "fm":
+    if teacher == "decoupled":
         refuse(args, sorted(asked), f"the flow map in {file} takes no guidance, and it is the teacher; "
                                     "--teacher with a velocity network has one")
     if teacher != "plain":

@@ -146,7 +146,7 @@ def record(job):
     if not path.exists():
         return {}
     try:
-        return read_json(path, "the record of a run", repair="runs again")
+        return read_json(path, "the record of a run", repair=f"move {job.folder} away, and the run is made again")
     except BadInput as error:
         say_once(str(error))
         return {}
@@ -225,10 +225,10 @@ class Runner:
         for child in list(self.children):                             # the workers take theirs out meanwhile
             child.terminate()
 
-    def run(self, job, waits=()):
-        """A job, after those that it waits for, unless it is done."""
-        for other in waits:
-            other.result()
+    def run(self, job, start=None):
+        """A job, after its start (a future) if that has to be made, unless it is done."""
+        if start:
+            start.result()
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         with open(beside(job, ".lock"), "w") as held:
             self.take(held)
@@ -253,10 +253,10 @@ class Runner:
         look_again()
         now, log, path = identity(job), beside(job, ".log"), beside(job, ".json")
         changed, kept = changes(job), record(job)
-        if job.folder.exists() and not path.exists():                 # a command of --list that was pasted
+        if job.folder.exists() and not kept:                          # a command of --list that was pasted
             raise BadInput(f"{job.folder}: is there, and this command did not make it; move it, or pass another --runs")
         read = from_outside(job, kept.get("absolute") or absolute(kept.get("command") or job.command))
-        if "the command" in changed and read != from_outside(job, now["absolute"]):
+        if {"the command", "what it reads"} & {*changed} and read != from_outside(job, now["absolute"]):
             raise BadInput(f"{job.folder}: is a run of the same name that read {' and '.join(read) or 'no file'}; "
                            "pass another --runs")
         if trained_on(job, kept):                                     # whatever else has changed: it is not removed
@@ -378,6 +378,11 @@ def refuse_torchrun():
         raise BadInput("starts its runs itself, one process each; leave torchrun out")
 
 
+def default_jobs():
+    """Runs at a time where --jobs does not say: one on a GPU, else one a core, at most 8."""
+    return 1 if torch.cuda.is_available() else min(8, os.cpu_count() or 1)
+
+
 def run_all(args, wanted):
     """Run the jobs, and the starts that they need, --jobs at a time.  -> {Job: why it failed}"""
     unique = with_starts(wanted)
@@ -391,8 +396,7 @@ def run_all(args, wanted):
     try:
         # Starts first: nothing in the queue waits for what comes after it.
         for j in sorted(open_jobs, key=lambda j: len(chain(j))):
-            waits = [futures[j.start]] if j.start in futures else []
-            futures[j] = pool.submit(runner.run, j, waits)
+            futures[j] = pool.submit(runner.run, j, futures.get(j.start))
         with tqdm(total=len(unique), initial=kept, unit="run", dynamic_ncols=True) as bar:
             return follow(futures, bar)
     except BaseException as error:                                    # Ctrl-C; or the bar failed: no run goes on unseen

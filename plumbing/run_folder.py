@@ -57,7 +57,7 @@ def of_a_run(path):
         found = read_json(path, "the configuration of a run")
     except BadInput:
         return True
-    return isinstance(found, dict) and {"data", "init", "seed"} <= found.keys()
+    return {"data", "init", "seed"} <= found.keys()
 
 
 def own_paths(folder):
@@ -74,8 +74,9 @@ def leftovers(folder):
 def check_writable(folder, flag=""):
     """BadInput if a folder cannot be made or written; the line begins with `flag`.  Touches nothing."""
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{flag}{folder}: exists and is no run folder but a file; nothing was touched")
+    if os.path.lexists(folder) and not folder.is_dir():
+        what = "a file" if folder.exists() else "a link that leads nowhere"
+        raise BadInput(f"{flag}{folder}: exists and is no run folder but {what}; nothing was touched")
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise BadInput(f"{flag}{folder}: Not a directory: {existing} is a file; nothing was touched")

@@ -620,6 +620,18 @@ def test_from_images_to_pictures(photos, monkeypatch, capsys):
         assert len(picture.convert("L").getcolors()) > 50
 
     encode_here("vae.py decode latents --ckpt vae.pt --out decoded --n 3")
+    real, made = Image.fromarray, []
+
+    def stopped(*args):
+        made.append(args)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Image, "fromarray", stopped)
+        encode_here("vae.py decode latents --ckpt vae.pt --out again --n 3")
+    assert not list((photos / "again").iterdir())                # so the same command goes through
     with Image.open(photos / "decoded" / "000002.png") as picture:
         found = np.array(picture).astype(float)
     net, _ = vae.load_vae(photos / "vae.pt")

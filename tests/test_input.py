@@ -411,8 +411,13 @@ def test_an_encoding_is_repaired(tmp_path, monkeypatch, capsys):
         assert torch.equal(load_file(shard)["latents"], latents)
         assert not list((tmp_path / "out").glob("*.tmp"))
         assert data.load_data("out").num_classes == 1
+    for name in ("meta.json", "encode.json"):                    # as while the first one runs
+        (tmp_path / "out" / name).rename(tmp_path / name)
+    (tmp_path / "out" / "encode.json").write_bytes((tmp_path / "encode.json").read_bytes())
     with vae.lock(tmp_path / "out" / ".lock", "encoding"):
-        assert "is encoding there" in refusal(command, capsys, monkeypatch)
+        assert "is encoding there" in refusal(f"{command} --skip_bad 1", capsys, monkeypatch)
+    assert (tmp_path / "out" / "encode.json").read_bytes() == (tmp_path / "encode.json").read_bytes()
+    encode()
 
     def full(tensors, path, metadata):
         raise OSError(28, "No space left on device", path)
@@ -506,6 +511,10 @@ def test_damaged_features_are_computed_again(tmp_path):
         (tmp_path / "features" / "identity.json").write_text(wrong)
         assert collect(dict(n=5)) == 3
     assert mine.read_text() == "precious"
+    (tmp_path / "features" / "identity.json").unlink()           # without it they may be another program's
+    with pytest.raises(common.BadInput, match="holds features_.*.pt and no identity.json"):
+        collect(dict(n=5))
+    assert len([*(tmp_path / "features").glob("features_*.pt")]) == 3
     with fid.lock(tmp_path / "features" / ".lock", "computing features"), pytest.raises(common.BadInput, match="there"):
         collect(dict(n=5))
 

@@ -1,6 +1,7 @@
 """The settings of the presets are the best of the searches in results/, and the texts say what these found."""
 import json
 import math
+import shlex
 import statistics
 
 import pytest
@@ -200,6 +201,36 @@ def test_what_is_said_of_the_search_from_the_strong_start_of_fashion_mnist_is_in
     assert preset[fsf_dmd]["lam"] == 0.0003
     for each in words:
         assert each in text, each
+
+
+def test_the_searches_that_ended_at_an_edge_are_told():
+    """A best setting whose rate, or FSF-DMD's lambda, is the smallest or the largest that was tried."""
+    found = {}                                                      # (method, flag, end): {data and start}
+    for path in sorted(KEPT.glob("search-*/runs.json")):
+        rows, kind = json.loads(path.read_text())["rows"], path.parent.name.removeprefix("search-")
+        data = "digits" if kind.startswith("digits") else "fashion"
+        start = kind.removeprefix("digits-").removeprefix("fashion-mnist-").split("-")[0]
+        for method in {row["method"] for row in rows}:
+            tried = [(shlex.split(row["setting"]), row) for row in rows if row["method"] == method]
+            best, _ = min(tried, key=lambda each: statistics.mean(each[1]["distance"]))
+            for flag in {"--lr", "--lam"} & {*best}:
+                values = sorted({float(setting[setting.index(flag) + 1]) for setting, _ in tried})
+                value = float(best[best.index(flag) + 1])
+                for end, of_end in (("smallest", values[0]), ("largest", values[-1])):
+                    if len(values) > 1 and value == of_end and start != "scratch":
+                        found.setdefault((method, flag, end), set()).add(f"{data} {start}")
+    strong = {"digits strong", "fashion strong"}
+    assert len(found["FSF-DMD, M = 2", "--lam", "smallest"]) == 5
+    assert found["CD with masking", "--lr", "largest"] == strong
+    assert found["CD with masking", "--lr", "smallest"] == {"digits fm"}
+    assert found["DMD2", "--lr", "largest"] == strong | {"digits fm"}
+    assert found["SiD", "--lr", "largest"] == {"digits fm"}
+    assert found["DMD2, 1:1, no GAN", "--lr", "smallest"] == {"digits weak", "fashion weak", "fashion strong"}
+    assert len(found["DMD2 + L_CD", "--lr", "largest"]) == 5
+    told = words_of_the_texts()
+    for words in ("(M = 2) at its smallest from five starts of six", "at its largest from both strong starts",
+                  "of DMD2 1:1 at its smallest from three starts of four", "at its largest rates from all five"):
+        assert words in told, words
 
 
 def test_presets_of_images_from_scratch_are_the_best_of_their_search():

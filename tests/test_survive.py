@@ -88,6 +88,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, conte
         assert caught.value.errno == errno.ENOSPC
 
 
+def test_a_text_that_names_a_path_that_is_no_utf8_is_written(tmp_path):
+    files.write_atomic(tmp_path / "file", f"{os.fsdecode(bytes([97, 255]))} ± 1")
+    assert (tmp_path / "file").read_text("utf-8") == r"a\udcff ± 1"
+
+
 @pytest.mark.parametrize("content", ["text", dict(x=torch.ones(2)), lambda path: open(path, "w").close()])
 def test_a_write_replaces_the_file_with_the_usual_mode(tmp_path, content):
     path, usual = tmp_path / "file", tmp_path / "usual"
@@ -658,7 +663,7 @@ def test_the_next_steps_numbers_are_drawn_in_threads_and_are_the_same():
 
 # ---- what is kept of a table -----------------------------------------------------------------------------------------
 
-def test_a_kept_run_that_is_gone_or_damaged_runs_again(tmp_path, capsys):
+def test_a_kept_run_whose_files_are_gone_or_damaged_is_not_done(tmp_path, capsys):
     args = argparse.Namespace(data="digits", init=None, runs=tmp_path, start="weak",
                               size=None, precision=None, jobs=1, table="2")
     job = reproduce.job(args, reproduce.STARTS["imf"], 0)
@@ -682,7 +687,12 @@ def test_a_kept_run_that_is_gone_or_damaged_runs_again(tmp_path, capsys):
         assert not kept_runs.is_done(job)
         kept_runs.changes(job)                                          # can be asked whatever is in the record
     said = capsys.readouterr().out
-    assert "not the record of a run" in said and "runs again" in said
+    assert "not the record of a run" in said and f"move {job.folder} away" in said
+    keep()
+    record.write_text("[]")
+    with pytest.raises(common.BadInput, match="is there, and this command did not make it; move it"):
+        kept_runs.Runner(args).run(job)                                 # its record is damaged: nothing is removed
+    assert (job.folder / "model.pt").exists()
 
     # Trained on by hand, with its own command and more --steps: neither taken for the run of the table, nor removed.
     keep()
@@ -726,7 +736,7 @@ def test_a_path_that_is_spelled_otherwise_is_no_other_run(tmp_path, monkeypatch)
     assert kept_runs.identity(by_name[0])["measure"] == kept_runs.identity(by_name[1])["measure"]
 
 
-def test_kept_runs_of_other_data_and_of_another_start_are_neither_taken_nor_removed(tmp_path):
+def test_kept_runs_of_other_data_and_of_another_start_are_neither_taken_nor_removed(tmp_path, monkeypatch):
     def of(data):
         args = argparse.Namespace(data=str(tmp_path / data / "set.npz"), init=None, start="weak",
                                   size=None, precision=None, jobs=1, table="2",
@@ -754,6 +764,19 @@ def test_kept_runs_of_other_data_and_of_another_start_are_neither_taken_nor_remo
     with pytest.raises(common.BadInput, match="is a run of the same name that read .*/a/set.npz; pass another --runs"):
         other_runner.run(other)
     assert kept_runs.is_done(start)
+
+    # The same words, and so the same command, from another folder.
+    monkeypatch.chdir(tmp_path / "a")
+    named = start._replace(command=tuple("set.npz" if word.endswith("set.npz") else word for word in start.command))
+    files.write_atomic(kept_runs.beside(start, ".json"), files.json_text(dict(kept_runs.identity(named), done=True)))
+    assert kept_runs.is_done(named)
+    monkeypatch.chdir(tmp_path / "b")
+    kept_runs.look_again()
+    assert kept_runs.changes(named) == ["what it reads"]
+    with pytest.raises(common.BadInput, match="is a run of the same name that read .*/a/set.npz; pass another --runs"):
+        runner.run(named)
+    assert (start.folder / "model.pt").exists()
+    files.write_atomic(kept_runs.beside(start, ".json"), files.json_text(record))
 
     # A pasted command trains in the folder: it is not removed under its feet.
     files.write_atomic(kept_runs.beside(start, ".json"), files.json_text(dict(record, sources={})))
