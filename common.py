@@ -346,7 +346,7 @@ def ema_decay(args, n):
 
 
 def target_decay(args, n):
-    """Decay of RCGM's target network after n updates, with TwinFlow's warm-up: its recursion is close to 1 - 2 / n."""
+    """Decay of RCGM's target network after n updates; (2 + n) / (4 + n), about 1 - 2 / n: TwinFlow's warm-up."""
     return min(args.target_ema, (2 + n) / (4 + n))
 
 

@@ -85,7 +85,7 @@ def distance(pred: Tensor, target: Tensor, c: float = 1e-3, cosine: bool = True)
 
 
 def cosine_distance(pred: Tensor, target: Tensor) -> Tensor:
-    """1 - cosine over channels, mean over positions -> [B].  At 0, a new network's output, its slope is 1 / eps."""
+    """1 - cosine over channels, mean over positions -> [B].  eps bounds its slope at 0, a new network's output: 100."""
     return (1 - F.cosine_similarity(pred, target, dim=1, eps=1e-2)).view(len(pred), -1).mean(1)
 
 
@@ -104,16 +104,16 @@ def consistency_loss(u: Callable, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, 
     """Consistency training (Eq. 6) and distillation (Eq. 16) of each sample -> [B].
 
     rho( u(x_t,t,s), sg( v - (t-s) du/dt ) ).  u: callable (x [B, C, H, W], t [B], s [B]) -> average velocity.
-    v: target velocity and tangent: dx/dt, both [B, C, H, W]; for Eq. 16 both are the teacher's v(x_t, t).  s <= t; rows
-    with s = t are flow matching onto v.  With the squared distance its gradient is MeanFlow's, and half of it is AYF's
-    EMD with weight 1/(t-s) (Eq. 35-38).  imf_loss and distillation_loss are this, with du/dt only where s < t.
+    v: target velocity; tangent: dx/dt; both [B, C, H, W], in Eq. 16 both the teacher's v(x_t, t).  s <= t; rows with
+    s = t are flow matching onto v.  With the squared distance its gradient is MeanFlow's, and up to a factor AYF's EMD
+    (arXiv 2506.14603) of weight 1/(t-s), Eq. 35-38.  imf_loss and distillation_loss are this, du/dt only where s < t.
     """
     du_dt = total_derivative(u, x_t, t, s, tangent, h, exact)                           # no gradient
     return regression(u(x_t, t, s), v - expand(t - s, v) * du_dt, c, cosine, tangent_norm)              # Eq. 6, 16
 
 
 def regression(pred: Tensor, target: Tensor, c: float = 1e-3, cosine: bool = True, tangent_norm: float = 0.0) -> Tensor:
-    """rho(pred, sg target) of consistency_loss for each sample -> [B].  tangent_norm > 0: AYF's and rCM's instead."""
+    """rho(pred, sg target) for each sample -> [B]; tangent_norm > 0: AYF's and rCM's normalised tangent, Eq. 57-58."""
     if tangent_norm:
         g = (target - pred).view_as(pred).detach()                                      # Eq. 58
         g = g / expand(g.flatten(1).norm(dim=1) + tangent_norm, g)
@@ -197,10 +197,10 @@ def rcgm_loss(u: Callable, u_ema: Callable, x_t: Tensor, t: Tensor, s: Tensor, v
               N: int = 2, clamp: float = 1.0, c: float = 1e-3, cosine: bool = True) -> Tensor:
     """Recursive consistency (RCGM) of each sample, Eq. 66-67 -> [B]: (t-s) u(x_t,t,s) = delta v + I.
 
-    I: N jumps of u_ema from t - delta to s.  u, u_ema: callables (x, t, s), the second never differentiated;
-    v [B, C, H, W] the (guided) velocity at (x_t, t).  As TwinFlow's code, u is regressed onto u - clamp(e) with
+    I: the sum of (a - b) u_ema(x, a, b) over N jumps from t - delta to s.  u, u_ema: callables (x, t, s), no gradient
+    in the second; v [B, C, H, W]: (guided) velocity at (x_t, t).  As TwinFlow's code, u is regressed onto u - clamp(e),
     e = ((t-s) u - I) / delta - v, which for N = 1, u_ema = u and no clamp is MeanFlow's residual up to O(delta).
-    Where t - s < delta, e = u - v: flow matching.  clamp: on e; 0: off.  bf16, as there: e errs by 8% (digits, 0.01).
+    Where t - s < delta, e = u - v: flow matching.  clamp: on e; 0: off.  In bf16, as there, e is off by 8% (digits).
     """
     with torch.no_grad():
         t_next = torch.maximum(t - delta, s)
@@ -211,25 +211,25 @@ def rcgm_loss(u: Callable, u_ema: Callable, x_t: Tensor, t: Tensor, s: Tensor, v
             move = expand(a - b, x) * u_ema(x, a, b)
             x, I = x - move, I + move
     pred = u(x_t, t, s)                                                                 # [B, C, H, W]
-    jump = (expand(t - s, x_t) * pred - I) / delta                                      # Eq. 66 solved for v
-    e = (torch.where(expand(t - s < delta, x_t), pred, jump) - v).detach()
+    v_u = (expand(t - s, x_t) * pred - I) / delta                                       # Eq. 66 solved for v
+    e = (torch.where(expand(t - s < delta, x_t), pred, v_u) - v).detach()
     e = e.clamp(-clamp, clamp) if clamp else e
     return distance(pred, pred.detach() - e, c, cosine)                                 # Eq. 67
 
 
-def guided_rcgm_loss(net: Callable, target: Callable, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, y: Tensor,
+def guided_rcgm_loss(net: Callable, target_net: Callable, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, y: Tensor,
                      guidance: Tensor, guided: bool, delta: float, N: int, clamp: float, **rho) -> Tensor:
     """RCGM on the data of each sample -> [B], guided as iMF is, with the target network's velocities.
 
-    target: an EMA of net with a short memory.  The others as in imf_loss; delta, N, clamp, rho: of rcgm_loss.
+    target_net: an EMA of net with a short memory.  The others as in imf_loss; delta, N, clamp, rho: of rcgm_loss.
     """
     guidance = whole_interval(guidance, t, s)
     x_t, v = interpolate(x0, eps, t), eps - x0                                          # [B, C, H, W]
     if guided:
         with torch.no_grad():
-            v_cond = target(x_t, t, y, None, gate_guidance(guidance, t))
-        v = guided_target(target, x_t, v, v_cond, t, y, guidance)
-    return rcgm_loss(lambda x, t, s: net(x, t, y, s, guidance), lambda x, t, s: target(x, t, y, s, guidance),
+            v_cond = target_net(x_t, t, y, None, gate_guidance(guidance, t))
+        v = guided_target(target_net, x_t, v, v_cond, t, y, guidance)
+    return rcgm_loss(lambda x, t, s: net(x, t, y, s, guidance), lambda x, t, s: target_net(x, t, y, s, guidance),
                      x_t, t, s, v, delta, N, clamp, **rho)
 
 
@@ -249,7 +249,7 @@ def isg_loss(u: Callable, teacher: Callable, x_t: Tensor, t: Tensor, s: Tensor, 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 # pixels: under 24 a side, as the digits; images: larger, as Fashion-MNIST (RESULTS.md: which were searched); latents:
-# the paper's Table 6, but for lr, which our copy of it has lost: 6e-4 is a guess; CD trains past its peak.
+# the paper's Table 6, but for lr, which our copy of it has lost: 6e-4 is a guess; CD's steps go past its best.
 PRESETS = {
     ("pixels", "scratch"): dict(                    # mostly s = t: the velocity, which teaches, is ahead of the map
         size="tiny", steps=400, lr=6e-3, mask_prob=0.9, omega=1.0, guide_to=1.0, omega_max=1.0,
@@ -369,10 +369,10 @@ def train(args):
 
     net, teacher = starting_networks(args, data, device, pretrained, CONDITIONING.get(args.loss))
     ema = frozen_copy(net)
-    target = frozen_copy(net) if args.loss == "rcgm" else None                  # RCGM's own EMA, of a short memory
+    target_net = frozen_copy(net) if args.loss == "rcgm" else None                  # RCGM's own EMA, of a short memory
     opt = NorMuon(param_groups(net), lr=args.lr)
-    compile_blocks(args, net, ema, teacher, target)
-    state = dict(net=net, ema=ema, opt=opt, teacher=teacher, target=target)
+    compile_blocks(args, net, ema, teacher, target_net)
+    state = dict(net=net, ema=ema, opt=opt, teacher=teacher, target=target_net)
     features = metric_space(data, args)
     channels = args.cfg_channels                                                # of a plain teacher's CFG; 0: all
     rho = dict(c=args.huber_c, cosine=args.cosine)
@@ -387,18 +387,18 @@ def train(args):
         return lambda x, t: guided_velocity(teacher, x, t, y, guidance, channels)
 
     def draw(g, index):
-        """The global batch of one step and its random numbers."""
+        """The global batch of one step and its random numbers, drawn from g (common.Stream)."""
         rows = batch_rows(len(data.x), B, args.seed, index)
         batch = dict(x0=data.x[rows], y=data.y[rows], eps=g.normal(B, *shape))
         r = g.uniform(B, 1 if args.loss == "fm" else 2)                         # Eq. 1: one draw of the law
         batch["t"], batch["s"] = draw_times(r, args.time_law, args.mask_prob)
-        batch["y_drop"] = torch.where(g.uniform(B) < args.label_drop, null, batch["y"])
+        batch["y_drop"] = torch.where(g.uniform(B) < args.label_drop, null, batch["y"])  # on data, never on samples
         if args.loss == "isg":                                                  # segment [s, t], r inside it
             batch["t"] = 1 - g.integers(args.M, B) / args.M
             batch["s"] = batch["t"] - 1 / args.M
-            batch["r"] = batch["s"] + (0.1 + 0.8 * g.uniform(B)) / args.M       # SenseFlow: 0.05 off both ends of 0.5
+            batch["r"] = batch["s"] + (0.1 + 0.8 * g.uniform(B)) / args.M       # SenseFlow: a tenth off both ends
         batch["guidance"] = fixed.expand(B, 3)
-        if args.cd_guidance == "drawn" or not teacher:
+        if args.cd_guidance == "drawn" or not teacher:          # without a teacher: the loss of iMF, which draws it
             drawn = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
             batch["guidance"] = whole_interval(drawn, batch["t"], batch["s"])
         return batch
@@ -423,7 +423,7 @@ def train(args):
                         loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
                                                  channels, rows=b.moving, **options)  # moving: s < t
                     elif args.loss == "rcgm":                                   # Eq. 66-67
-                        loss = guided_rcgm_loss(net, target, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided,
+                        loss = guided_rcgm_loss(net, target_net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided,
                                                 args.delta, args.order, args.clamp, **rho)
                     else:                                                       # Eq. 61-62
                         x_t = interpolate(b.x0, b.eps, b.t)
@@ -436,8 +436,8 @@ def train(args):
             opt.step()
             opt.zero_grad()                                                     # frees the gradients' memory
             update_ema(ema, net, ema_decay(args, step))
-            if target:
-                update_ema(target, net, target_decay(args, step))
+            if target_net:
+                update_ema(target_net, net, target_decay(args, step))
 
             # -- log, measure, look, save
             run.log(total, batch, grad_norm)

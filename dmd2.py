@@ -5,16 +5,17 @@ Lee, Park, arXiv 2605.19256 (bracketed numbers): Table 2 rows 4-6, Table 3 row 8
 "iMF + DMD2", Table 7.  FID with 2 steps from an iMF 4.18, + IDA 4.20, + L_CD 4.67 (masked 3.85); from flow matching
 5.53, + L_CD 4.90.
 
-    rollout      k ~ U{0..M-1}, shared by the batch: k jumps to 0, each renoised afresh,
-                 then x_hat = x - t_k u(x, t_k, 0)                                                            [17]
-    generator    || x_hat - sg( x_hat - (v_teacher - v_fake) / mean |v_teacher - (eps - x_hat)| ) ||^2 / 2    [50-51]
+    rollout      k ~ U{0..M-1}, shared by the batch: k jumps to 0, each renoised afresh, then from t_k = 1 - k/M
+                 x_hat = x - t_k u(x, t_k, 0)                                                                 [17]
+    perturb      x_tau = (1 - tau) sg x_hat + tau eps,  tau ~ U(0.02, 0.98)
+    generator    || x_hat - sg( x_hat + (v_fake - v_teacher) / mean |v_teacher - (eps - x_hat)| ) ||^2 / 2    [50-51]
                  + lambda_G softplus(-D(x_hat noised))                                                        [53-54]
     fake side    || v_fake(x_t, t) - (eps - sg x_hat) ||^2
                  + lambda_D [ softplus(D(fake)) + softplus(-D(real)) ]                                        [52-54]
     --ida A      after a generator update: fake <- A fake + (1 - A) generator                                 [60]
     --cd 1       the generator's loss becomes L_CD + lambda (all of the above) (rCM)                          [59]
 
-|| . ||^2 is the mean over elements: the value of lambda depends on it.
+|| . ||^2 is the mean over elements: the value of lambda depends on it.  t = 0 is data, t = 1 noise; sg: no gradient.
 
 One step is ONE generator update and R = --ttur fake updates (1:R, DMD2's two time-scale update rule, TTUR): the first
 fake update has the samples of the generator turn, the others their own rollouts.  Discriminator: two DDT blocks and a
@@ -60,13 +61,13 @@ def dmd_loss(x_hat: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps:
     """DMD2's generator loss of each sample, Eq. 50-51 -> (loss [B], gap [B] = mean |v_fake - v_teacher|).
 
     x_hat [B, C, H, W] with gradient; fake, teacher: callables (x_tau, tau) -> velocity, never differentiated.
-    tau [B], eps [B, C, H, W] fresh noise.  Mean over elements.  In x0-space the same gradient reads
-    (f_fake - f_teacher) / mean |x_hat - f_teacher|: the factor tau cancels.
+    tau [B], eps [B, C, H, W] fresh noise.  Mean over elements.  In x0-space, Eq. 50, the same gradient is
+    (f_fake - f_teacher) / mean |x_hat - f_teacher| with f = x_tau - tau v: the factor tau cancels.
     """
     with torch.no_grad():
         x_tau = interpolate(x_hat, eps, tau)
         v_fake, v_teacher = fake(x_tau, tau), teacher(x_tau, tau)
-        delta = v_fake - v_teacher                                                      # Eq. 50: x_hat moves along it
+        delta = v_fake - v_teacher                                                      # Eq. 51: x_hat moves along it
         gap = delta.flatten(1).abs().mean(1)                                            # [B], for the log
         scale = (v_teacher - (eps - x_hat)).flatten(1).abs().mean(1) + 1e-6             # 1e-6: as FastGen, against 0/0
         target = x_hat + delta / expand(scale, x_hat)                                   # Eq. 51
@@ -74,7 +75,10 @@ def dmd_loss(x_hat: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps:
 
 
 def fake_loss(fake: Callable, x_hat: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """Flow matching of the fake network on generated samples, Eq. 52 -> [B].  fake: callable (x_t, t)."""
+    """Flow matching of the fake network on samples x_hat [B, C, H, W], Eq. 52 -> [B].  fake: callable (x_t, t).
+
+    t [B] in [0, 1], eps [B, C, H, W] fresh noise.
+    """
     x_hat = x_hat.detach()
     error = fake(interpolate(x_hat, eps, t), t) - (eps - x_hat)                         # Eq. 52
     return error.view_as(eps).flatten(1).pow(2).mean(1)
@@ -227,17 +231,17 @@ def train(args):
         return lambda x, t, eps: head(trunk, interpolate(x, eps, t), t, y)
 
     def draw_turn(g, index):
-        """The global batch of one turn and its random numbers."""
+        """The global batch of one turn and its random numbers, drawn from g (common.Stream)."""
         rows = batch_rows(len(data.x), B, args.seed, index)
         batch = dict(x0=data.x[rows], y=data.y[rows], eps=g.normal(B, *shape))
         batch["t"], batch["s"] = draw_times(g.uniform(B, 2), args.time_law, args.mask_prob)
-        batch["y_drop"] = torch.where(g.uniform(B) < args.label_drop, null, batch["y"])
+        batch["y_drop"] = torch.where(g.uniform(B) < args.label_drop, null, batch["y"])  # on data, never on samples
         batch["guidance"] = fixed.expand(B, 3)
-        if args.cd_guidance == "drawn" or not teacher:
+        if args.cd_guidance == "drawn" or not teacher:          # without a teacher: the loss of iMF, which draws it
             drawn = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
             batch["guidance"] = whole_interval(drawn, batch["t"], batch["s"])
-        batch["z"] = g.normal(B, args.M, *shape)                # rollout noise: Eq. 17 takes M, 18 the first
-        batch["tau"] = 0.02 + 0.96 * g.uniform(B)                 # U(0.02, 0.98), as DMD2
+        batch["z"] = g.normal(B, args.M, *shape)                # rollout noise: M for Eq. 17, the first for Eq. 18
+        batch["tau"] = 0.02 + 0.96 * g.uniform(B)               # U(0.02, 0.98), as DMD2
         batch["eps_tau"] = g.normal(B, *shape)
         for name in ("fake", "gen", "real"):
             batch[f"t_{name}"], batch[f"eps_{name}"] = g.uniform(B), g.normal(B, *shape)
@@ -247,7 +251,7 @@ def train(args):
     def draw(g, step):
         return [draw_turn(g, step * args.ttur + turn) for turn in range(args.ttur)]
 
-    def panel(run):
+    def panel(run):                                                             # the health panel (METHODS.md)
         def generator(z, y):
             return backward_simulation(u(y), z, args.M - 1, args.M)
 
@@ -272,7 +276,7 @@ def train(args):
                 with autocast(args, device):
                     x_hat = backward_simulation(u(b.y), b.z, k, args.M)         # Eq. 17
                     loss, gap = dmd_loss(x_hat, v_fake(b.y), v_teacher(b.y), b.tau, b.eps_tau)
-                    objective = args.lam * loss                                 # Eq. 15; 59 in DMD2
+                    objective = args.lam * loss                                 # Eq. 15; in DMD2 51, with L_CD 59
                     if head:
                         gan = gan_generator_loss(D(b.y)(x_hat, b.t_gen, b.eps_gen))
                         objective = objective + args.lam * args.lambda_g * gan  # Eq. 54
@@ -300,8 +304,8 @@ def train(args):
 
             # -- fake turns: the generator is fixed; the first has the samples of the generator turn
             trainable(True, *fake_side)
-            for turn, (of_turn, k) in enumerate(drawn):
-                for i, b in enumerate(micro_batches(of_turn, args, device)):
+            for turn, (fake_batch, k) in enumerate(drawn):
+                for i, b in enumerate(micro_batches(fake_batch, args, device)):
                     with autocast(args, device):
                         with torch.no_grad():
                             x_hat = samples[i] if turn == 0 else backward_simulation(u(b.y), b.z, k, args.M)

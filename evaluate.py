@@ -54,8 +54,9 @@ def generate(net: LightningDiT, n: int, shape: tuple[int, ...], steps: int, omeg
     """n samples [n, C, H, W] and their classes [n], 0, 1, 2, ... in turn (of the first `classes` if given), on the CPU.
 
     shape: (C, H, W).  sampler: one of SAMPLERS (default: euler of a plain network, else flow_map); steps: its steps.
-    omega, guide_to: CFG scale and the end of its interval, an input of the network or (plain, on `channels`) real CFG.
-    start: index of the first sample; noise and class of sample i depend on (seed, i) alone.  shift: of euler's times.
+    omega, guide_to: CFG scale and end of its interval: an input of the network, or (plain) CFG of two passes on the
+    first `channels`.  Noise and class of sample i, from `start` on, depend on (seed, i) alone.  batch: samples at a
+    time.  shift: of euler's times.  ValueError for another sampler, steps < 1, more classes than the network has.
     """
     sampler = sampler or default_sampler(net)
     if sampler not in SAMPLERS or steps < 1 or (classes or 1) > net.num_classes:
@@ -69,12 +70,12 @@ def generate(net: LightningDiT, n: int, shape: tuple[int, ...], steps: int, omeg
     samples = []
     for rows, labels in zip(indices.split(batch), y.split(batch)):
         eps = noise_by_index("samples", seed, rows, shape)
-        if sampler.startswith("renoised"):                       # the first noise is the other samplers', then fresh
+        if sampler.startswith("renoised"):                       # jump 0: the noise of the other samplers
             more = [noise_by_index("samples", seed, rows, shape, jump) for jump in range(1, steps)]
             eps = torch.stack([eps, *more], dim=1)
         eps = eps.to(device)
         guidance = fixed_guidance(omega, 0.0, guide_to, eps)
-        x = few_steps(net, sampler, eps, labels.to(device), steps, guidance, channels, shift)
+        x = run_sampler(net, sampler, eps, labels.to(device), steps, guidance, channels, shift)
         samples.append(x.cpu())
     net.train(was_training)
     return torch.cat(samples), y
@@ -85,7 +86,7 @@ def default_sampler(net: LightningDiT) -> str:
     return "euler" if net.conditioning == "plain" else "flow_map"
 
 
-def few_steps(net, sampler, eps, y, steps, guidance, channels, shift):
+def run_sampler(net, sampler, eps, y, steps, guidance, channels, shift):
     """Noise [b, C, H, W] (renoised: [b, steps, C, H, W]) -> samples [b, C, H, W]."""
     if sampler == "euler":
         return euler_sample(lambda x, t, y: guided_velocity(net, x, t, y, guidance, channels), eps, y, steps, shift)

@@ -4,29 +4,30 @@ Paper: Kim, Lee, Park, "Distribution Matching Distillation without Fake Score Ne
 numbers).  Table 2 rows 7-8, Table 3, Table 4 row 6, Table 5 row 6, Tables 8-10 "FSF-DMD".  Its FID with 2 steps:
 from an iMF 3.85 (M = 2, 4,000 steps) and 3.96 (M = 1, 3,000), from flow matching 4.70.
 
-DMD moves generated samples along v_fake - v_teacher at perturbed points, and trains a second network to know v_fake.
-FSF-DMD trains none: it takes the flow map's own average velocity from tau to 0 for it,
-v_fake(x_tau, tau) ~ u(x_tau, tau, 0) [10-13].  A fake network points to the mean of all samples that x_tau may come
-from, u(x_tau, tau, 0) to the one sample at which the generator's own path from x_tau ends.  Here t = 0 is data and
-t = 1 noise, u(x, t, s) goes from t to s; sg: no gradient; eps, eps': noise.
+DMD moves generated samples along v_fake - v_teacher, taken at the sample noised to tau (v points to noise: this leads
+from the fake mean to the teacher's), and trains a second network to know v_fake.  FSF-DMD trains none: it takes the
+flow map's own average velocity from tau to 0, of an EMA of its weights: v_fake(x_tau, tau) ~ u_EMA(x_tau, tau, 0)
+[10-13].  A fake network points to the mean of all samples that x_tau may come from, u(x_tau, tau, 0) to the one sample
+at which the generator's own path from x_tau ends.  u(x, t, s): average velocity from t to s; z, eps: independent noise.
 
-    rollout    U = sum_i (t_i - t_{i+1}) u(sg x_i, t_i, t_{i+1}),  t_i = 1 - i/M,   x_hat = eps - U          [14, 18-20]
-    perturb    tau = k r / (1 + (k-1) r),  r ~ U(0,1),   x_tau = (1 - tau) sg x_hat + tau eps'
+    rollout    U = sum_i (t_i - t_{i+1}) u(sg x_i, t_i, t_{i+1}),  t_i = 1 - i/M,   x_hat = z - U            [14, 18-20]
+               x_i: the sample on its way, at t_i; at t_0 = 1 it is z
+    perturb    tau = k r / (1 + (k-1) r),  r ~ U(0,1),   x_tau = (1 - tau) sg x_hat + tau eps
     L_FSF      q || U - sg( U - (u_EMA(x_tau, tau, 0) - v_teacher(x_tau, tau)) ) ||^2                        [14, 21-22]
-               q = 1 / mean | v_teacher - (eps' - x_hat) |  (--weight adaptive),  or 1  (--weight one)
+               q = 1 / mean | v_teacher - (eps - x_hat) |  (--weight adaptive),  or 1  (--weight one)
     total      L = L_CD + lambda L_FSF,   L_CD: consistency distillation from the same frozen teacher        [15, 16]
 
-|| . ||^2 is the mean over elements: the value of lambda depends on it.
+|| . ||^2 is the mean over elements: the value of lambda depends on it.  t = 0 is data, t = 1 noise; sg: no gradient.
 
-The two differ, so L_FSF alone does not have the data as its fixed point: it contracts (on N(0, 1) to a deviation of
-0.46..0.58; tests/test_methods.py), and the generator collapses.  L_CD prevents this.
+One sample is not the mean, so L_FSF alone does not have the data as its fixed point: it contracts (on N(0, 1) to a
+deviation of 0.46..0.58; tests/test_methods.py), and the generator collapses.  L_CD prevents this.
 
     python fsf_dmd.py --init imf --M 2       # digits, 2 CPU cores: 1 to 2 minutes, the iMF it starts from included
 
 --init imf      a guidance-conditioned flow map (consistency.py --loss imf, trained first if it is not there); it is its
                 own teacher
 --init fm       a velocity network (consistency.py --loss fm), made a flow map by decoupled conditioning; the teacher is
-                the velocity network with real CFG.  --warmup steps of L_CD alone come first (Table 4; B.1)
+                the velocity network with CFG of two passes.  --warmup steps of L_CD alone come first (Table 4; B.1)
 --init scratch  no teacher: v_teacher = sg u(x_tau, tau, tau) of the network in training, and L_CD becomes L_CT, the iMF
                 loss on the data [23-25] (Table 5)
 
@@ -57,8 +58,8 @@ from plumbing.watch import begin, finish, health, watch
 
 # ---- method ----------------------------------------------------------------------------------------------------------
 
-def rollout(u: Callable, eps: Tensor, M: int, grad: str = "all") -> tuple[Tensor, Tensor]:
-    """The generator unrolled on its own flow map, Eq. 18-20 -> (x, U): x is eps [B, C, H, W], the samples are x - U.
+def rollout(u: Callable, z: Tensor, M: int, grad: str = "all") -> tuple[Tensor, Tensor]:
+    """The generator unrolled on its own flow map, Eq. 18-20 -> (z, U): noise z [B, C, H, W], the samples are z - U.
 
     u: callable (x, t, s), times as floats.  Inputs are detached, so no gradient runs from step to step; with grad="all"
     every step keeps its own, with "last" only the last.  M = 1 is the one-step generator of Eq. 14.  ValueError if
@@ -66,7 +67,7 @@ def rollout(u: Callable, eps: Tensor, M: int, grad: str = "all") -> tuple[Tensor
     """
     if M < 1 or grad not in ("all", "last"):
         raise ValueError(f"M {M}, grad {grad!r}: expected M >= 1 and all or last")
-    x_i, U = eps.detach(), torch.zeros_like(eps)
+    x_i, U = z.detach(), torch.zeros_like(z)                                            # [B, C, H, W]
     for i in range(M):
         t, s = 1 - i / M, 1 - (i + 1) / M
         wanted = grad == "all" or i == M - 1
@@ -74,23 +75,23 @@ def rollout(u: Callable, eps: Tensor, M: int, grad: str = "all") -> tuple[Tensor
             move = (t - s) * u(x_i, t, s)                                               # Eq. 18 at sg x_i
         U = U + move                                                                    # Eq. 19-20
         x_i = (x_i - move).detach()
-    return eps, U
+    return z, U
 
 
-def fsf_dmd_loss(x: Tensor, U: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps: Tensor,
+def fsf_dmd_loss(z: Tensor, U: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps: Tensor,
                  weight: str = "adaptive", clip: float = 0.0, cosine_factor: bool = False) -> tuple[Tensor, Tensor]:
     """L_FSF of each sample, Eq. 14 (M = 1) and Eq. 21-22 -> (loss [B], gap [B] = mean |v_fake - v_teacher|).
 
-    x, U [B, C, H, W]: of a rollout, x_hat = x - U, gradient in U.  fake, teacher: callables (x_tau, tau) -> velocity,
-    never differentiated.  tau [B] in [0, 1], eps [B, C, H, W] fresh noise.  weight: q, "adaptive" or "one".  Mean
-    over elements.  clip > 0 clamps v_fake - v_teacher to [-clip, clip]; cosine_factor: q times cos(pi tau / 2) (B.1).
-    ValueError for another weight or shape of tau.
+    z, U [B, C, H, W]: of a rollout, x_hat = z - U, gradient in U.  fake, teacher: callables (x_tau, tau) -> velocity,
+    never differentiated.  tau [B] in [0, 1], eps [B, C, H, W] noise of its own, not z.  weight: q, "adaptive" or "one".
+    Mean over elements.  clip > 0 clamps v_fake - v_teacher to [-clip, clip]; cosine_factor: q times cos(pi tau / 2)
+    (B.1).  ValueError for another weight or shape of tau.
     """
-    if weight not in ("adaptive", "one") or tau.shape != x.shape[:1]:
-        raise ValueError(f"weight {weight!r}, tau {list(tau.shape)}: expected adaptive or one, and [{len(x)}]")
+    if weight not in ("adaptive", "one") or tau.shape != z.shape[:1]:
+        raise ValueError(f"weight {weight!r}, tau {list(tau.shape)}: expected adaptive or one, and [{len(z)}]")
     with torch.no_grad():
-        x_hat = x - U
-        x_tau = interpolate(x_hat, eps, tau)
+        x_hat = z - U
+        x_tau = interpolate(x_hat, eps, tau)                                            # [B, C, H, W]
         v_fake, v_teacher = fake(x_tau, tau), teacher(x_tau, tau)
         delta = v_fake - v_teacher                                                      # Eq. 13: x_hat moves along it
         gap = delta.flatten(1).abs().mean(1)                                            # [B], for the log
@@ -102,7 +103,7 @@ def fsf_dmd_loss(x: Tensor, U: Tensor, fake: Callable, teacher: Callable, tau: T
         if cosine_factor:
             q = q * torch.cos(math.pi / 2 * tau)
         target = U - delta
-    return q * (U - target).view_as(x).flatten(1).pow(2).mean(1), gap                   # Eq. 14, 22
+    return q * (U - target).view_as(z).flatten(1).pow(2).mean(1), gap                   # Eq. 14, 22
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -175,7 +176,7 @@ def parse_args(argv=None):
         refuse(args, ["rollout", "rollout_grad"], "--M 1 has one call, with gradient")
     if args.lam > 0 and args.warmup >= args.steps and not args.dry_run and rank() == 0:
         print(f"fsf_dmd.py: all {args.steps} steps are L_CD alone, --warmup is {args.warmup}")
-    args.sampler = "flow_map"
+    args.sampler = "flow_map"                                   # of --rollout dmd2 too: L_CD trains every jump t -> s
     return checked(args)
 
 
@@ -208,27 +209,27 @@ def train(args):
         return lambda x, tau: guided_velocity(teacher or net, x, tau, y, fixed, channels)
 
     def draw(g, index):
-        """The global batch of one step and its random numbers."""
+        """The global batch of one step and its random numbers, drawn from g (common.Stream)."""
         rows = batch_rows(len(data.x), B, args.seed, index)
         batch = dict(x0=data.x[rows], y=data.y[rows], eps=g.normal(B, *shape))
         batch["t"], batch["s"] = draw_times(g.uniform(B, 2), args.time_law, args.mask_prob)
-        batch["y_drop"] = torch.where(g.uniform(B) < args.label_drop, null, batch["y"])
+        batch["y_drop"] = torch.where(g.uniform(B) < args.label_drop, null, batch["y"])  # on data, never on samples
         batch["guidance"] = fixed.expand(B, 3)
-        if args.cd_guidance == "drawn" or not teacher:
+        if args.cd_guidance == "drawn" or not teacher:          # without a teacher: the loss of iMF, which draws it
             drawn = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
             batch["guidance"] = whole_interval(drawn, batch["t"], batch["s"])
-        batch["z"] = g.normal(B, args.M, *shape)                # rollout noise: Eq. 17 takes M, 18 the first
+        batch["z"] = g.normal(B, args.M, *shape)                # rollout noise: M for Eq. 17, the first for Eq. 18
         batch["tau"] = shift_time(g.uniform(B), args.shift)
         batch["eps_tau"] = g.normal(B, *shape)
         k = g.integers(args.M)                                  # Eq. 17: jumps before the one with gradient
         return batch, k
 
-    def panel(run):
+    def panel(run):                                                             # the health panel (METHODS.md)
         def generator(z, y):
             if args.rollout == "dmd2":
                 return backward_simulation(u(y), z, args.M - 1, args.M)
-            x, U = rollout(u(y), z[:, 0], args.M)
-            return x - U
+            z, U = rollout(u(y), z[:, 0], args.M)
+            return z - U
 
         health(run, generator, v_fake, v_teacher)
 
@@ -242,13 +243,13 @@ def train(args):
                 if step >= args.warmup and args.lam > 0:
                     with autocast(args, device):
                         if args.rollout == "flow_map":
-                            x, U = rollout(u(b.y), b.z[:, 0], args.M, args.rollout_grad)
+                            z, U = rollout(u(b.y), b.z[:, 0], args.M, args.rollout_grad)
                         else:
                             x_hat = backward_simulation(u(b.y), b.z, k, args.M)  # Eq. 17
-                            x, U = b.z[:, 0], b.z[:, 0] - x_hat
-                        loss, gap = fsf_dmd_loss(x, U, v_fake(b.y), v_teacher(b.y), b.tau, b.eps_tau,
+                            z, U = b.z[:, 0], b.z[:, 0] - x_hat
+                        loss, gap = fsf_dmd_loss(z, U, v_fake(b.y), v_teacher(b.y), b.tau, b.eps_tau,
                                                  args.weight, args.clip, args.cosine_factor)
-                        objective = args.lam * loss                             # Eq. 15; 59 in DMD2
+                        objective = args.lam * loss                             # Eq. 15; in DMD2 51, with L_CD 59
                     (objective.sum() / B).backward()
                     accumulate(total, B, fsf=loss, gap=gap)
 

@@ -13,7 +13,7 @@ conditionings:
 
     plain        v(x, t | y)                       130,557,728 parameters at B/1
     decoupled    u(x, t, s | y): the first 2/3 of the blocks see t, the others and the final layer see s (Decoupled
-                 MeanFlow, Lee et al.).  No new parameters; at s = t it is the plain network, so a flow-matching
+                 MeanFlow, DMF, Lee et al.).  No new parameters; at s = t it is the plain network, so a flow-matching
                  checkpoint becomes a flow map.
     in_context   u(x, t, s | y, omega, t_min, t_max): the augmented backbone of FSF-DMD (arXiv 2605.19256, App. B.1),
                  133,783,328 at B/1: each of the six inputs becomes n tokens, prepended after block k.  omega is the CFG
@@ -100,7 +100,7 @@ def flow_map(u: Callable, x: Tensor, t: Tensor | float, s: Tensor | float) -> Te
 @torch.no_grad()
 def total_derivative(u: Callable, x: Tensor, t: Tensor, s: Tensor, tangent: Tensor, h: float = 0.005,
                      exact: bool = False) -> Tensor:
-    """d/dt u(x_t, t, s) along dx/dt = tangent, ds/dt = 0: tangent . grad_x u + d_t u.  -> shape of x, without gradient.
+    """d/dt u(x_t, t, s) along a = dx/dt (tangent), ds/dt = 0: a . grad_x u + d_t u.  -> shape of x, without gradient.
 
     u: callable (x [B, ...], t [B], s [B]).  h: step of the central difference [u(x+ha, t+h, s) - u(x-ha, t-h, s)] / 2h.
     Its error is O(h^2); rounding adds O(1/h): at B/1 and h = 0.005 it is 0.98 of the derivative in bf16 (so autocast
@@ -119,7 +119,7 @@ def total_derivative(u: Callable, x: Tensor, t: Tensor, s: Tensor, tangent: Tens
 def sample(u: Callable, eps: Tensor, y: Tensor, steps: int) -> Tensor:
     """Few-step sampler: x <- f(x, t_i, t_{i+1}) on the uniform grid t_i = 1 - i / steps, deterministic.
 
-    u: callable (x, t, y, s), e.g. a decoupled or in_context LightningDiT.
+    u: callable (x, t, y, s), y before s as in a network's forward: a decoupled or in_context LightningDiT.
     eps [B, C, H, W] noise, y [B] labels -> samples at t = 0, without guidance but for what u adds (`guided_map`).
     """
     x, grid = eps, torch.linspace(1, 0, steps + 1, device=eps.device)
@@ -142,21 +142,21 @@ def euler_sample(v: Callable, eps: Tensor, y: Tensor, steps: int, shift: float =
     return x
 
 
-def backward_simulation(u: Callable, eps: Tensor, k: int, M: int, noise: str = "fresh") -> Tensor:
+def backward_simulation(u: Callable, z: Tensor, k: int, M: int, noise: str = "fresh") -> Tensor:
     """DMD2's rollout, Eq. 17 -> x_hat [B, ...]: k jumps to 0 without gradient, each renoised, then one with gradient.
 
-    u: callable (x, t, s), times as floats.  eps [B, M, ...]: fresh noise for every step; real data never enter.
+    u: callable (x, t, s), times as floats.  z [B, M, ...]: fresh noise for every step; real data never enter.
     k: one number for the batch, 0 .. M-1 (else ValueError); with M - 1 it is the M-step sampler of DMD2 and SiD.
     noise: what a jump's x0 is noised with: fresh noise, the noise that the jump implies (ddim), or the first (fixed).
     """
-    if not 0 <= k < M or eps.shape[1] != M or noise not in ("fresh", "ddim", "fixed"):
-        raise ValueError(f"{k=}, {noise=}, eps {list(eps.shape)}: expected k < {M}, fresh, ddim or fixed, [B, {M}, ..]")
-    x = eps[:, 0]
+    if not 0 <= k < M or z.shape[1] != M or noise not in ("fresh", "ddim", "fixed"):
+        raise ValueError(f"{k=}, {noise=}, z {list(z.shape)}: expected k < {M}, fresh, ddim or fixed, [B, {M}, ..]")
+    x = z[:, 0]
     for i in range(k):
         t, s = 1 - i / M, 1 - (i + 1) / M
         with torch.no_grad():
             x0 = x - t * u(x, t, 0.0)
-            back = dict(fresh=eps[:, i + 1], ddim=(x - (1 - t) * x0) / t, fixed=eps[:, 0])
+            back = dict(fresh=z[:, i + 1], ddim=(x - (1 - t) * x0) / t, fixed=z[:, 0])
             x = (1 - s) * x0 + s * back[noise]
     t = 1 - k / M
     return x - t * u(x, t, 0.0)
@@ -359,7 +359,7 @@ def sincos_positions(dim, grid):
 class LightningDiT(nn.Module):
     """LightningDiT(size="B/1", conditioning="plain"), or explicit dims as keywords, which override the preset's.
 
-    forward(x, t, y, s=None, guidance=None) -> velocity [B, C, H, W]
+    forward(x, t, y, s=None, guidance=None) -> velocity [B, C, H, W]; y before s, as a plain network takes (x, t, y)
         x [B, C, H, W]; t, s times in [0, 1] (TwinFlow's fake side: negative), [B] or float; y [B] int64 labels,
         num_classes = null; s=None means s = t, the instantaneous velocity; guidance [B, 3] or [1, 3] = (omega >= 1,
         t_min, t_max), in_context only, None = (1, 0, 1), no guidance.
@@ -524,7 +524,7 @@ class DiscriminatorHead(nn.Module):
         return self.linear(self.norm(h[:, 0])).to(x.dtype)
 
 
-# ---- Improved MeanFlow's own network (Geng et al.; code Lyy-iiis/imeanflow, MIT), to start from its published weights 
+# ---- Improved MeanFlow's own network (Geng et al.; code Lyy-iiis/imeanflow, MIT), to start from its published weights
 
 class IMFBlock(nn.Module):
     """No adaLN, no biases; QK-norm, 1-D rotary positions over the whole sequence; *_scale are learned gates."""

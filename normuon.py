@@ -41,7 +41,7 @@ def newton_schulz(G, steps=5):
     for _ in range(steps):
         A = X @ X.mT                                       # [K, r, r]
         # baddbmm adds inside the product's kernel: one pass over memory less, and in bf16 one rounding less than the
-        # official code.  So in bf16 our weights end 3% of the distance moved away from its (separate products: 0.3%).
+        # official code.  In bf16 our weights then differ from its by 3% of the way moved (separate products: 0.3%).
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)        # b A + c A A
         X = torch.baddbmm(X, B, X, beta=a)                 # a X + B X
     return X.mT if G.shape[1] > G.shape[2] else X

@@ -14,6 +14,8 @@ Distillation", arXiv 2404.04057 (SiD); "Adversarial Score identity Distillation"
                  w(tau) < f_teacher - f_fake,  (f_teacher - x_hat) - alpha (f_teacher - f_fake) >
     both at      x_tau = (1 - tau) x_hat + tau eps,  tau = sigmoid(N(ln 2, 1.6^2))
 
+< , > sums over elements, || . ||^2 is their mean.  t = 0 is data, t = 1 noise; sg: no gradient.
+
 The generator's gradient runs through x_hat AND through the inputs of both networks, whose weights are fixed: with both
 cut off, this loss is DMD's direction for every alpha, the classic silent bug (tests/test_methods.py).  On Gaussians
 alpha = 0.5 is half the gradient of the Fisher divergence, alpha = 1 always has the right sign, above 1 it may flip at
@@ -62,7 +64,7 @@ WEIGHTS = {
 # ---- method ----------------------------------------------------------------------------------------------------------
 
 def draw_tau(r: Tensor) -> Tensor:
-    """Uniform draws r [B] -> tau = sigmoid(N(ln 2, 1.6^2)): median 2/3, quantiles 5 and 95% at .126 and .965."""
+    """Uniform draws r [B] -> tau = sigmoid(N(ln 2, 1.6^2)): median 2/3, 5 and 95% at .126 and .965."""
     return torch.sigmoid(math.log(2) + 1.6 * torch.special.ndtri(r.clamp(1e-6, 1 - 1e-6)))
 
 
@@ -83,7 +85,7 @@ def sid_loss(x_hat: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps:
     residual = (eps - x_hat) - v_teacher                                # (f_teacher - x_hat) / tau
     if w == "sid":
         error = (x_hat - v_to_x0(x_tau, v_teacher, tau)).detach()
-        weight = 1 / error.flatten(1).abs().mean(1).clamp(min=1e-5)
+        weight = 1 / error.flatten(1).abs().mean(1).clamp(min=1e-5)          # 1e-5: as SiD's code, against 0/0
     else:
         weight = WEIGHTS[w](tau)
     gap = delta.detach().flatten(1).abs().mean(1)                       # [B], for the log
@@ -93,7 +95,7 @@ def sid_loss(x_hat: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps:
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 # pixels: under 24 a side, as the digits; images: larger, as Fashion-MNIST (RESULTS.md: which were searched); latents:
-# the paper's Table 6, but for lr, a guess, which our copy of it has lost; and the steps, those of dmd2.py from an iMF.
+# the paper's Table 6, but for lr, which our copy of it has lost: a guess; and for the steps, dmd2.py's from an iMF.
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=200, lr=3e-4, fake_lr=3e-3, omega=1.0, guide_to=1.0,
@@ -177,10 +179,10 @@ def train(args):
         return lambda x, t, eps: head(fake, interpolate(x, eps, t), t, y)
 
     def draw_turn(g, index):
-        """The global batch of one turn and its random numbers."""
+        """The global batch of one turn and its random numbers, drawn from g (common.Stream)."""
         rows = batch_rows(len(data.x), B, args.seed, index)
         batch = dict(y=data.y[rows])
-        batch["z"] = g.normal(B, args.M, *shape)                # rollout noise; Eq. 17 needs M of them
+        batch["z"] = g.normal(B, args.M, *shape)                # rollout noise: M for Eq. 17
         batch["eps_tau"] = g.normal(B, *shape)
         batch["tau"] = draw_tau(g.uniform(B))
         if head:
@@ -188,9 +190,9 @@ def train(args):
         return batch
 
     def draw(g, step):
-        return g.integers(args.M), draw_turn(g, 2 * step), draw_turn(g, 2 * step + 1)           # one k of both
+        return g.integers(args.M), draw_turn(g, 2 * step), draw_turn(g, 2 * step + 1)           # one k for both turns
 
-    def panel(run):
+    def panel(run):                                                             # the health panel (METHODS.md)
         def generator(z, y):
             return backward_simulation(u(y), z, args.M - 1, args.M, args.noise)
 
@@ -206,11 +208,11 @@ def train(args):
         begin(run, features)
         for step, drawn in run.steps(draw):
             total = {}
-            k, of_fake, batch = drawn
+            k, fake_batch, batch = drawn
 
             # -- fake turn: the generator is fixed
             trainable(True, *fake_side)
-            for b in micro_batches(of_fake, args, device):
+            for b in micro_batches(fake_batch, args, device):
                 with autocast(args, device):
                     with torch.no_grad():
                         x_hat = backward_simulation(u(b.y), b.z, k, args.M, args.noise)

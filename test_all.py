@@ -733,10 +733,10 @@ def test_the_five_lines_of_readme_are_the_method():
         return lambda x, t, s: slope * x + model.expand(0.1 * t - s, x)
 
     net, ema, teacher = linear(0.9), linear(0.8), linear(0.5)
-    noise, eps, tau, cd, lam = rand(3, 2), rand(3, 2, seed=1), uniform(3, seed=2), torch.tensor(2.0), 0.05
-    names = dict(vars(fsf_dmd), net=net, ema=ema, teacher=teacher, noise=noise, eps=eps, tau=tau, cd=cd, lam=lam)
+    z, eps, tau, cd, lam = rand(3, 2), rand(3, 2, seed=1), uniform(3, seed=2), torch.tensor(2.0), 0.05
+    names = dict(vars(fsf_dmd), net=net, ema=ema, teacher=teacher, z=z, eps=eps, tau=tau, cd=cd, lam=lam)
     exec(lines, names)
-    x = noise
+    x = z
     for t in (1.0, 0.5):
         x = x - 0.5 * (0.9 * x + 0.1 * t - (t - 0.5))
     x_tau = (1 - tau[:, None]) * x + tau[:, None] * eps

@@ -11,7 +11,7 @@ numbers), Table 5 "iMF + TwinFlow" and "RCGM + TwinFlow".
                  || u(z, 1, 0) - sg( u(z, 1, 0) - clamp(delta, -1, 1) ) ||^2                                    [65]
     total        L_base + lambda_adv L_adv + lambda L_rectify
 
-|| . ||^2 is the mean over elements: the value of lambda depends on it.
+|| . ||^2 is the mean over elements: the value of lambda depends on it.  t = 0 is data, t = 1 noise; sg: no gradient.
 
 u(x, -t, -t) is the velocity of the generated samples: flow matching trains it as dmd2.py trains its fake network, but
 in the same weights, and the teacher is the same network at positive times.  So nothing is frozen, and no second network
@@ -116,7 +116,7 @@ def parse_args(argv=None):
     add("--lam", type=number(float, 0, open_low=True),
         help="weight of L_rectify (1, TwinFlow's tutorial; 0.5 in its large-scale code)")
     add("--lam_adv", type=number(float, 0, open_low=True),
-        help="weight of L_adv beside the base loss, whose distance has a gradient of length one")
+        help="weight of L_adv beside the base loss (0.1: its squared error is about ten times the base's rho)")
     add("--clip", type=number(float, 0), default=1.0,
         help="clamp v_fake - v_teacher to [-clip, clip] (1, the paper); 0: off")
     rcgm_flags(p)
@@ -146,10 +146,10 @@ def train(args):
         raise BadInput(f"--init {args.init}: iMF's own network sees t - s only, so it cannot tell (-t, -t) from "
                        "(t, t); expected a LightningDiT flow map")
     ema = frozen_copy(net)
-    target = frozen_copy(net) if args.base == "rcgm" else None                  # RCGM's own EMA, of a short memory
+    target_net = frozen_copy(net) if args.base == "rcgm" else None                  # RCGM's own EMA, of a short memory
     opt = NorMuon(param_groups(net), lr=args.lr)
-    compile_blocks(args, net, ema, target)
-    state = dict(net=net, ema=ema, opt=opt, target=target)
+    compile_blocks(args, net, ema, target_net)
+    state = dict(net=net, ema=ema, opt=opt, target=target_net)
     features = metric_space(data, args)
     options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
     guided = args.omega_max > 1                                                 # omega is drawn, else it is always 1
@@ -165,11 +165,11 @@ def train(args):
         return lambda x, tau: guided_velocity(net, x, tau, y, fixed)
 
     def draw(g, index):
-        """The global batch of one step and its random numbers."""
+        """The global batch of one step and its random numbers, drawn from g (common.Stream)."""
         rows = batch_rows(len(data.x), B, args.seed, index)
         batch = dict(x0=data.x[rows], y=data.y[rows], eps=g.normal(B, *shape))
         batch["t"], batch["s"] = draw_times(g.uniform(B, 2), args.time_law, args.mask_prob)
-        batch["y_drop"] = torch.where(g.uniform(B) < args.label_drop, null, batch["y"])
+        batch["y_drop"] = torch.where(g.uniform(B) < args.label_drop, null, batch["y"])  # on data, never on samples
         drawn = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
         batch["guidance"] = whole_interval(drawn, batch["t"], batch["s"])
         for name in ("z", "eps_fake", "eps_tau"):
@@ -178,7 +178,7 @@ def train(args):
             batch[name] = g.uniform(B)
         return batch
 
-    def panel(run):
+    def panel(run):                                                             # the health panel (METHODS.md)
         def generator(z, y):
             return z[:, 0] - u(y)(z[:, 0], 1.0, 0.0)
 
@@ -203,7 +203,7 @@ def train(args):
                         loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, rows=b.moving,
                                         **options)
                     else:                                                       # Eq. 66-67
-                        loss = guided_rcgm_loss(net, target, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided,
+                        loss = guided_rcgm_loss(net, target_net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided,
                                                 args.delta, args.order, args.clamp, c=args.huber_c,
                                                 cosine=args.cosine)
                 (loss.sum() / B).backward()
@@ -213,8 +213,8 @@ def train(args):
             opt.step()
             opt.zero_grad()                                                     # frees the gradients' memory
             update_ema(ema, net, ema_decay(args, step))
-            if target:
-                update_ema(target, net, target_decay(args, step))
+            if target_net:
+                update_ema(target_net, net, target_decay(args, step))
 
             # -- log, measure, look, save
             run.log(total, batch, grad_norm)
