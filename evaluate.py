@@ -240,14 +240,14 @@ def measure(args: argparse.Namespace) -> None:
         out = output_folder(args)
     if n < 4:
         raise BadInput(f"{n} images are too few, expected 4 or more")
+    if n <= 2048 and not args.few:
+        raise BadInput(f"{n} images give no covariance of 2048 features, expected more than 2048; "
+                       "--few 1 computes it all the same")
     own = own_statistics(args.data, args.pipeline) if of_ref else None
     network, space = feature_network(args.inception, args.pipeline, device)
     if ref and ref["space"] not in (None, space):
         raise BadInput(f"--ref {args.ref}: is in the features of {ref['space']}, but the images would be in those of "
                        f"{space}; make it again with these flags, or pass the flags that it was made with")
-    if n <= 2048 and not args.few:
-        raise BadInput(f"{n} images give no covariance of 2048 features, expected more than 2048; "
-                       "--few 1 computes it all the same")
     if ref and ref["features"] is None and rank() == 0:
         print(f"--ref {args.ref}: holds no features, so there is no precision and recall; "
               "`python evaluate.py ref` makes a reference that has them")

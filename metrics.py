@@ -179,6 +179,11 @@ def refuse_few(data) -> None:
                        "expected at least 8")
 
 
+def samples_for(images: int, classes: int) -> int:
+    """How many samples an evaluation takes beside so many real images: one of each class at least."""
+    return max(classes, next(n for least, n in EVAL_SAMPLES if images >= least))
+
+
 class Features:
     """The feature space of one data set, and the real images in it: a classifier trained once, then kept in `cache`.
 
@@ -202,8 +207,7 @@ class Features:
         self.hash = weights_hash(self.net)[:8]
         self.source = data.source
         self.shape = data.x.shape[1:]
-        n = next(n for images, n in EVAL_SAMPLES if len(data.x) >= images)
-        self.n = max(n, data.num_classes)                        # one of each class at least
+        self.n = samples_for(len(data.x), data.num_classes)
         self.real = kept(path.with_name(f"real-{digest}-{self.hash}.pt"), len(data.x), lambda: self(data.x)[0])
         self.real_y = data.y
         self.test = data.test

@@ -170,7 +170,7 @@ def test_rcgms_target_warms_up_in_the_training_loop(home, monkeypatch, few_sampl
 
 
 @pytest.mark.parametrize("script", METHODS)
-def test_model_pt_and_its_numbers_are_of_the_ema(in_home, few_samples, script):
+def test_model_pt_is_of_the_ema(in_home, few_samples, script):
     out = f"ema-of-{script[:-3]}"
     train(f"{TOY[script]} --steps 1 --batch_size 8 --ema 0.5 --out {out}")
     found, saved = checkpoints.load_checkpoint(f"{out}/model.pt")["weights"], state(in_home, out)

@@ -251,13 +251,6 @@ def test_the_classifier_of_few_images_has_learned_them(tmp_path):
 
 
 @pytest.mark.slow
-def test_of_many_classes_an_evaluation_has_a_sample_each(tmp_path):
-    images = np.random.default_rng(0).integers(0, 255, (520, 4, 4)).astype(np.uint8)
-    np.savez(tmp_path / "many.npz", images=images, labels=np.arange(520))
-    assert metrics.Features(data.load_data(str(tmp_path / "many.npz")), tmp_path).n == 520     # 500 of fewer classes
-
-
-@pytest.mark.slow
 def test_the_main_command_takes_mnist_files(tmp_path, few_samples, monkeypatch, capsys):
     """FSF-DMD from an iMF on 28 x 28 images, with the `small` network, from a folder of IDX files."""
     mnist(tmp_path / "set", n=20)

@@ -180,6 +180,7 @@ def refuse_official(cases):
 
 def test_official_weights_of_another_rank_or_width():
     plain = small_net("plain", torch.float32).state_dict()
+    model.load_official(plain, 8)                                # undamaged it is taken
     for key in ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "pos_embed", "feat_rope.freqs_cos"):
         refuse_official(damaged(plain, key))
     refuse_official(damaged(plain, "blocks.0.attn.qkv.weight"))
@@ -188,6 +189,7 @@ def test_official_weights_of_another_rank_or_width():
     names = {"tokens.0": "class_tokens", "tokens.1": "omega_tokens", "tokens.2": "t_min_tokens",
              "tokens.3": "t_max_tokens", "tokens.4": "time_tokens"}
     imf = {names.get(k, k).replace("blocks.", "shared_blocks."): v for k, v in imf.items()}
+    model.load_official(imf, 8)
     for key in ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "shared_blocks.0.q_norm.weight",
                 "shared_blocks.0.w1.weight", "class_tokens"):
         refuse_official(damaged(imf, key))
@@ -197,6 +199,8 @@ def test_official_weights_of_another_rank_or_width():
 
 def test_vae_checkpoints_of_another_rank_or_width(tmp_path):
     good = vae.VAE(**TINY_VAE).state_dict()
+    torch.save(dict(state_dict=good), tmp_path / "good.pt")
+    vae.load_vae(tmp_path / "good.pt")                           # undamaged it is taken
     cases = []
     for key in ("encoder.conv_in.weight", "encoder.down.0.block.0.conv2.weight", "post_quant_conv.weight",
                 "decoder.conv_in.bias"):
@@ -475,6 +479,9 @@ def test_bad_references_and_images_for_fid(tmp_path, monkeypatch, capsys):
         (f"{command} ref --data nowhere.npz", "no such file"),
         (f"{command} ref --data nowhere", "holds no images"),
     ]
+    np.savez("many.npz", arr_0=np.zeros((2048, 2, 2, 3), np.uint8))
+    cases.append(("evaluate.py ref --data many.npz --inception nowhere.pth",
+                  "2048 images give no covariance of 2048 features"))
     refuse_all(tmp_path, cases, capsys, monkeypatch)
 
 

@@ -127,10 +127,6 @@ def test_imf_is_flow_matching_at_t_equal_s_and_guides_as_classifier_free_guidanc
     ones = guidance_rows(4, 1.0, 0.3, 0.5)
     losses = [consistency.imf_loss(net, x0, eps, t, t / 2, y, ones, guided) for guided in (True, False)]
     assert torch.equal(*losses)
-    # fixed point v_c = E[v_g]:  v_c = v_u + omega (v - v_u)
-    v, v_u, omega = 0.7, 0.2, 4.0
-    v_c = v_u + omega * (v - v_u)
-    assert v + (1 - 1 / omega) * (v_c - v_u) == pytest.approx(v_c)
 
 
 class Counted:

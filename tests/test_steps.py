@@ -323,10 +323,10 @@ def test_a_step_of_twinflow(random_starts, monkeypatch, base):
         loss = n.imf(b)
         if base == "rcgm":
             loss = consistency.guided_rcgm_loss(n.net, n.target, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, True,
-                                                0.05, 2, 1.0)
+                                                0.03, 3, 0.2)
         return loss + 0.7 * adv + 0.3 * rectify
 
-    more = "--delta 0.05 --order 2 --clamp 1" if base == "rcgm" else ""
+    more = "--delta 0.03 --order 3 --clamp 0.2" if base == "rcgm" else ""
     n = Steps(monkeypatch, "twinflow", f"--base {base} --init a.pt --lam 0.3 --lam_adv 0.7 --clip 0.1 --omega_max 4 "
               f"{more} {RUN} --out step-twinflow-{base}", net=objective)
     assert n.updates == ["net"] * 2
@@ -352,12 +352,12 @@ def of_isg(n, b, _):
 
 
 def of_rcgm(n, b, _):
-    return consistency.guided_rcgm_loss(n.net, n.target, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, True, 0.05, 2,
-                                        1.0)
+    return consistency.guided_rcgm_loss(n.net, n.target, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, True, 0.03, 3,
+                                        0.2)
 
 
 @pytest.mark.parametrize("loss, objective, flags", [
-    ("rcgm", of_rcgm, "--omega_max 4 --delta 0.05 --order 2 --clamp 1"),
+    ("rcgm", of_rcgm, "--omega_max 4 --delta 0.03 --order 3 --clamp 0.2"),
     ("fm", of_fm, ""),
     ("ct", of_ct, ""),
     ("imf", lambda n, b, _: n.imf(b), "--omega_max 4"),

@@ -35,18 +35,20 @@ class Told:
     def gain(self, a, b, metric, words="", all_five=True, p=None):
         """The paired differences of row b to row a [5].
 
-        Their mean and deviation stand in the text as `words`, they have one sign (all_five), and a t-test is below p.
+        Their mean and deviation are `words`, which stand in the text, there perhaps without the sign ("ahead by ...").
+        They have one sign (all_five).  p: of their t-test, as the text says it ("0.017"), or a number: below it.
         """
         d = np.array([y[metric] - x[metric] for x, y in zip(self.last[a], self.last[b])])
         if words:
-            digits = len(words.split(".")[-1])
-            found = f"{d.mean():+.{digits}f} ± {d.std(ddof=1):.{digits}f}"
-            assert found in (words, f"+{words}", f"-{words}"), (a, b, metric, found)
-            assert words in self.text, words
+            assert report.spread(list(d), len(words.split(".")[-1]), "+") == words, (a, b, metric)
+            assert words[1:] in self.text, words
         if all_five:
             assert (np.sign(d) == np.sign(d[0])).all()
-        if p is not None:
-            assert scipy.stats.ttest_1samp(d, 0).pvalue < p
+        pvalue = scipy.stats.ttest_1samp(d, 0).pvalue if p else None
+        if isinstance(p, str):
+            assert f"{pvalue:.{len(p.lstrip('0.'))}g}" == p and f"p {p}" in self.text, (a, b, metric, pvalue)
+        elif p:
+            assert pvalue < p
         return d
 
     def p(self, a, b, metric):
