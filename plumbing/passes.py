@@ -55,6 +55,8 @@ def passes_a_step(script: str, args: dict) -> float:
     simulated = 1 + (args["M"] - 1) / 2                          # Eq. 17 without gradient
     if script == "sid.py":                                       # without its GAN
         return simulated + 3 + simulated + 2 + 2 * (velocity + 1)  # backward to the input alone: 1
+    if script != "dmd2.py":
+        raise ValueError(f"{script}: no formula here")
     gan = 0.0
     if args["lambda_g"]:                                         # forward, backward to x_hat; 3 each of real and fake
         gan = DISCRIMINATOR[args["size"]][args["start"] == "fm"] * (2 + 6 * args["ttur"])

@@ -166,7 +166,7 @@ def test_what_is_said_of_a_gpu_is_in_the_numbers():
         f"{seconds['iMF + TwinFlow']:.3f}, flow matching {seconds['FM']:.3f}",
         f"the 4,000 steps of FSF-DMD take {4000 * two['sec_per_step'] / 60:.0f} minutes at an H200's "
         f"{two['sec_per_step']:.2f} s",
-        f"a step took {two['memory_gb']:.1f} GB",
+        f"a step of FSF-DMD (M = 2) took {two['memory_gb']:.1f} GB, of its start {rows['iMF']['memory_gb']:.1f}",
         f"There {two['sec_per_step']:.2f} and {dmd2['sec_per_step']:.2f} s; {two['memory_gb']:.1f} and "
         f"{dmd2['memory_gb']:.1f} GB (M = 1: {one['memory_gb']:.1f})",
         f"reaches {two['share_of_matrix_rate']:.0%} of the card's bf16 matrix rate ({cost['matrix_rate'] / 1e12:.0f} "

@@ -261,6 +261,16 @@ def test_the_lines_for_python_in_methods_run(in_home):
     assert names["y"].tolist() == [i % 3 for i in range(16)]
     assert names["numbers"].keys() == {"fd", "is", "precision", "recall", "acc"}
 
+    # The recipes go on from there; what they train is a run of two steps.
+    code = re.search(r"## Recipes\n.*?```python\n(.*?)```", written, re.S)[1]
+    flags = "--init imf/model.pt --data toy.npz --steps 2 --health_every 0 --out recipe".split()
+    code = code.replace("runs/fsf_dmd-digits-imf/", "imf/").replace('"runs"', '"."')
+    exec(code.replace('["--lr", "1e-3"]', str(flags)), names)
+    assert names["results"]["imf"]["step"] == names["lines"][-1]["step"] > 1
+    count, read, _ = fid.image_source("samples.npz")
+    assert count == 16 and (read(0, 16).permute(0, 2, 3, 1)[..., :1].numpy() == names["images"]).all()
+    assert Path("recipe/model.pt").exists()
+
 
 def test_a_picture_follows_the_seed_and_the_shift(in_home):
     pictures = []
