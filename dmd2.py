@@ -108,8 +108,8 @@ def ida_(fake: torch.nn.Module, generator: torch.nn.Module, a: float) -> None:
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 # pixels: under 24 a side, as the digits; images: larger, as Fashion-MNIST (RESULTS.md: which were searched); latents:
-# the paper's Table 6, but for lr, which our copy of it has lost: 6e-4 is a guess.  Their steps reach the peak of
-# Table 10 without L_CD; with --cd 1 it is at 54,000 (imf) and 33,000 (fm): pass --steps.
+# the paper's Table 6, but for lr, which our copy of it has lost: 6e-4 is a guess; the steps are those of the peak in
+# Table 10.
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=100, lr=3e-4, fake_lr=3e-3, M=2, lam=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
@@ -140,6 +140,15 @@ PRESETS = {
         omega=6.0, guide_to=0.9, omega_max=8.0, save_every=5_000, health_every=5_000),
 }
 
+# DMD2 + L_CD (--cd 1): the rates of its own searches; latents: the steps of its own peak in Table 10.
+PRESETS_OF_CD = {
+    ("pixels", "imf"): PRESETS["pixels", "imf"] | dict(lr=3e-3, fake_lr=3e-3),
+    ("pixels", "fm"): PRESETS["pixels", "fm"] | dict(lr=3e-3, fake_lr=3e-3),
+    ("images", "imf"): PRESETS["images", "imf"] | dict(lr=3e-3, fake_lr=3e-3),
+    ("latents", "imf"): PRESETS["latents", "imf"] | dict(steps=54_000),
+    ("latents", "fm"): PRESETS["latents", "fm"] | dict(steps=33_000),
+}
+
 
 def parse_args(argv=None):
     p = parser(__doc__, "imf or fm (the network of consistency.py --loss imf or fm, trained first if need be), "
@@ -152,8 +161,7 @@ def parse_args(argv=None):
         help="M of Eq. 17, steps of the backward simulation; 1: single-step simulation (Table 3)")
     add("--lam", type=number(float, 0, open_low=True), default=0.01, help="lambda of Eq. 59, with --cd 1")
     add("--cd", type=number(int, 0, 1), default=0,
-        help="1: generator loss L_CD + lambda L_DMD (Eq. 59); scratch: L_CT + lambda L_DMD; latents: pass --steps "
-        "54000 (imf) or 33000 (fm), the paper's peaks")
+        help="1: generator loss L_CD + lambda L_DMD (Eq. 59); scratch: L_CT + lambda L_DMD; it has presets of its own")
     add("--cd_guidance", choices=["fixed", "drawn"], default="fixed",
         help="L_CD: omega and its interval fixed, or drawn as in iMF")
     add("--ttur", type=number(int, 1, 1000), default=5, help="R, fake updates per generator update (Table 7: 1 to 5)")
@@ -168,7 +176,8 @@ def parse_args(argv=None):
         help="whose first blocks the discriminator reads; those of the generator get no gradient from it")
     add("--ida", type=number(float, 0, 1), default=1.0, help="a of Eq. 60 (SenseFlow: 0.97); 1: off")
     p.set_defaults(init="imf")
-    args = resolve(p, argv, PRESETS, "dmd2")
+    with_cd = p.parse_known_args(argv)[0].cd
+    args = resolve(p, argv, PRESETS | (PRESETS_OF_CD if with_cd else {}), "dmd2")
     if args.lambda_g == 0:
         refuse(args, ["lambda_d", "disc_trunk"], "--lambda_g 0 builds no discriminator")
     if args.start == "scratch" and not args.cd:

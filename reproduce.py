@@ -84,9 +84,8 @@ FLAGS = {
     "long":   (" --steps 1100", " --steps 3680 --eval_every 736", " --steps 982000"),
     "rlong":  (" --steps 1040", " --steps 3210 --eval_every 642", " --steps 857000"),
     "m1":     (" --lam 0.01", " --steps 225", ""),
-    # DMD2 + L_CD: latents train to its peak in the paper, from an iMF, and from a velocity network
-    "cd1":    (" --lr 3e-3 --fake_lr 3e-3", " --lr 1e-3", " --steps 54000"),
-    "cd1_fm": (" --lr 3e-3 --fake_lr 3e-3", " --lr 1e-3", " --steps 33000"),
+    # DMD2 + L_CD
+    "cd1":    ("", "", ""),
     # LightningDiT: timestep shift 0.3
     "euler":  ("", "", " --steps 250 --shift 3.3333"),
     "fm_all": ("", "", " --cfg_channels 0"),
@@ -145,7 +144,7 @@ TABLE_4 = {
     "+ 3-channel CFG":                         "evaluate.py {start}{euler}{fm_few}",
     "Consistency distillation":                CD,
     "DMD2 (TTUR 1:5)":                         DMD2,
-    "DMD2 + L_CD (TTUR 1:5)":                  DMD2_CD + " --mask_prob 0{cd1_fm}",
+    "DMD2 + L_CD (TTUR 1:5)":                  DMD2_CD + " --mask_prob 0",
     "FSF-DMD":                                 FSF,
 }
 TABLE_5 = {

@@ -167,8 +167,8 @@ def test_rcgm_with_and_without_twinflow_have_one_learning_rate():
 
 def test_rows_of_dmd2_with_cd_train_as_long_as_the_paper():
     rows = {table: {row.label: row.command for row in reproduce.TABLES[table].rows} for table in ("2", "4")}
-    assert reproduce.FLAGS["cd1"][-1] == " --steps 54000" and "{cd1}" in rows["2"]["DMD2 + L_CD"]
-    assert reproduce.FLAGS["cd1_fm"][-1] == " --steps 33000" and "{cd1_fm}" in rows["4"]["DMD2 + L_CD (TTUR 1:5)"]
+    for init, steps in (("imf", 54_000), ("fm", 33_000)):
+        assert dmd2.parse_args(f"--init {init} --cd 1 --data shards".split()).steps == steps
     assert "--shift 3.3333" in reproduce.FLAGS["euler"][-1] and "--steps 250" in reproduce.FLAGS["euler"][-1]
     for table in ("2", "4"):                                          # "and report the better": both are rows
         assert rows[table]["DMD2 from row 3"] == "dmd2.py --init {via} --teacher {start}{dmd2}"

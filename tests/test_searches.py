@@ -46,7 +46,8 @@ def test_the_new_start_of_the_digits_and_its_first_search_are_in_the_text():
         setting = " ".join(f"--{name} {script.PRESETS['pixels', 'imf'][name]}" for name in names)
         assert distance[method, setting] == best[method]
     assert distance["DMD2 + L_CD", "--lam 1 --lr 0.003 --fake_lr 0.003"] == best["DMD2 + L_CD"]
-    assert reproduce.FLAGS["cd1"][0] == " --lr 3e-3 --fake_lr 3e-3" and dmd2.PRESETS["pixels", "imf"]["lam"] == 1
+    both = dmd2.PRESETS_OF_CD["pixels", "imf"]
+    assert (both["lr"], both["fake_lr"], both["lam"]) == (0.003, 0.003, 1)
     assert distance["FSF-DMD, M = 1", "--lam 0.01 --shift 10"] == best["FSF-DMD, M = 1"]
     lam, shift = (fsf_dmd.PRESETS["pixels", "imf"][name] for name in ("lam", "shift"))
     assert distance["FSF-DMD, M = 2", f"--lam {lam} --shift {shift:.0f}"] == best["FSF-DMD, M = 2"]
@@ -98,7 +99,8 @@ def test_presets_from_a_velocity_network_are_the_best_of_their_search():
     assert best["DMD2"] == f"--lr {both['lr']} --fake_lr {both['fake_lr']}"
     assert best["SiD"] == f"--lr {of_sid['lr']} --fake_lr {of_sid['fake_lr']}"
     assert best["DMD2 + L_CD"] == "--lam 1 --lr 0.003 --fake_lr 0.003" and both["lam"] == 1
-    assert reproduce.FLAGS["cd1_fm"][0] == " --lr 3e-3 --fake_lr 3e-3"
+    with_cd = dmd2.PRESETS_OF_CD["pixels", "fm"]
+    assert with_cd["lr"] == with_cd["fake_lr"] == 0.003
     told_of_search("fm")
 
 
