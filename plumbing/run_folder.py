@@ -9,6 +9,7 @@ import math
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 import zlib
@@ -238,7 +239,8 @@ class Run:
             elif self.main:
                 print(f"{self.folder}: is done ({self.step} steps); --steps trains longer, --resume no starts over")
         elif self.main:
-            write_atomic(self.folder / "args.json", json_text(identity(self.args), indent=1))
+            flags = identity(self.args) | dict(made_with=made_with())
+            write_atomic(self.folder / "args.json", json_text(flags, indent=1))
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
         barrier()
         self.refuse_other_folders()
@@ -455,12 +457,20 @@ class Run:
             choose = min if k.startswith("fd") else max             # a distance is best low
             at = choose((e for e in self.evaluations if k in e), key=lambda e, k=k: e[k])
             best[k] = dict(value=at[k], step=at["step"])
-        device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
-        result = dict(last=last, best=best, evaluations=self.evaluations, definition=definition,
-                      made_with=dict(torch=torch.__version__, device=device, processes=world()))
+        result = dict(last=last, best=best, evaluations=self.evaluations, definition=definition, made_with=made_with())
         if self.main:
             write_atomic(self.folder / "result.json", json_text(result, indent=1))
         return result
+
+
+def made_with():
+    """torch's version, the device, the number of processes, and the commit of this code ("" where git knows none)."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
+    commit = ""
+    with contextlib.suppress(OSError):                              # no git
+        words = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    return dict(torch=torch.__version__, device=device, processes=world(), commit=commit)
 
 
 def peak_memory():

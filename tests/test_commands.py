@@ -518,7 +518,9 @@ def test_the_main_command_leaves_a_picture_a_table_and_a_checkpoint(tmp_path, mo
         assert words in printed
     out, started = tmp_path / "runs" / "fsf_dmd-digits-imf", tmp_path / "runs" / "consistency_imf-digits-scratch"
     result, of_the_start = (json.loads((folder / "result.json").read_text()) for folder in (out, started))
-    assert result["made_with"] == dict(torch=torch.__version__, device="cpu", processes=1)
+    made_with = dict(torch=torch.__version__, device="cpu", processes=1, commit=result["made_with"]["commit"])
+    assert result["made_with"] == made_with
+    assert json.loads((out / "args.json").read_text())["made_with"] == made_with
     last, first = result["last"], result["evaluations"][0]
     assert {"fd_1step", "fd_2step", "is_2step", "precision_2step", "recall_2step", "acc_2step"} <= set(last)
     assert last["step"] == 3
