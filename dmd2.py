@@ -65,7 +65,7 @@ def dmd_loss(x_hat: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps:
     (f_fake - f_teacher) / mean |x_hat - f_teacher| with f = x_tau - tau v: the factor tau cancels.
     """
     with torch.no_grad():
-        x_tau = interpolate(x_hat, eps, tau)
+        x_tau = interpolate(x_hat, eps, tau)                                            # [B, C, H, W]
         v_fake, v_teacher = fake(x_tau, tau), teacher(x_tau, tau)
         delta = v_fake - v_teacher                                                      # Eq. 51: x_hat moves along it
         gap = delta.flatten(1).abs().mean(1)                                            # [B], for the log

@@ -79,7 +79,7 @@ def sid_loss(x_hat: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps:
     """
     if w not in (*WEIGHTS, "sid") or tau.shape != x_hat.shape[:1]:
         raise ValueError(f"w {w!r}, tau {list(tau.shape)}: expected {', '.join(WEIGHTS)} or sid, and [{len(x_hat)}]")
-    x_tau = interpolate(x_hat, eps, tau)                                # gradient stays
+    x_tau = interpolate(x_hat, eps, tau)                                # [B, C, H, W], gradient stays
     v_fake, v_teacher = fake(x_tau, tau), teacher(x_tau, tau)
     delta = v_fake - v_teacher                                          # (f_teacher - f_fake) / tau
     residual = (eps - x_hat) - v_teacher                                # (f_teacher - x_hat) / tau

@@ -60,7 +60,7 @@ def twinflow_losses(u: Callable, fake: Callable, teacher: Callable, z: Tensor, t
     error = fake(interpolate(x_hat, eps_t, t), t) - (eps_t - x_hat)
     adv = error.view_as(z).flatten(1).pow(2).mean(1)                                    # Eq. 63
     with torch.no_grad():
-        x_tau = interpolate(x_hat, eps_tau, tau)
+        x_tau = interpolate(x_hat, eps_tau, tau)                                        # [B, C, H, W]
         delta = fake(x_tau, tau) - teacher(x_tau, tau)                                  # Eq. 64
         gap = delta.flatten(1).abs().mean(1)                                            # [B], for the log
         if clip:
@@ -84,7 +84,7 @@ PRESETS = {
         size="small", steps=300, lr=2e-3, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
         save_every=100, eval_every=150, health_every=150),
     ("images", "scratch"): dict(
-        size="small", steps=1500, lr=1.6e-2, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
+        size="small", steps=1500, lr=1.6e-2, lam=0.03, lam_adv=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
         save_every=100, eval_every=500, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=40_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", lam=0.1, lam_adv=0.1,

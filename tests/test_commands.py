@@ -3,6 +3,7 @@
 The first half trains in this process, through the scripts' own parse_args and train; the second in a subprocess.
 """
 import argparse
+import importlib
 import json
 import re
 import shlex
@@ -358,40 +359,40 @@ def test_a_velocity_network_becomes_a_flow_map_and_stays_the_teacher(in_home):
     assert next(net.blocks.parameters()).requires_grad
 
 
-@pytest.mark.slow
-def test_an_omega_that_was_not_learned_is_said(in_home, few_samples, capsys):
+def test_an_omega_that_was_not_learned_is_said(in_home, capsys):
     """A network with omega as an input knows the range that it was trained on; a velocity network's CFG has none."""
-    learned = checkpoints.load_checkpoint("imf/model.pt")["args"]["omega_max"]
-    assert learned == 1
-    for omega, more in ((1, ""), (3, "--omega 3")):
-        train(f"fsf_dmd.py --init imf/model.pt --data toy.npz --steps 1 --health_every 0 --out asked{omega} {more}")
-        train(f"fsf_dmd.py --init fm/model.pt --data toy.npz --steps 1 --health_every 0 --out asked_fm{omega} {more}")
-        said = [line for line in capsys.readouterr().out.splitlines() if "has to guess" in line]
-        expected = ["imf/model.pt: was trained with omega up to 1; at omega 3 the network has to guess"]
-        assert said == (expected if omega == 3 else [])
-    checkpoint = checkpoints.load_checkpoint("asked3/model.pt")
-    flags = dict(guide_to=None, cfg_channels=None, sampler=None)
-    for omega, said in ((None, ""), (3.0, ""), (4.0, "asked3: was trained with omega up to 3; at omega 4")):
-        evaluate.sampling(argparse.Namespace(what="asked3", omega=omega, **flags), checkpoint)
-        assert capsys.readouterr().out.partition(" the network")[0] == said
-    train("consistency.py --loss imf --data toy.npz --steps 1 --omega 3 --omega_max 2 --out wide")
-    assert "this run: was trained with omega up to 2; at omega 3" in capsys.readouterr().out
+    toy, imf = data.load_data("toy.npz"), checkpoints.load_checkpoint("imf/model.pt")
+    assert imf["args"]["omega_max"] == 1
+    torch.save(imf | dict(args=dict(loss="imf", omega_max=2, omega=3)), "wide.pt")      # of it omega is the sampler's
+    torch.save(imf | dict(args=dict(omega_max=1, omega=3)), "asked.pt")                 # distilled with a fixed omega
 
-    distil = "fsf_dmd.py --data toy.npz --steps 1 --health_every 0 --out guess --resume no"
-    for flags, said in (
-        ("--init wide/model.pt --omega 2", None),
-        ("--init wide/model.pt --omega 3", "wide/model.pt: was trained with omega up to 2; at omega 3"),
-        ("--init imf/model.pt --omega 3 --teacher asked3/model.pt", None),
-        ("--init asked3/model.pt --omega 3 --teacher imf/model.pt", "imf/model.pt: was trained with omega up to 1"),
-        ("--init wide/model.pt --omega 2 --cd_guidance drawn --omega_max 5", "omega up to 2; at omega 5"),
+    def said(command, drawn=None):
+        name, _, flags = command.partition(" ")
+        script = importlib.import_module(name)
+        args = script.parse_args(f"{flags} --data toy.npz --out guess".split())
+        if drawn:
+            args.cd_guidance, args.omega_max = "drawn", drawn                           # as the preset of latents
+        checkpoints.starting_networks(args, toy, torch.device("cpu"), None)
+        return [line for line in capsys.readouterr().out.splitlines() if "has to guess" in line]
+
+    for command, words in (
+        ("fsf_dmd --init imf/model.pt", None),
+        ("fsf_dmd --init fm/model.pt --omega 3", None),
+        ("fsf_dmd --init imf/model.pt --omega 3", "imf/model.pt: was trained with omega up to 1; at omega 3 the"),
+        ("fsf_dmd --init wide.pt --omega 2", None),
+        ("fsf_dmd --init wide.pt --omega 3", "wide.pt: was trained with omega up to 2; at omega 3"),
+        ("fsf_dmd --init imf/model.pt --omega 3 --teacher asked.pt", None),
+        ("fsf_dmd --init asked.pt --omega 3 --teacher imf/model.pt", "imf/model.pt: was trained with omega up to 1"),
+        ("fsf_dmd --init wide.pt --omega 2 --cd_guidance drawn --omega_max 5", "omega up to 2; at omega 5"),
+        ("consistency --loss imf --omega 3 --omega_max 2", "this run: was trained with omega up to 2; at omega 3"),
     ):
-        train(f"{distil} {flags}")
-        lines = [line for line in capsys.readouterr().out.splitlines() if "has to guess" in line]
-        assert len(lines) == (said is not None) and (said or "") in "".join(lines), (flags, lines)
-    args = dmd2.parse_args("--init wide/model.pt --omega 2 --data toy.npz --out guess".split())
-    args.cd_guidance, args.omega_max = "drawn", 8.0                                     # as the preset of latents
-    checkpoints.starting_networks(args, data.load_data("toy.npz"), torch.device("cpu"), None)
-    assert "has to guess" not in capsys.readouterr().out                                # nothing is drawn without L_CD
+        lines = said(command)
+        assert len(lines) == (words is not None) and (words or "") in "".join(lines), (command, lines)
+    assert not said("dmd2 --init wide.pt --omega 2", drawn=8.0)                         # nothing is drawn without L_CD
+    checkpoint, flags = checkpoints.load_checkpoint("asked.pt"), dict(guide_to=None, cfg_channels=None, sampler=None)
+    for omega, words in ((None, ""), (3.0, ""), (4.0, "asked.pt: was trained with omega up to 3; at omega 4")):
+        evaluate.sampling(argparse.Namespace(what="asked.pt", omega=omega, **flags), checkpoint)
+        assert capsys.readouterr().out.partition(" the network")[0] == words
 
 
 def test_a_loss_of_some_steps_alone_is_logged_as_their_mean(in_home, few_samples):
