@@ -369,7 +369,7 @@ def train(args):
 
     net, teacher = starting_networks(args, data, device, pretrained, CONDITIONING.get(args.loss))
     ema = frozen_copy(net)
-    target_net = frozen_copy(net) if args.loss == "rcgm" else None                  # RCGM's own EMA, of a short memory
+    target_net = frozen_copy(net) if args.loss == "rcgm" else None              # RCGM's own EMA, of a short memory
     opt = NorMuon(param_groups(net), lr=args.lr)
     compile_blocks(args, net, ema, teacher, target_net)
     state = dict(net=net, ema=ema, opt=opt, teacher=teacher, target=target_net)

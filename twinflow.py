@@ -146,7 +146,7 @@ def train(args):
         raise BadInput(f"--init {args.init}: iMF's own network sees t - s only, so it cannot tell (-t, -t) from "
                        "(t, t); expected a LightningDiT flow map")
     ema = frozen_copy(net)
-    target_net = frozen_copy(net) if args.base == "rcgm" else None                  # RCGM's own EMA, of a short memory
+    target_net = frozen_copy(net) if args.base == "rcgm" else None              # RCGM's own EMA, of a short memory
     opt = NorMuon(param_groups(net), lr=args.lr)
     compile_blocks(args, net, ema, target_net)
     state = dict(net=net, ema=ema, opt=opt, target=target_net)
