@@ -127,7 +127,7 @@ PRESETS = {
         size="small", steps=50, lr=1e-3, fake_lr=3e-3, M=2, lam=1.0, omega=1.5, guide_to=1.0, omega_max=4.0,
         save_every=100, eval_every=25, health_every=25),
     ("images", "scratch"): dict(
-        size="small", steps=1500, lr=1.6e-2, M=1, cd=1, ttur=1, lam=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
+        size="small", steps=1500, lr=1.6e-2, M=1, cd=1, ttur=1, lam=0.01, omega=1.5, guide_to=1.0, omega_max=4.0,
         save_every=100, eval_every=500, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=15_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2,

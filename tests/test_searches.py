@@ -248,7 +248,17 @@ def test_presets_of_images_from_scratch_are_the_best_of_their_search():
     assert all(presets["images", "scratch"]["lr"] == preset["lr"] for presets in others)
     of = {method: [f"{distance:.1f}" for (each, _), distance in found.items() if each == method] for method in best}
     text = words_of_the_texts()
-    for words in ("iMF has {}, {}, {} and {}".format(*of["iMF"]), "RCGM {}, {}, {} and {}".format(*of["RCGM"]),
+    for name, script in (("iMF_DMD2", dmd2), ("iMF_TwinFlow", twinflow)):                # searched later, at that rate
+        folder = KEPT / f"search-fashion-mnist-scratch-{name}"
+        rows = json.loads((folder / "runs.json").read_text())["rows"]
+        lines = [report.markdown_line(cells) for cells in search.body(rows, 1)]
+        assert "\n".join(lines) in (folder / "README.md").read_text() and len(rows) == 4
+        least = min(rows, key=lambda row: row["distance"][0])
+        assert least["setting"] == f"--lam {script.PRESETS['images', 'scratch']['lam']}"
+        of[name] = [f"{row['distance'][0]:.1f}" for row in rows]
+    for words in ("iMF + DMD2 has {}, {}, {} and {} with a lambda of 0.003, 0.01, 0.03 and 0.1".format(*of["iMF_DMD2"]),
+                  "iMF + TwinFlow {}, {} and {} with a weight of 0.01, 0.03".format(*of["iMF_TwinFlow"]),
+                  "iMF has {}, {}, {} and {}".format(*of["iMF"]), "RCGM {}, {}, {} and {}".format(*of["RCGM"]),
                   f"{of['FSF-DMD'][0]} with the paper's lambda of 0.01 and k = 1",
                   f"{of['FSF-DMD'][1]} with 0.001 and k = 10 (at 0.032 {of['FSF-DMD'][2]})"):
         assert words in text, words
