@@ -298,9 +298,10 @@ def encode(args: argparse.Namespace) -> None:
     )
     with contextlib.ExitStack() as held:
         if rank() == 0:
-            check_claim(out, identity)
+            begun = check_claim(out, identity)
             held.enter_context(lock(out / ".lock", "encoding"))
-            write_atomic(out / "encode.json", json.dumps(identity, indent=1))
+            if begun != identity:
+                write_atomic(out / "encode.json", json.dumps(identity, indent=1))
             for leftover in out.glob("*.tmp"):                   # of a process that was killed
                 leftover.unlink()
         barrier()
@@ -362,9 +363,12 @@ def shard_sums(path: Path) -> tuple[dict, int, list]:
         return sums, int(metadata["total_size"]), json.loads(metadata["bad"])
 
 
-def check_claim(out: Path, identity: dict) -> None:
-    """BadInput if the folder holds anything but latents of this identity: what is encoded, and how."""
-    saved = out / "encode.json"
+def check_claim(out: Path, identity: dict) -> dict | None:
+    """Of a folder of latents the identity that was begun: what is encoded, and how; None of a new one.
+
+    BadInput if it is another one, or the folder holds anything else.
+    """
+    saved, before = out / "encode.json", None
     if saved.exists():
         before = read_json(saved, "the encode.json of this command", repair="choose another --out")
         free = set()
@@ -378,6 +382,7 @@ def check_claim(out: Path, identity: dict) -> None:
         ours = {out / ".lock", *out.glob(".encode.json.*.tmp")}  # of a process that was killed at once
         if set(out.iterdir()) - ours:
             raise BadInput(f"--out {out}: is not empty and holds no latents of this command, expected a new folder")
+    return before
 
 
 def encode_shard(path: Path, vae: VAE, files: list, rows: range, of_files: str, args: argparse.Namespace,

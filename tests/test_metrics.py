@@ -458,7 +458,7 @@ BAD_FID = [  # arguments of evaluate.py, words of the one line
     ("a.pt --ref b.npz", "need --inception"),
     ("ref --data badref.npz --inception inception.pth", "expected an .npz with arr_0"),
     ("grid missing.pt", "missing.pt: no such file"),
-    ("--from_images images.npz --inception nowhere.pth --ref ref/reference.npz", "which you download yourself"),
+    ("--from_images images.npz --inception nowhere.pth --ref ref/reference.npz --few 1", "which you download yourself"),
 ]
 
 
