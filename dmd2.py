@@ -165,7 +165,8 @@ def parse_args(argv=None):
     add("--cd_guidance", choices=["fixed", "drawn"], default="fixed",
         help="L_CD: omega and its interval fixed, or drawn as in iMF")
     add("--ttur", type=number(int, 1, 1000), default=5, help="R, fake updates per generator update (Table 7: 1 to 5)")
-    add("--fake_lr", type=number(float, 0, open_low=True), help="learning rate of the fake side (default: --lr)")
+    add("--fake_lr", type=number(float, 0, open_low=True),
+        help="learning rate of the fake side (default: the preset's, else --lr)")
     gan = p.method.add_mutually_exclusive_group().add_argument
     gan("--lambda_g", type=number(float, 0), default=3e-3,
         help="lambda_G of Eq. 54, the GAN term of the generator; 0: no GAN is built")

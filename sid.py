@@ -131,7 +131,8 @@ def parse_args(argv=None):
         help="alpha of the loss (SiD-DiT: 1; SiD: 1.2; a port to speech needed 0.5)")
     add("--weight", choices=[*WEIGHTS, "sid"], default="1-t", help="w(tau); sid: 1 / mean |x_hat - f_teacher|")
     guidance_flags(p)
-    add("--fake_lr", type=number(float, 0, open_low=True), help="learning rate of the fake side (default: --lr)")
+    add("--fake_lr", type=number(float, 0, open_low=True),
+        help="learning rate of the fake side (default: the preset's, else --lr)")
     add("--lambda_g", type=number(float, 0), default=0.0,
         help="weight of the GAN term of the generator; 0: no GAN is built, no image is trained on")
     add("--lambda_d", type=number(float, 0, open_low=True), default=1e-2,
