@@ -1,8 +1,8 @@
 """Flow matching, iMF, RCGM, consistency training and distillation: FSF-DMD's starts, its L_CD and its baselines.
 
-Paper: Kim, Lee, Park, "Distribution Matching Distillation without Fake Score Network", arXiv 2605.19256 (bracketed
-numbers).  Table 2 row 3, Table 3 rows 1 and 9, Table 4 row 3, Table 5 "iMF" and "RCGM".  FID with 2 steps: the iMF
-9.10, CD from it 6.06, with random masking 4.98, CD from flow matching 5.53.
+Paper: Kim, Lee, Park, "Distribution Matching Distillation without Fake Score Network", arXiv 2605.19256 (its
+equations: [n]).  Table 2 row 3, Table 3 rows 1 and 9, Table 4 row 3, Table 5 "iMF" and "RCGM".  FID with 2 steps: the
+iMF 9.10, CD from it 6.06, with random masking 4.98, CD from flow matching 5.53.
 
     --loss fm    flow matching [1]               E || u(x_t,t,t) - (eps - x0) ||^2, the velocity that others start from
     --loss imf   improved MeanFlow [6]           Geng et al.: guidance omega and its interval [t_min, t_max] are inputs
@@ -61,8 +61,8 @@ def draw_times(r: Tensor, law: str = "uniform", mask_prob: float = 0.5) -> tuple
         mean, scale = map(float, (law.removeprefix("logitnormal").lstrip(":") or "-0.4,1").split(","))
         r = torch.sigmoid(mean + scale * torch.special.ndtri(r))
     t, s = r.amax(1), r.amin(1)
-    i = torch.arange(len(r), dtype=torch.float64)
-    masked = ((i + 1) * mask_prob + 1e-9).floor() > (i * mask_prob + 1e-9).floor()   # 1e-9: 100 * 0.29 < 29
+    count = (torch.arange(len(r) + 1, dtype=torch.float64) * mask_prob + 1e-9).floor()   # 1e-9: 100 * 0.29 < 29
+    masked = count.diff() > 0
     return t, torch.where(masked.to(t.device), t, s)
 
 

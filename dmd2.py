@@ -1,7 +1,7 @@
 """DMD2: distribution matching with a fake-score network and a GAN, the baseline that FSF-DMD does away with.
 
 Papers: Yin et al., "Improved Distribution Matching Distillation", arXiv 2405.14867; in the flow-map setting of Kim,
-Lee, Park, arXiv 2605.19256 (bracketed numbers): Table 2 rows 4-6, Table 3 row 8, Table 4 rows 4-5, Table 5
+Lee, Park, arXiv 2605.19256 (its equations: [n]): Table 2 rows 4-6, Table 3 row 8, Table 4 rows 4-5, Table 5
 "iMF + DMD2", Table 7.  FID with 2 steps from an iMF 4.18, + IDA 4.20, + L_CD 4.67 (masked 3.85); from flow matching
 5.53, + L_CD 4.90.
 

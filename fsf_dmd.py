@@ -1,7 +1,7 @@
 """FSF-DMD: distribution matching distillation in which the generator is its own fake score.
 
-Paper: Kim, Lee, Park, "Distribution Matching Distillation without Fake Score Network", arXiv 2605.19256 (bracketed
-numbers).  Table 2 rows 7-8, Table 3, Table 4 row 6, Table 5 row 6, Tables 8-10 "FSF-DMD".  Its FID with 2 steps:
+Paper: Kim, Lee, Park, "Distribution Matching Distillation without Fake Score Network", arXiv 2605.19256 (its
+equations: [n]).  Table 2 rows 7-8, Table 3, Table 4 row 6, Table 5 row 6, Tables 8-10 "FSF-DMD".  Its FID with 2 steps:
 from an iMF 3.85 (M = 2, 4,000 steps) and 3.96 (M = 1, 3,000), from flow matching 4.70.
 
 DMD moves generated samples along v_fake - v_teacher, taken at the sample noised to tau (v points to noise: this leads

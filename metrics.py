@@ -107,13 +107,13 @@ def inception_score(probs: torch.Tensor, splits: int = 10, shuffle: bool = True)
 
 
 def pairwise(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Euclidean distances [len(a), len(b)], without the matrix product whose rounding would hide small ones."""
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+    """Euclidean distances [len(a), len(b)] by a matrix product: in float64 its rounding hides 1e-7 of a row's norm."""
+    return torch.cdist(a, b, compute_mode="use_mm_for_euclid_dist")
 
 
 def ball_radii(points: torch.Tensor, k: int = 3, chunk: int = 1000) -> torch.Tensor:
     """Distance of each point [N, D] to its k-th nearest other point -> [N]."""
-    nearest = [pairwise(rows, points).kthvalue(k + 1, dim=1).values for rows in points.split(chunk)]
+    nearest = [pairwise(rows, points).topk(k + 1, largest=False).values[:, -1] for rows in points.split(chunk)]
     return torch.cat(nearest)                                    # the nearest of all is the point itself
 
 
@@ -135,6 +135,7 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: 
         raise ValueError("precision_recall: the features hold NaN or infinity")
 
     def covered(points, centres, radius):
+        radius = radius + 1e-7 * centres.norm(dim=1)                        # equal points stay ties: see pairwise
         inside = [(pairwise(rows, centres) <= radius).any(1) for rows in points.split(chunk)]
         return torch.cat(inside).double().mean().item()
 

@@ -366,7 +366,7 @@ class LightningDiT(nn.Module):
     Raises ValueError on an unknown size, conditioning or dim, on dims that do not divide, on images of another size, on
     s with a plain network, on guidance without in_context.
     n_tokens, token_block: n and k of in_context (the paper's are lost; 16 and 4 give its parameter count).
-    `net.config` rebuilds it: LightningDiT(**net.config).
+    `net.config` rebuilds it: LightningDiT(**net.config).  Weights in float32 or float64; bf16 comes by autocast.
     """
 
     def __init__(self, size: str = "B/1", conditioning: str = "plain", *, input_size: int = 16, in_channels: int = 32,

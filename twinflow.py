@@ -1,7 +1,7 @@
 """TwinFlow: distribution matching inside one network, whose fake side lives at negative times.
 
-Paper: Cheng et al., "TwinFlow", arXiv 2512.05150; as the baseline of Kim, Lee, Park, arXiv 2605.19256 (bracketed
-numbers), Table 5 "iMF + TwinFlow" and "RCGM + TwinFlow".
+Paper: Cheng et al., "TwinFlow", arXiv 2512.05150; as the baseline of Kim, Lee, Park, arXiv 2605.19256 (its
+equations: [n]), Table 5 "iMF + TwinFlow" and "RCGM + TwinFlow".
 
     base         on the data, both in consistency.py: --base imf, improved MeanFlow [6],
                  or --base rcgm, recursive consistency                                                          [66-67]

@@ -195,7 +195,7 @@ def flow_map_flags(p):
     add("--cosine", type=number(int, 0, 1), default=1,
         help="1: add 1 - cosine over the channels to the distance (needs two channels or more)")
     add("--label_drop", type=number(float, 0, 1), default=0.1,
-        help="probability of the null label in the consistency loss (Table 6)")
+        help="probability of the null label in the loss on data (Table 6)")
     guidance_flags(p)
     add("--omega_max", type=number(float, 1), default=8.0, help="iMF draws omega on [1, omega_max]")
     add("--omega_law", choices=["loguniform", "truncexp"], default="loguniform",
@@ -364,7 +364,7 @@ def refuse_idle_terms(args):
 
 
 def refuse_guidance(args):
-    """`refuse` for the flags of guidance that neither the teacher nor the student would read."""
+    """`refuse` for the flags of guidance that the teacher would not read: only the student would be guided."""
     file = args.teacher or (args.init if args.init not in ("imf", "fm", "scratch") else None)
     asked = {"omega", "guide_to", "cfg_channels"} & {k for k, source in args.sources.items() if source == "given"}
     if not asked:

@@ -159,9 +159,6 @@ def draw_panel(run, pictures, lines):
         axis.set_axis_off()
 
     steps = [line["step"] for line in lines]
-    for line in lines:
-        for name in [name for name, value in line.items() if value is None]:
-            line[name] = np.nan                                     # null stands for what was not finite
     with_gan = "gan_dm_ratio" in lines[-1]
     curves = right.subplots(3 if with_gan else 2, 1, sharex=True)
     for high in BINS[1:]:

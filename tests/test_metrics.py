@@ -63,6 +63,9 @@ def test_precision_recall_match_brute_force():
         real, fake = golden_set(cfg, s["real"]), golden_set(cfg, s["fake"])
         found = precision_recall(real, fake, s["k"], chunk=137)
         np.testing.assert_allclose(found, z[f"pr.{case}.float64_le"], atol=1e-9, err_msg=case)
+    # Each point five times: the third neighbour is the point itself, at a distance of 0 up to rounding.
+    points = rand(20, 64, seed=2).repeat(5, 1)
+    assert precision_recall(points, points.flip(0), chunk=7) == (1, 1)
 
 
 # ---- metrics, closed forms -------------------------------------------------------------------------------------------
