@@ -720,8 +720,8 @@ def test_what_is_said_of_fsf_dmd_from_scratch_at_the_searched_rate_is_in_the_num
     assert [round(passes[i] / passes[j], 1) for i, j in ((2, 0), (1, 0), (3, 1), (2, 4))] == [2.5, 1.3, 1.5, 1.3]
     means = [f"{np.mean([e['fd_2step'] for e in found]):.1f}" for found in (ours, *theirs)]
     of_longer = [f"{np.mean([e['fd_2step'] for e in found]):.1f}" for found in (longer, *base, half, *half_base)]
-    assert (f"{means[0]} and {means[1]}. With the passes of FSF-DMD iMF alone has {means[2]} there (after 1,500 steps "
-            f"{of_longer[2]}; FSF-DMD {of_longer[0]})") in text
+    assert (f"{means[0]} and {means[1]}. With the passes of FSF-DMD iMF alone has {means[2]} there (with those of its "
+            f"1,500 steps {of_longer[2]}; FSF-DMD {of_longer[0]})") in text
     for a, b, words, p in ((longer, base[0], "0.072 ± 0.048", 1), (half, half_base[0], "0.057 ± 0.017", 0.0285)):
         d = np.array([y["recall_1step"] - x["recall_1step"] for x, y in zip(a, b)])
         assert f"{d.mean():.3f} ± {d.std(ddof=1):.3f}" == words and words in text and d.min() > 0

@@ -151,7 +151,8 @@ def test_presets_of_images_from_an_imf_are_the_best_of_their_search():
     told_of_search("weak-DMD2_L_CD", "fashion-mnist", seeds=1)
     rows = json.loads((KEPT / "search-fashion-mnist-weak-DMD2_L_CD" / "runs.json").read_text())["rows"]
     slow, slow_1, fast, best_of_both = (f"{row['distance'][0]:.1f}" for row in rows)
-    told = f"{best_of_both}; 0.1 and the same rates give {fast}, at 0.001 and 0.001 1 gives {slow_1} and 0.1 {slow}"
+    told = (f"{best_of_both}; 0.1 and the same rates give {fast}, at 0.001 and 0.001 lambda 1 gives {slow_1} "
+            f"and 0.1 {slow}")
     assert told in words_of_the_texts()
     [(setting, _)] = best_of_search("weak-FSF_DMD_M_1", "fashion-mnist", seeds=1).values()
     assert setting == best["FSF-DMD, M = 2"]
@@ -173,8 +174,8 @@ def test_what_is_said_of_the_search_from_the_strong_start_of_fashion_mnist_is_in
         rows = json.loads((KEPT / f"search-fashion-mnist-{name}" / "runs.json").read_text())["rows"]
         found[method] = {row["setting"]: f"{row['distance'][0]:.1f}" for row in rows}
     cd, both, of_sid = found.values()
-    [row] = json.loads((KEPT / "search-fashion-mnist-strong-DMD2" / "runs.json").read_text())["rows"][:1]
-    words_of_start = f"({row['runs'][0]['evaluations'][0]['fd_2step']:.1f} at 2 steps, with the sampler of DMD2)"
+    [row] = json.loads((KEPT / "search-fashion-mnist-strong-CD_with_masking" / "runs.json").read_text())["rows"][:1]
+    words_of_start = f"({row['runs'][0]['evaluations'][0]['fd_2step']:.1f} at 2 steps; the table's 39.7)"
     assert words_of_start in text
     assert min(both, key=lambda setting: float(both[setting])) == rates                # the table's
     words = [f"(the table's 0.004 {cd['--lr 0.004']}, 0.002 {cd['--lr 0.002']}, 0.001 {cd['--lr 0.001']};"]
@@ -197,8 +198,8 @@ def test_what_is_said_of_the_search_from_the_strong_start_of_fashion_mnist_is_in
     first, second, best, last = found["strong-FSF_DMD_M_1"]
     words.append(f"--shift 10` {best} (0.003 gives {second}, 0.0003 {first}, 0.05 {last};")
     slow, slow_1, fast, best = found["strong-DMD2_L_CD"]
-    words.append(f"{best}, the edge of its search (0.1 and the same rates {fast}, at 0.001 and 0.001 1 gives {slow_1} "
-                 f"and 0.1 {slow};")
+    words.append(f"{best}, the edge of its search (0.1 and the same rates {fast}, at 0.001 and 0.001 lambda 1 gives "
+                 f"{slow_1} and 0.1 {slow};")
     words.append(f"the table's too (0.003 gives {of_lam['0.003']}, 0.015 {of_lam['0.015']}, 0.05 {of_lam['0.05']};")
     assert preset[fsf_dmd]["lam"] == 0.0003
     for each in words:
@@ -219,7 +220,7 @@ def test_the_searches_that_ended_at_an_edge_are_told():
                 values = sorted({float(setting[setting.index(flag) + 1]) for setting, _ in tried})
                 value = float(best[best.index(flag) + 1])
                 for end, of_end in (("smallest", values[0]), ("largest", values[-1])):
-                    if len(values) > 1 and value == of_end and start != "scratch":
+                    if len(values) > 1 and value == of_end:
                         found.setdefault((method, flag, end), set()).add(f"{data} {start}")
     strong = {"digits strong", "fashion strong"}
     assert len(found["FSF-DMD, M = 2", "--lam", "smallest"]) == 5
@@ -228,10 +229,12 @@ def test_the_searches_that_ended_at_an_edge_are_told():
     assert found["DMD2", "--lr", "largest"] == strong | {"digits fm"}
     assert found["SiD", "--lr", "largest"] == {"digits fm"}
     assert found["DMD2, 1:1, no GAN", "--lr", "smallest"] == {"digits weak", "fashion weak", "fashion strong"}
-    assert len(found["DMD2 + L_CD", "--lr", "largest"]) == 5
+    assert len(found["DMD2 + L_CD", "--lr", "largest"]) == 5 and len(found["DMD2 + L_CD", "--lam", "largest"]) == 4
+    assert found["FSF-DMD", "--lam", "smallest"] == {"fashion scratch"}
     told = words_of_the_texts()
-    for words in ("(M = 2) at its smallest from five starts of six", "at its largest from both strong starts",
-                  "of DMD2 1:1 at its smallest from three starts of four", "at its largest rates from all five"):
+    for words in ("(M = 2) at its smallest from five starts of six, and from scratch on Fashion-MNIST",
+                  "at its largest from both strong starts", "of DMD2 1:1 at its smallest from three starts of four",
+                  "at its largest rates from all five, at its largest lambda from four"):
         assert words in told, words
 
 
