@@ -46,8 +46,8 @@ from model import SIZES
 from plumbing import report
 from plumbing.checkpoints import load_checkpoint, new_network, refuse_jumps, refuse_other_data
 from plumbing.flags import Parser, data_source, folder_path, network_name, number
-from plumbing.kept_runs import (HERE, Job, chain, default_jobs, is_done, machine, record, refuse_torchrun, run_all,
-                                sources_of)
+from plumbing.kept_runs import (HERE, Job, chain, content_hash, default_jobs, is_done, machine, record,
+                                refuse_torchrun, run_all, sources_of)
 from plumbing.run_folder import check_writable
 
 PAPER = json.loads((HERE / "golden" / "paper_tables.json").read_text())
@@ -279,6 +279,9 @@ def job(args, command, seed, start=None, via=None):
         of_start = "--init" in flags and "scratch" not in flags       # its network is as the start has it
         flags += ["--size", args.size] if args.size and not of_start else []
         flags += ["--precision", args.precision] if args.precision else []
+    elif args.init and kind == "latents" and not load_checkpoint(args.init)["args"]:
+        of_paper = consistency.PRESETS[kind, "scratch"]               # official weights say of no guidance
+        flags += ["--omega", str(of_paper["omega"]), "--guide_to", str(of_paper["guide_to"])]
     joined = "".join(flag for flag in flags if flag not in ("--init", "START", "--teacher", "VIA"))
     if joined:
         name.append(joined.replace("--", "-").replace("/", "_").removeprefix("-"))
@@ -455,7 +458,7 @@ def run(args):
     if max(there.values(), default=0) > args.seeds:
         raise BadInput(f"--seeds {args.seeds}: {folder} holds the table of {max(there.values())}; "
                        "pass as many, or another --out")
-    report.refuse_other_data(folder, args.data)
+    report.refuse_other_data(folder, args.data, inputs_of(args))
     data = usable_data(args.data, args.size, args.init)
     if data_kind(args.data) == "latents":
         decoder_for(data, args, torch.device("cpu"))
@@ -496,6 +499,12 @@ def regime_of(args, table):
     return args.start if any(row.start == "imf" for row in table.rows) else ""
 
 
+def inputs_of(args):
+    """{"data" or "init": [path, hash]}: what a table was made of, known again where it has moved or was edited."""
+    given = {name: path for name, path in (("data", args.data), ("init", args.init)) if path and path != "digits"}
+    return {name: [str(Path(path).resolve()), content_hash(path)] for name, path in given.items()}
+
+
 def head_of(args, table, jobs):
     """What runs.json says of all rows."""
     found = {}
@@ -506,6 +515,7 @@ def head_of(args, table, jobs):
         title=table.title,
         data=args.data,
         start=regime_of(args, table),
+        inputs=inputs_of(args),
         network=" ".join(word for word in (args.size, args.precision) if word),
         reference=table.reference,
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

@@ -218,6 +218,7 @@ def run(args):
         runs = [report.collect(j, "pixels") for j in each if is_done(j)]
         rows.append(dict(method=method, setting=setting, command=shlex.join(each[0].command), runs=runs,
                          distance=distances(each)))
+    report.refuse_mixed(each for row in rows for each in row["runs"])
     names = "; ".join(j.folder.name for j in failed)
     fuller = {(row["method"], row["setting"]): len(row["distance"]) for row in stored.get("rows", [])}
     fewer = [row for row in rows if len(row["distance"]) < fuller.get((row["method"], row["setting"]), 0)]

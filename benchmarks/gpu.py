@@ -104,7 +104,7 @@ def parse_args(argv=None):
                    help="after so many minutes no block and no method of cost is begun, and evidence is stopped, which "
                    "takes up to three more (0: never); the next call goes on")
     p.add_argument("--data", type=data_source, default="/usr/share/datasets/fashion-mnist", help="of evidence")
-    p.add_argument("--batch_size", type=number(int, 2), default=128, help="of profile and difference")
+    p.add_argument("--batch_size", type=number(int, 2), default=128, help="of profile")
     args = p.parse_args(argv)
     if not args.rehearse and not torch.cuda.is_available():
         raise BadInput("no CUDA device here; --rehearse 1 runs the same code on the CPU, at tiny size")

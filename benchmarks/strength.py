@@ -92,7 +92,9 @@ def planned(args):
 def differences(args, jobs):
     """A row for each start and lambda: the start's distance, and what FSF-DMD's metrics differ by from CD's."""
     kind = data_kind(args.data)
-    found = {key: report.collect(j, kind)["evaluations"] for key, j in jobs.items()}
+    runs = {key: report.collect(j, kind) for key, j in jobs.items()}
+    report.refuse_mixed(runs.values())
+    found = {key: each["evaluations"] for key, each in runs.items()}
     last = {key: evaluations[-1] for key, evaluations in found.items()}
     rows = []
     for steps in args.starts:

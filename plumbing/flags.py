@@ -27,7 +27,10 @@ CONSISTENCY_FLAGS = {"mask_prob", "time_law", "jvp", "fd_h", "huber_c", "cosine"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are BadInput, so that they end like every other one."""
+    """argparse whose errors are BadInput, so that they end like every other one, and whose flags are spelled out."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)             # reproduce.py's --seeds is not a script's --seed
 
     def error(self, message):
         if message.startswith("unrecognized"):

@@ -173,8 +173,10 @@ def has_result(job):
     if job.command[0] != "evaluate.py" and not zipfile.is_zipfile(job.folder / "model.pt"):         # not there, or cut
         return False
     if job.measure:
-        measured = [*job.folder.glob("fid_*/fid.json")]
+        measured, step = [*job.folder.glob("fid_*/fid.json")], record(job).get("step")
         counted = {path.parent.name.split("_")[2] for path in measured}
+        if step:                                                      # None: evaluate.py's, or of an earlier version
+            measured += [job.folder / f"fid_{step:06d}_{N}step" / "fid.json" for N in job.counts]
         return {f"{N}step" for N in job.counts} <= counted and all(readable(path) for path in measured)
     return readable(job.folder / ("evaluation.json" if job.command[0] == "evaluate.py" else "result.json"))
 
@@ -265,7 +267,8 @@ class Runner:
         if changed:
             log.unlink(missing_ok=True)
         measured = sorted(job.folder.glob("fid_*"))
-        if changed == ["the measure"] and len({each.name.split("_")[1] for each in measured}) < 2:
+        at = {int(each.name.split("_")[1]) for each in measured}
+        if changed == ["the measure"] and at <= {step_of(job)}:       # else a network on its way was measured
             tqdm.write(f"{job.folder.name}: how it is measured changed since, its network is measured again")
             for each in measured:
                 shutil.rmtree(each)
@@ -273,14 +276,14 @@ class Runner:
             names = ", ".join(changed)
             tqdm.write(f"{job.folder.name}: {names} changed since, the kept run is removed and runs again")
             with lock(job.folder / ".lock", "training", "--runs"):    # a pasted command may be at it
-                shutil.rmtree(job.folder)
+                empty(job.folder)
         elif kept.get("done"):
             tqdm.write(f"{job.folder.name}: its folder or result is gone or damaged, made again")
         write_atomic(path, json_text(dict(now, done=False), indent=1))
         for command in self.commands(job):
             self.call(command, log, held.fileno())
-            for features in job.folder.glob("fid_*/features"):        # 600 MB each
-                shutil.rmtree(features)
+            for measured in job.folder.glob("fid_*/fid.json"):        # of a FID that is done: 600 MB each
+                shutil.rmtree(measured.with_name("features"), ignore_errors=True)
         look_again()
         changed = changes(job)
         if changed:
@@ -296,7 +299,7 @@ class Runner:
         """
         threads = max(1, (os.cpu_count() or 1) // self.args.jobs)
         env = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONUNBUFFERED="1")
-        words = [sys.executable, str(HERE / command[0]), *command[1:]]
+        words = [sys.executable, str(HERE / command[0]), *absolute(command)[1:]]      # so that any folder can go on
         with open(log, "ab") as out:
             child = subprocess.Popen(words, stdout=out, stderr=out, env=env, pass_fds=[held])
         self.children.append(child)
@@ -357,6 +360,15 @@ class Runner:
         return int(re.search(r"--steps +(\d+)", said.stdout)[1])
 
 
+def empty(folder):
+    """Remove what a run left, but not the lock that is held: NFS keeps an open file, and then the folder stays."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+
+
 def step_of(job):
     """The step that a job's model.pt is at; 0 where there is none, or a damaged one."""
     with contextlib.suppress(BadInput):
@@ -398,7 +410,12 @@ def run_all(args, wanted):
         for j in sorted(open_jobs, key=lambda j: len(chain(j))):
             futures[j] = pool.submit(runner.run, j, futures.get(j.start))
         with tqdm(total=len(unique), initial=kept, unit="run", dynamic_ncols=True) as bar:
-            return follow(futures, bar)
+            failed = follow(futures, bar)
+        for j in wanted:
+            if j not in failed and not is_done(j):
+                failed[j] = "its script has changed while others ran, or its files are damaged"
+                print(f"failed: {j.folder.name}: {failed[j]}; the same command runs it again")
+        return failed
     except BaseException as error:                                    # Ctrl-C; or the bar failed: no run goes on unseen
         pool.shutdown(wait=False, cancel_futures=True)
         runner.stop()

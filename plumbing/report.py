@@ -123,11 +123,16 @@ def summary(table_rows, runs):
 
     table_rows: {row number: Row}; runs: {row number: {seed: `collect`}}.
     """
-    used = {run.get("measured") for of_row in runs.values() for run in of_row.values()} - {None}
+    refuse_mixed(run for of_row in runs.values() for run in of_row.values())
+    return {r: summarise(r, row, runs.get(r, {})) for r, row in table_rows.items()}
+
+
+def refuse_mixed(runs):
+    """BadInput if runs (`collect`) were measured by different classifiers, or by FIDs of other numbers of samples."""
+    used = {run.get("measured") for run in runs} - {None}
     if len(used) > 1:
         raise BadInput(f"the runs were measured in several ways ({', '.join(sorted(used))}), so their distances do not "
                        "compare; pass another --runs")
-    return {r: summarise(r, row, runs.get(r, {})) for r, row in table_rows.items()}
 
 
 def summarise(number, row, runs):
@@ -491,11 +496,19 @@ def seeds_in(folder):
     return {row["number"]: len(row["seeds"]) for row in stored_runs(folder).get("rows", [])}
 
 
-def refuse_other_data(folder, data):
-    """BadInput if a folder of results is of other data: folders are named by the last part of --data alone."""
-    before = stored_runs(folder).get("data", data)
-    if before != data and Path(before).resolve() != Path(data).resolve():
+def refuse_other_data(folder, data, inputs=None):
+    """BadInput if a folder of results is of other data or another start: it is named by the last part of their paths.
+
+    inputs: {"data" or "init": [path, hash]}, which runs.json holds since reproduce.py knows them by either.
+    """
+    stored, inputs = stored_runs(folder), inputs or {}
+    before, known = stored.get("data", data), stored.get("inputs", {})
+    if "data" not in known.keys() & inputs.keys() and Path(before).resolve() != Path(data).resolve():
         raise BadInput(f"{folder}: holds the results of --data {before}; pass another --out")
+    for name in known.keys() & inputs.keys():
+        if not {*known[name]} & {*inputs[name]}:
+            raise BadInput(f"{folder}: holds the results of another --{name} of that name, {known[name][0]}; "
+                           "pass another --out")
 
 
 def write(args, table, head, rows, jobs, commands):

@@ -7,6 +7,7 @@ is checked for flipped bytes before it is used.
 import contextlib
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -37,7 +38,7 @@ NO_FLAGS = {"sources", "wait"}
 # What a run writes, and evaluate.py of its model.pt: only these names are removed by --resume no.
 OWN_FILES = ("args.json", "metrics.jsonl", "state.pt", "model.pt", "result.json", "evaluation.json", "fid.json",
              "samples.png")
-OWN_PICTURES = ("samples_[0-9]*.png", "health_[0-9]*.png")
+OWN_PICTURES = r"(samples|health)_\d{6,}\.png"                       # samples_000200.png, of a step
 
 # A network that trains has weights near 1 (1.2 at most in the digits' runs).  Beyond this one it has diverged, although
 # its loss may be finite.
@@ -63,13 +64,14 @@ def of_a_run(path):
 
 def own_paths(folder):
     """What a run writes into its folder: the files, there or not, and the pictures that are there."""
-    pictures = [path for pattern in OWN_PICTURES for path in folder.glob(pattern)]
+    pictures = [path for path in folder.glob("*.png") if re.fullmatch(OWN_PICTURES, path.name)]
     return [folder / name for name in OWN_FILES] + pictures
 
 
 def leftovers(folder):
     """Temporary files of a process that was killed while it wrote."""
-    return [path for name in (*OWN_FILES, *OWN_PICTURES) for path in folder.glob(f".{name}.*.tmp")]
+    own = "|".join([*map(re.escape, OWN_FILES), OWN_PICTURES])
+    return [path for path in folder.glob(".*.tmp") if re.fullmatch(rf"\.({own})\..*\.tmp", path.name)]
 
 
 def check_writable(folder, flag=""):

@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 
 import common
 import data
+import evaluate
 import model
+import reproduce
 import vae
 from plumbing import checkpoints, flags, kept_runs, run_folder
 from test_helpers import Evil, golden, rand, randomize, refusal, run, small_net, state, train
@@ -677,6 +679,13 @@ def test_official_weights_are_a_start(photos, monkeypatch):
     monkeypatch.setattr(model.load_official, "__defaults__", (8,))           # 16-pixel images; the files are for 256
     train(f"fsf_dmd.py --init imf.pth --out from-imf {flags}")
     assert checkpoints.load_checkpoint("from-imf/model.pt")["config"]["architecture"] == "imf"
+
+    # Their rows of a table are guided as the paper's: the file itself says of no guidance.
+    of_table = "4 --data latents --vae vae.pt --inception vae.pt --ref vae.pt --init lightningdit.pt --list"
+    rows = dict(enumerate(reproduce.TABLES["4"].rows[:2], 1))
+    for job in reproduce.jobs_of(reproduce.parse_args(of_table.split()), rows, 0).values():
+        words = evaluate.parse_args([*job.command[1:], "--vae", "vae.pt"])
+        assert evaluate.sampling(words, checkpoints.load_checkpoint(words.what))[:2] == (6.0, 0.9)
 
     # And they are sampled as they are.
     for checkpoint in ("lightningdit.pt", "imf.pth"):

@@ -286,6 +286,7 @@ def test_bad_flags_end_in_one_line(capsys, monkeypatch, inputs):
         ("reproduce.py 5 --start strong", "--start strong: the strong start is an iMF, and table 5 has none"),
         ("reproduce.py 4 --start strong", "--start strong: the strong start is an iMF, and table 4 has none"),
         ("reproduce.py 2 --seeds 0", "--seeds"),
+        ("reproduce.py 2 --seed 3", "unrecognized arguments: --seed 3"),         # it is no --seeds 3
         (f"reproduce.py 2 --data {inputs}/latents", "needs --vae, --inception and --ref"),
         (f"reproduce.py 2 --data {inputs}/latents --vae nowhere --inception {inputs}/imf.pt --ref {inputs}/imf.pt",
          "nowhere: no such file, expected a file of weights"),        # before any training
@@ -318,6 +319,15 @@ def test_a_second_start_of_cost_waits_its_turn_and_fewer_seeds_replace_no_table(
     assert "--seeds 1: table5-digits holds the table of 5; pass as many, or another --out" in said
     said = refusal("reproduce.py 5 --data mine/digits --out .", capsys, monkeypatch)    # a folder of that name
     assert "table5-digits: holds the results of --data digits; pass another --out" in said
+    # Data and --init are known by their path or by what they hold.
+    inputs = dict(data=["/a/toy.npz", "01"], init=["/a/net/model.pt", "23"])
+    (tmp_path / "table5-digits" / "runs.json").write_text(json.dumps(dict(data="toy.npz", inputs=inputs, rows=[])))
+    for same in (dict(data=["/b/toy.npz", "01"]), dict(init=["/a/net/model.pt", "45"], data=["/a/toy.npz", "67"])):
+        report.refuse_other_data(tmp_path / "table5-digits", "../toy.npz", same)
+    for name in inputs:
+        other = inputs | {name: ["/b/model.pt", "89"]}
+        with pytest.raises(BadInput, match=f"holds the results of another --{name} of that name, {inputs[name][0]};"):
+            report.refuse_other_data(tmp_path / "table5-digits", "toy.npz", other)
 
 
 def test_failed_runs_replace_no_fuller_table_and_no_fuller_search(monkeypatch, tmp_path):
@@ -335,7 +345,7 @@ def test_failed_runs_replace_no_fuller_table_and_no_fuller_search(monkeypatch, t
         reproduce.run(reproduce.parse_args(["5", *rows, "--out", "."]))
     assert Path("table5-digits-row1-6/runs.json").read_bytes() == before
 
-    def a_run(setting, seed, distance, runs="runs/reproduce"):
+    def a_run(setting, seed, distance, runs="runs/reproduce", definition=""):
         """The kept run of a setting of the search, or its folder alone."""
         args = argparse.Namespace(data="digits", init=None,
                                   size=None, precision=None, runs=Path(runs), start="weak", table=None)
@@ -345,7 +355,7 @@ def test_failed_runs_replace_no_fuller_table_and_no_fuller_search(monkeypatch, t
         job.folder.mkdir(parents=True)
         if distance:
             torch.save({}, job.folder / "model.pt")
-            result = dict(evaluations=[dict(step=400, fd_2step=distance)], definition="")
+            result = dict(evaluations=[dict(step=400, fd_2step=distance)], definition=definition)
             (job.folder / "result.json").write_text(json.dumps(result))
             kept_runs.beside(job, ".json").write_text(json.dumps(dict(kept_runs.identity(job), done=True)))
 
@@ -380,6 +390,76 @@ def test_failed_runs_replace_no_fuller_table_and_no_fuller_search(monkeypatch, t
     Path("search-digits-scratch-iMF/runs.json").write_text(json.dumps(earlier))
     search.run(only)
     assert "| iMF | `--lr 0.006` | 30.0 | 30.0 |" in Path("search-digits-scratch-iMF/README.md").read_text()
+
+    # Distances in the features of two classifiers are not compared.
+    for setting, weights in zip(search.FROM_SCRATCH["iMF"][1], ("aaaaaaaa", "bbbbbbbb")):
+        a_run(setting, 100, 10.0, definition=f"fd in 64 features of a classifier of digits (weights {weights}); ...")
+    with pytest.raises(BadInput, match="measured in several ways .classifier aaaaaaaa, classifier bbbbbbbb."):
+        search.run(only)
+
+
+# Stand-ins for a script that trains and for evaluate.py: what a runner does around them is what is tested.
+TRAINS = """import pathlib, sys, zipfile
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+if "--dry_run" in sys.argv:
+    sys.exit(print("--steps 4"))
+out.mkdir(parents=True, exist_ok=True)
+(out / "argv.txt").write_text(" ".join(sys.argv))
+zipfile.ZipFile(out / "model.pt", "w").close()
+(out / "metrics.jsonl").write_text('{"step": 4}\\n')
+(out / "result.json").write_text("{}")
+"""
+MEASURES = """import pathlib, sys
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+(out / "features").mkdir(parents=True, exist_ok=True)
+(out / "fid.json").write_text('{"kept": %d}' % len([*(out / "features").iterdir()]))
+"""
+
+
+@pytest.fixture
+def stand_ins(tmp_path, monkeypatch):
+    """A folder of stand-ins, in place of the project's."""
+    monkeypatch.setattr(kept_runs, "HERE", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("trains.py", TRAINS), ("evaluate.py", MEASURES)):
+        (tmp_path / name).write_text(text)
+    kept_runs.look_again()
+    yield argparse.Namespace(jobs=1, runs=tmp_path / "runs", data="latents")
+    kept_runs.look_again()
+
+
+def test_a_fid_that_was_stopped_goes_on_and_one_that_is_gone_is_made_again(stand_ins):
+    job = kept_runs.Job(Path("runs/a"), ("trains.py", "--out", "runs/a"), ("--n", "5"), None, (2,), 2)
+    features = job.folder / "fid_000002_2step" / "features"
+    features.mkdir(parents=True)
+    (features / "part_0").touch()
+    kept_runs.beside(job, ".json").write_text(json.dumps(kept_runs.identity(job) | dict(done=False)))
+    assert kept_runs.run_all(stand_ins, [job]) == {} and kept_runs.is_done(job)
+    assert json.loads((features.parent / "fid.json").read_text()) == dict(kept=1)     # training removed no features
+    assert not features.exists() and (job.folder / "fid_000004_2step" / "fid.json").exists()
+
+    # The last FID counts, not one that was measured on the way.
+    shutil.rmtree(job.folder / "fid_000004_2step")
+    assert not kept_runs.is_done(job)
+    assert kept_runs.run_all(stand_ins, [job]) == {} and (job.folder / "fid_000004_2step" / "fid.json").exists()
+
+    # A script is given paths that hold in any folder.
+    assert f"--out {job.folder.resolve()}" in (job.folder / "argv.txt").read_text()
+
+
+def test_a_script_that_changes_while_another_runs_is_said(stand_ins, tmp_path, capsys):
+    (tmp_path / "edits.py").write_text(TRAINS + "open('trains.py', 'a').write('# changed')\n")
+    jobs = [kept_runs.Job(Path("runs", name), (f"{name}.py", "--out", f"runs/{name}"), (), None)
+            for name in ("trains", "edits")]
+    failed = kept_runs.run_all(stand_ins, jobs)
+    assert list(failed) == jobs[:1] and "trains: its script has changed while others ran" in capsys.readouterr().out
+
+    # It runs again, in an emptied folder: the lock in it stays, as on NFS it would keep the folder.
+    (jobs[0].folder / "notes.txt").touch()
+    (jobs[0].folder / ".lock").touch()
+    lock = (jobs[0].folder / ".lock").stat().st_ino
+    assert kept_runs.run_all(stand_ins, jobs[:1]) == {} and kept_runs.is_done(jobs[0])
+    assert not (jobs[0].folder / "notes.txt").exists() and (jobs[0].folder / ".lock").stat().st_ino == lock
 
 
 def test_words_that_are_no_paths_are_no_inputs_of_a_run(tmp_path, monkeypatch):
@@ -473,10 +553,10 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
     (tmp_path / "consistency.py").write_text(text.replace(preset, preset.replace("400", "60")))
     small_images(tmp_path / "toy.npz", 60)
     flags = "4 --data toy.npz --row 1 --seeds 1 --jobs 2"            # two: so that a run leaves a core to other tests
-    command = [sys.executable, "reproduce.py", *flags.split()]
+    command = [sys.executable, str(tmp_path / "reproduce.py"), *flags.split()]
 
-    def start():
-        return subprocess.Popen(command, cwd=tmp_path, env=environment(), text=True,
+    def start(cwd=tmp_path, words=command):
+        return subprocess.Popen(words, cwd=cwd, env=environment(), text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
     # Interrupted in the start ...
@@ -491,8 +571,10 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
     stopped = torch.load(metrics.parent / "state.pt", weights_only=True)["step"]
     assert 0 < stopped < 60
 
-    # ... it goes on there, and leaves its folder.
-    second = start()
+    # ... it goes on there, from another folder too, and leaves its folder.
+    (tmp_path / "elsewhere").mkdir()
+    words = [word.replace("toy.npz", "../toy.npz") for word in command] + ["--runs", "../runs/reproduce"]
+    second = start(tmp_path / "elsewhere", words)
     printed, _ = second.communicate(timeout=300)
     assert second.returncode == 0 and "0 kept from before; 2 at a time" in printed, printed
     log = metrics.parent.with_name(metrics.parent.name + ".log").read_text()
@@ -501,7 +583,7 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     assert {path.name for path in out.iterdir()} == {"README.md", "runs.json", "curves.png", "samples.png"}
     page, stored = (out / "README.md").read_text(), (out / "runs.json").read_text()
-    assert f"`python reproduce.py {flags}`" in page
+    assert "`python reproduce.py 4 --data ../toy.npz " in page
     [row] = json.loads(stored)["rows"]
     [run] = row["seeds"].values()
     assert list(row["seeds"]) == ["0"] and row["N"] == 25 and len(run["evaluations"]) == 1
@@ -510,10 +592,13 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
     assert fd > 0 and fd == pytest.approx(own["fd_25step"], abs=1e-4)                 # the number is the script's own
     assert f"| {report.spread([fd], 1)} |" in page
 
-    # Again: nothing runs, and the table is the same.
+    # Again, from the first folder: nothing runs, and the table is the same but for its command and its paths.
     printed, _ = start().communicate(timeout=60)
     assert "2 runs, 2 kept" in printed
-    assert (out / "README.md").read_text() == page and (out / "runs.json").read_text() == stored
+    again = (out / "README.md").read_text()
+    assert f"`python reproduce.py {flags}`" in again and again.count("toy.npz") == page.count("toy.npz")
+    assert again.split("Mean ±")[1] == page.split("Mean ±")[1]
+    assert json.loads((out / "runs.json").read_text()) == json.loads(stored.replace("../", ""))
 
     # A script that changed runs again, and what started from it too; not one that changes while it runs.
     def append(name):
@@ -547,7 +632,7 @@ def test_another_measure_keeps_the_network(inputs, tmp_path):
     before = dict(kept_runs.identity(job), measure=["--n", "50000"], done=True)
     network, measured = job.folder / "model.pt", job.folder / "fid_004000_2step"
     measured.mkdir(parents=True)
-    torch.save("kept", network)
+    torch.save(torch.load(inputs / "imf.pt", weights_only=True) | dict(step=4000), network)
     kept = network.read_bytes()
     kept_runs.beside(job, ".json").write_text(json.dumps(before))
     with open(tmp_path / "lock", "w") as lock, pytest.raises(BadInput, match="fsf_dmd.py"):
@@ -568,10 +653,9 @@ def test_another_measure_keeps_the_network(inputs, tmp_path):
     shutil.rmtree(measured)
     assert not kept_runs.is_done(job)
 
-    # After FIDs on the way only training again brings those back.
+    # After a FID on the way only training again brings that back.
     kept_runs.beside(job, ".json").write_text(json.dumps(before))
-    for step in (2000, 4000):
-        (job.folder / f"fid_{step:06d}_2step").mkdir()
+    (job.folder / "fid_002000_2step").mkdir()
     with open(tmp_path / "lock", "w") as lock, pytest.raises(BadInput, match="fsf_dmd.py"):
         kept_runs.Runner(args).do(job, lock)
     assert not network.exists()

@@ -478,14 +478,15 @@ def test_a_folder_of_a_run_that_was_killed_at_once_is_an_empty_one(in_home, few_
 def test_starting_over_removes_what_a_run_wrote_and_nothing_else(in_home, few_samples, monkeypatch, capsys):
     out = in_home / "over"
     shutil.copytree(in_home / "imf", out)
-    for name in ("thesis.tex", "samples_of_mine.png"):
+    mine = {"thesis.tex", "samples_of_mine.png", "samples_4steps.png", "health_1st.png"}
+    for name in mine:
         (out / name).write_text("mine")
     (out / "sub").mkdir()
     of_before = ["samples_000007.png", "samples.png", "evaluation.json", "fid.json"]    # three are evaluate.py's
     for name in of_before:
         (out / name).write_text("of the run before")
     train(f"{IMF} --steps 1 --out over --resume no")
-    assert {"thesis.tex", "samples_of_mine.png", "sub"} <= {path.name for path in out.iterdir()}
+    assert mine | {"sub"} <= {path.name for path in out.iterdir()}
     assert not any((out / name).exists() for name in of_before) and state(in_home, "over")["step"] == 1
 
     (in_home / "link").symlink_to(out)
