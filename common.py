@@ -33,33 +33,54 @@ from plumbing.files import BadInput, first_line, is_out_of_memory, no_space
 OUT_OF_MEMORY = "error: out of memory; a smaller --micro_batch or --batch_size, where there is one, needs less"
 
 
+class Heard:
+    """stdout or stderr whose reader may be gone, as Ctrl-C ends `| tee log` too, or whose disk is full.
+
+    Neither is a reason to stop: what is not heard is left out, and the run saves.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
 def main(train, parse_args):
     """Run a script: bad input ends in one line and exit code 2."""
-    sys.stderr = sys.stderr or open(os.devnull, "w")                # closed by the shell; tqdm needs one
-    if hasattr(sys.stdout, "reconfigure"):
+    sys.stderr = Heard(sys.stderr or open(os.devnull, "w"))         # closed by the shell; tqdm needs one
+    if hasattr(sys.stdout, "reconfigure"):                          # None: closed
         sys.stdout.reconfigure(errors="backslashreplace")           # a terminal that has no +- sign
+        sys.stdout = Heard(sys.stdout)
     try:
         train(parse_args())
     except BadInput as error:
         leave(f"error: {error}", 2)
     except KeyboardInterrupt:                                       # outside of a Run, which saves first
-        leave("stopped; run the same command again to go on", 130)
-    except BrokenPipeError:                                         # `| head`
-        os._exit(141)
+        leave(f"stopped; {again()} to go on", 130)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}; repair that"
         if no_space(error, "."):
             what = "no space left on the disk; free some"
         elif error.filename is None:
             what = f"{error.strerror or first_line(error)}; repair that"
-        leave(f"error: {what} and run the same command again", 2)
+        leave(f"error: {what} and {again()}", 2)
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             leave(OUT_OF_MEMORY, 2)
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):         # /tmp is full, or noexec
+            leave(f"error: torch.compile does not work here ({first_line(error, 160)}); --compile 0 does without", 2)
         if not is_lost(error):
             raise
-        leave("another process of this run ended; the last state.pt is untouched, run the same command again "
-              f"({first_line(error)})", 1)
+        leave(f"another process of this run ended; the last state.pt is untouched, {again()} ({first_line(error)})", 1)
     except SystemExit as stop:                                      # after a signal all processes stop at one step
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -68,6 +89,12 @@ def main(train, parse_args):
     if dist.is_initialized():
         dist.destroy_process_group()
         exit_at_once(0)
+
+
+def again():
+    """How to go on, in words: --resume no would remove what has been saved."""
+    given = {*zip(sys.argv, sys.argv[1:])} & {("--resume", "no")} or "--resume=no" in sys.argv
+    return "run the same command again" + (" without --resume no" if given else "")
 
 
 def leave(words, code):

@@ -45,7 +45,7 @@ from normuon import NorMuon, param_groups
 from plumbing.checkpoints import has_state, load_checkpoint, starting_networks
 from plumbing.flags import (checked, flow_map_flags, number, parser, rcgm_flags, refuse, refuse_idle, resolve,
                             teacher_flag)
-from plumbing.run_folder import Run, check_folder
+from plumbing.run_folder import Run, check_folder, refuse_folder_of_start
 from plumbing.watch import begin, finish, watch
 
 
@@ -62,8 +62,7 @@ def draw_times(r: Tensor, law: str = "uniform", mask_prob: float = 0.5) -> tuple
         r = torch.sigmoid(mean + scale * torch.special.ndtri(r))
     t, s = r.amax(1), r.amin(1)
     count = (torch.arange(len(r) + 1, dtype=torch.float64) * mask_prob + 1e-9).floor()   # 1e-9: 100 * 0.29 < 29
-    masked = count.diff() > 0
-    return t, torch.where(masked.to(t.device), t, s)
+    return t, torch.where((count.diff() > 0).to(t.device), t, s)
 
 
 def draw_guidance(r: Tensor, law: str = "loguniform", omega_max: float = 8.0) -> Tensor:
@@ -333,8 +332,7 @@ def parse_args(argv=None):
     for losses, names in READ_BY.items():
         if loss not in losses:
             refuse(args, names.split(), f"belongs to --loss {' or '.join(losses)}")
-    if loss != "fm":
-        refuse_idle(args)
+    refuse_idle(args)
     if args.tangent_norm:
         refuse(args, ["huber_c", "cosine"], "--tangent_norm takes the squared distance")
     args.sampler = "euler" if loss == "fm" else "flow_map"
@@ -349,6 +347,7 @@ def pretrained(args, loss):
             argv += [f"--{flag}", str(getattr(args, flag))]
     own = parse_args(argv)
     own.wait, path = True, f"{own.out}/model.pt"                # wait: for another run that is training it
+    refuse_folder_of_start(args, own)
     if rank() == 0:
         print(f"starts from {path}, which comes from: python consistency.py {shlex.join(argv)}")
     train(own)

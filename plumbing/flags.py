@@ -372,11 +372,14 @@ def refuse_guidance(args):
     asked = {"omega", "guide_to", "cfg_channels"} & {k for k, source in args.sources.items() if source == "given"}
     if not asked:
         return
-    teacher = "plain" if args.start == "fm" else "in_context"
+    velocity = args.start == "fm" or getattr(args, "loss", None) == "fm"            # no omega among its inputs
+    teacher = "plain" if velocity else "in_context"
     if file:
         teacher = load_checkpoint(file)["config"]["conditioning"]
     if teacher == "decoupled":
         refuse(args, sorted(asked), f"the flow map in {file} takes no guidance, and it is the teacher; "
                                     "--teacher with a velocity network has one")
+    if teacher == "plain" and velocity and args.omega == 1:
+        refuse(args, ["guide_to", "cfg_channels"], "--omega 1 is no guidance")
     if teacher != "plain":
         refuse(args, ["cfg_channels"], "belongs to a velocity network (fm) as the teacher, whose CFG takes two passes")

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from common import Stream, ahead, barrier, rank, world
+from common import Stream, again, ahead, barrier, rank, world
 from data import data_kind
 from plumbing.checkpoints import load_checkpoint, start_over
 from plumbing.files import BadInput, Locked, json_text, lock, read_json, read_lines, reading, refuse_flips, write_atomic
@@ -100,6 +100,9 @@ def check_folder(args):
             "then pass --init NEW/model.pt")
         flag = "the start, trained below the folder that you are in (or pass --init FILE): "
     check_writable(folder, flag)
+    if not (folder / "args.json").exists() and Path("runs/cache").resolve().is_relative_to(folder.resolve()):
+        raise BadInput(f"{flag}{folder}: would hold runs/, where starts are trained; expected a folder of its own, as "
+                       "runs/NAME")
     of_folder = args.data != "digits" and data.is_dir()
     if of_folder and folder.resolve().is_relative_to(data.resolve()):
         raise BadInput(f"--out {folder}: lies in --data {data}, where it would be read as data; {elsewhere}")
@@ -137,6 +140,12 @@ def check_folder(args):
         if (folder / "model.pt").exists() and not (folder / "state.pt").exists():       # the first is written last
             raise BadInput(f"{folder}: has a model.pt but no state.pt to go on from; --init {folder}/model.pt starts "
                            f"another run from it, {start_over(args)}")
+
+
+def refuse_folder_of_start(args, start):
+    """BadInput if --out is the folder of the start that the run is about to train."""
+    if Path(start.out).resolve() == Path(args.out).resolve():
+        raise BadInput(f"--out {args.out}: is the folder of the start, which is trained first; pass --out elsewhere")
 
 
 def same_value(flag, before, now):
@@ -178,6 +187,7 @@ class Run:
         self.state = {name: part for name, part in state.items() if part is not None}
         self.folder, self.main = Path(args.out), rank() == 0
         self.step, self.evaluations, self.pending = 0, [], []
+        self.classifier = None                                      # hash of the one that made the evaluations
         self.asked = self.stop_signal = None                        # a signal of this process; one that all agreed on
         self.held = contextlib.ExitStack()                          # the folder's lock
         check_folder(args)
@@ -269,6 +279,7 @@ class Run:
             for name, part in self.state.items():
                 part.load_state_dict(saved[name])
             self.step, self.evaluations = saved["step"], saved["evaluations"]
+            self.classifier = saved.get("classifier")               # not in the files of earlier versions
         self.refuse_divergence(f"{path} holds it: {start_over(self.args)}")
 
     def fingerprint_of_data(self):
@@ -340,9 +351,7 @@ class Run:
                 self.save()
                 self.bar.close()
                 if self.main:
-                    with contextlib.suppress(OSError):              # the terminal is gone
-                        print(f"\nstopped at step {self.step} and saved; run the same command again to resume",
-                              file=sys.stderr)
+                    print(f"\nstopped at step {self.step} and saved; {again()} to resume", file=sys.stderr)
                 sys.exit(128 + self.stop_signal)
 
     def stopping(self):
@@ -422,6 +431,14 @@ class Run:
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json_text(dict(step=self.step) | line) + "\n")
 
+    def measured_by(self, classifier):
+        """Leave out the evaluations by another classifier, one of another machine: distances do not compare."""
+        if self.evaluations and self.classifier not in (None, classifier):
+            print(f"{self.folder}: was measured by another classifier so far ({self.classifier}, now {classifier}): "
+                  "those evaluations stay in metrics.jsonl alone")
+            self.evaluations = []
+        self.classifier = classifier
+
     def evaluated(self, metrics):
         """Keep an evaluation ({} of latents), which only the first process makes."""
         if not metrics:
@@ -435,8 +452,8 @@ class Run:
         if self.main:
             parts = {name: part.state_dict() for name, part in self.state.items()}
             configs = {name: part.config for name, part in self.state.items() if hasattr(part, "config")}
-            history = dict(step=self.step, evaluations=self.evaluations, data=self.fingerprint_of_data(),
-                           configs=configs)
+            history = dict(step=self.step, evaluations=self.evaluations, classifier=self.classifier,
+                           data=self.fingerprint_of_data(), configs=configs)
             write_atomic(self.folder / "state.pt", parts | history)
             self.save_model()
         barrier()

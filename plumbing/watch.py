@@ -7,7 +7,7 @@ import torch
 from common import noise_by_index, world
 from data import to_images
 from evaluate import decoder_for, default_sampler, evaluate, show, table
-from metrics import EVAL_SEED, Diverged
+from metrics import EVAL_SEED, Diverged, spread
 from model import fixed_guidance, interpolate, v_to_x0
 from plumbing.files import BadInput, read_lines, write_atomic
 from plumbing.run_folder import UNTOUCHED
@@ -15,6 +15,8 @@ from plumbing.run_folder import UNTOUCHED
 
 def begin(run, features):
     """The evaluation of a run's start, before its first step.  A network with random weights is not worth one."""
+    if features:
+        run.measured_by(features.hash)
     if run.step == 0 and run.main and run.args.start != "scratch":
         run.evaluated(evaluate(run.model, features, run.args))
 
@@ -47,7 +49,8 @@ def watch(run, features, start=None, panel=None):
 
 def finish(run, features):
     """The end of a run: result.json, and the table of its first and last evaluation."""
-    measured = run.evaluations and run.evaluations[-1]["step"] == run.step
+    last = run.evaluations[-1]["step"] if run.evaluations else None
+    measured = run.from_first_process(int(last == run.step))
     if run.began == run.step and run.data.kind == "pixels" and not measured:
         if run.main:                                  # stopped at this step before, and --steps asks for no more now
             run.evaluated(evaluate(run.model, features, run.args))
@@ -74,13 +77,14 @@ def omega_response(net, data, n=100):
     """How much of omega a network has learned: v(omega = 2) - v(omega = 1) projected on v_cond - v_uncond.
 
     1: it guides as classifier-free guidance does.  0: it ignores its input omega, and what it was trained with, on
-    average, is baked in.  On the first n rows of the data, noised to times in (0, 1].
+    average, is baked in.  On n rows of the data, noised to times in (0, 1].
     """
     device = next(net.parameters()).device
-    rows = torch.arange(min(n, len(data.x)))
+    rows = spread(torch.arange(len(data.x)), n)                     # of a folder: not the first class alone
     x0, y = data.x[rows].to(device), data.y[rows].to(device)
-    t = (rows.to(device) + 1) / len(rows)
-    x_t = interpolate(x0, noise_by_index("health", EVAL_SEED, rows, x0.shape[1:]).to(device), t)
+    index = torch.arange(len(rows))
+    t = (index.to(device) + 1) / len(rows)
+    x_t = interpolate(x0, noise_by_index("health", EVAL_SEED, index, x0.shape[1:]).to(device), t)
     at_1, at_2 = fixed_guidance(1.0, 0.0, 1.0, x_t), fixed_guidance(2.0, 0.0, 1.0, x_t)
     v_uncond = net(x_t, t, torch.full_like(y, net.num_classes), None, at_1)
     v_cond = net(x_t, t, y, None, at_1)

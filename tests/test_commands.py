@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ from test_helpers import (
     METHODS,
     Evil,
     assert_same,
+    environment,
     read_metrics,
     refusal,
     run,
@@ -493,18 +495,41 @@ def test_ctrl_c_saves_and_says_how_to_go_on(home):
     def lines():
         return len(seen.read_text().splitlines()) if seen.exists() else 0
 
-    for sig, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+    for sig, code, resume, words in ((signal.SIGINT, 130, "no", "again without --resume no to resume"),
+                                     (signal.SIGTERM, 143, "auto", "again to resume")):
         before = lines()
-        process = start(home, python(f"{TOY['fsf_dmd.py']} --out stopped --steps 5000 --log_every 1"))
+        process = start(home, python(f"{TOY['fsf_dmd.py']} --out stopped --steps 5000 --log_every 1 --resume {resume}"))
         while lines() <= before + 3 and process.poll() is None:
             time.sleep(0.02)
         process.send_signal(sig)
         _, err = process.communicate(timeout=60)
         assert process.returncode == code
-        assert "and saved; run the same command again to resume" in err and "Traceback" not in err
+        assert f"and saved; run the same command {words}\n" in err and "Traceback" not in err
         assert err.count("stopping after this step, or after the evaluation that is under way\n") == 1
     steps = state(home, "stopped")["step"] + 1
     assert "resuming at step" in run(home, f"{TOY['fsf_dmd.py']} --out stopped --steps {steps}")
+
+    # Where nobody hears it, too: Ctrl-C also ends the reader in `2>&1 | tee log`; and with the log on a full disk.
+    for out, sink in (("unread", subprocess.PIPE), ("unwritten", open("/dev/full", "w"))):
+        command = python(f"{TOY['fsf_dmd.py']} --out {out} --steps 5000 --log_every 1 --save_every 0")
+        process = subprocess.Popen(command, cwd=home, env=environment(), stdout=sink, stderr=subprocess.STDOUT)
+        seen = home / out / "metrics.jsonl"
+        if process.stdout:
+            process.stdout.close()
+        while lines() <= 3 and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130 and state(home, out)["step"] > 0
+
+
+@pytest.mark.slow
+def test_a_compiler_that_does_not_work_is_one_line(home):
+    """As where /tmp is full, or nothing in it may be run."""
+    command = python("consistency.py --loss imf --data toy.npz --steps 2 --eval_every 0 --compile 1 --out compiled")
+    process = subprocess.run(command, cwd=home, env=environment() | dict(CXX="/bin/false", TMPDIR=str(home)),
+                             capture_output=True, text=True)
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+    assert "torch.compile does not work here (" in process.stderr and "--compile 0 does without" in process.stderr
 
 
 @pytest.mark.slow
@@ -709,7 +734,7 @@ BAD = [  # command, words of the one line
     ("reproduce.py 4 --data toy.npz --init jumps.pt --seeds 1", "jumps.pt: is a few-step generator"),
     ("reproduce.py 2 --data toy.npz --init imf/model.pt --row 11", "--row 11: a control, which --init leaves out"),
     (f"fsf_dmd.py --data toy.npz --init {'long' * 60}/model.pt --lr 0.1", "too long a name for a folder; pass --out"),
-    ("fsf_dmd.py --data toy.npz --init fm/model.pt --cfg_channels 2", "--data toy.npz has 1 channels"),
+    ("fsf_dmd.py --data toy.npz --init fm/model.pt --omega 2 --cfg_channels 2", "--data toy.npz has 1 channels"),
     ("evaluate.py fm/model.pt --cfg_channels 2", "--cfg_channels 2: expected 0 to 1 for fm/model.pt"),
     ("fsf_dmd.py --data toy.npz --init text.pt", "text.pt: not a model.pt"),
     ("fsf_dmd.py --data toy.npz --init evil.pt", "evil.pt: not a model.pt"),
@@ -745,6 +770,8 @@ BAD = [  # command, words of the one line
     ("sid.py --data toy.npz --init fm/model.pt --teacher decoupled.pt --omega 2", "--omega: the flow map in"),
     ("fsf_dmd.py --data toy.npz --init imf/model.pt --teacher imf/model.pt --cfg_channels 1", "belongs to a velocity"),
     ("fsf_dmd.py --data toy.npz --init imf/model.pt --vae vae.pt", "--vae: decodes latents, and --data toy.npz has"),
+    ("consistency.py --loss fm --guide_to 0.3", "--guide_to: --omega 1 is no guidance"),
+    ("fsf_dmd.py --init fm --cfg_channels 1", "--cfg_channels: --omega 1 is no guidance"),
     ("sid.py --data toy.npz --init decoupled.pt --guide_to 0.5", "--guide_to: the flow map in decoupled.pt takes no"),
     ("dmd2.py --init fm --cd_guidance drawn --dry_run", "--cd_guidance: belongs to L_CD, which needs --cd 1"),
     ("dmd2.py --lambda_g 0 --disc_trunk generator", "builds no discriminator"),

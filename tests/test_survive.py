@@ -359,6 +359,10 @@ def test_a_folder_that_will_not_do_is_refused_before_the_pretraining(in_home, mo
     assert words in said and sorted(in_home.rglob("*")) == before
     said = refusal("fsf_dmd.py --init imf --data toy.npz --seed 9 --out toy.npz/below", capsys, monkeypatch)
     assert "toy.npz is a file" in said and sorted(in_home.rglob("*")) == before
+    for folder, words in (("runs", "would hold runs/"), (".", "would hold runs/"),
+                          ("runs/consistency_imf-toy-scratch-seed9", "is the folder of the start")):
+        said = refusal(f"fsf_dmd.py --init imf --data toy.npz --seed 9 --out {folder}", capsys, monkeypatch)
+        assert words in said and sorted(in_home.rglob("*")) == before, folder
 
 
 @pytest.mark.parametrize("flags", ["--init imf/model.pt", "--init fm/model.pt --teacher imf/model.pt"])
@@ -493,6 +497,21 @@ def test_starting_over_removes_what_a_run_wrote_and_nothing_else(in_home, few_sa
     before = contents(out)
     assert "is a link" in refusal(f"{IMF} --steps 1 --out link --resume no", capsys, monkeypatch)
     assert contents(out) == before
+
+
+def test_distances_of_two_classifiers_are_not_put_side_by_side(in_home, few_samples, capsys):
+    """As where a run goes on on another machine, on which the classifier of the metrics ends at other weights."""
+    out = in_home / "measured"
+
+    def steps_of(steps):
+        train(f"{IMF} --steps {steps} --eval_every 1 --out measured")
+        return [e["step"] for e in json.loads((out / "result.json").read_text())["evaluations"]]
+
+    assert steps_of(2) == [1, 2]
+    saved = torch.load(out / "state.pt", weights_only=True)
+    torch.save(saved | dict(classifier="01234567"), out / "state.pt")
+    assert steps_of(2) == [2] and "measured by another classifier so far (01234567" in capsys.readouterr().out
+    assert steps_of(3) == [2, 3]
 
 
 def test_weights_that_are_not_finite_are_refused(in_home, monkeypatch, capsys):
