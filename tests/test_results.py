@@ -352,6 +352,43 @@ def run_later(label):
     return [run["evaluations"][-1] for run in row["seeds"].values()]
 
 
+def test_what_is_said_of_twice_the_steps_is_in_the_numbers():
+    """results/longer-fashion-mnist: the runs of Table 2, halfway, and their end."""
+    page, text = (KEPT / "longer-fashion-mnist" / "README.md").read_text(), words_of_the_texts()
+    rows = json.loads((KEPT / "longer-fashion-mnist" / "runs.json").read_text())["rows"]
+    of = {row["label"]: [[run["evaluations"][i] for run in row["seeds"].values()] for i in range(5)] for row in rows}
+    for row in rows:
+        half, end = of[row["label"]][2], of[row["label"]][4]
+        assert end[0]["step"] == 2 * half[0]["step"] and f"python {row['command']}\n" in page
+        assert all(f"| {row['label']} {cells_of(found)}" in page for found in (half, end))
+    strong, FSF, MASKED, DMD2 = Told(FASHION_STRONG), 7, 9, 4
+    dmd2_, ours, masked = (of[f"{name}, strong start"] for name in ("DMD2", "FSF-DMD, M = 2", "CD with masking"))
+    for number, found in ((DMD2, dmd2_), (FSF, ours), (MASKED, masked)):
+        at_table = [e["fd_2step"] for e in strong.last[number]]
+        assert [e["fd_2step"] for e in found[2]] == pytest.approx(at_table, abs=0.1)            # up to rounding
+
+    def told_of(a, b, pairs, lowest):
+        found = []
+        for N, words in pairs:
+            d = np.array([x[f"fd_{N}step"] - y[f"fd_{N}step"] for x, y in zip(a, b)])
+            assert f"{d.mean():.3f} ± {d.std(ddof=1):.3f}" == words and words in text and d.min() > 0, words
+            found.append(scipy.stats.ttest_1samp(d, 0).pvalue)
+        assert f"{min(found):.2g}" == lowest and f"(p {lowest} alone" in text
+
+    told_of(dmd2_[4], ours[4], ((1, "9.367 ± 5.217"), (2, "8.362 ± 4.301"), (4, "17.121 ± 5.805")), "0.036")
+    told_of(ours[4], masked[4], ((1, "3.091 ± 0.358"), (2, "1.439 ± 0.704"), (4, "1.591 ± 0.450")), "0.0044")
+    means = [f"{np.mean([e['fd_2step'] for e in found]):.1f}" for found in dmd2_[1:]]
+    assert f"its mean at 2 steps is {means[0]}, {means[1]}, {means[2]} and {means[3]} after 25, 50, 75 and 100" in text
+    weak = of["DMD2, weak start"]
+    assert [e["fd_2step"] for e in weak[2]] == pytest.approx([e["fd_2step"] for e in Told(FASHION_2).last[DMD2]], abs=0.1)
+    for found, words in ((dmd2_, "nothing that could be told ({})"), (weak, "in all three seeds ({})")):
+        d = np.array([y["fd_2step"] - x["fd_2step"] for x, y in zip(found[2], found[4])])
+        assert words.format(f"{d.mean():+.3f} ± {d.std(ddof=1):.3f}") in text
+        assert d.min() > 0 if found is weak else d.min() < 0 < d.max()
+    means = [f"{np.mean([e['fd_2step'] for e in found[4]]):.1f}" for found in (weak, dmd2_)]
+    assert f"it is at {means[0]}, behind its 50 steps" in text and f"from the strong start at {means[1]}, not told" in text
+
+
 def cells_of(found):
     """The metrics of a row of the tables that no command made: mean and deviation of its evaluations."""
     names = dict(fd_1step=1, fd_2step=1, fd_4step=1, is_2step=2, precision_2step=3, recall_2step=3)
