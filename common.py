@@ -93,8 +93,8 @@ def main(train, parse_args):
 
 def again():
     """How to go on, in words: --resume no would remove what has been saved."""
-    given = {*zip(sys.argv, sys.argv[1:])} & {("--resume", "no")} or "--resume=no" in sys.argv
-    return "run the same command again" + (" without --resume no" if given else "")
+    starts_over = "--resume no" in " ".join(sys.argv).replace("=", " ")
+    return "run the same command again" + (" without --resume no" if starts_over else "")
 
 
 def leave(words, code):
