@@ -46,8 +46,8 @@ from model import SIZES
 from plumbing import report
 from plumbing.checkpoints import load_checkpoint, new_network, refuse_jumps, refuse_other_data
 from plumbing.flags import Parser, data_source, folder_path, network_name, number
-from plumbing.kept_runs import (HERE, Job, chain, content_hash, default_jobs, is_done, machine, record,
-                                refuse_torchrun, run_all, sources_of)
+from plumbing.kept_runs import (HERE, Job, chain, default_jobs, inputs_of, is_done, machine, record, refuse_torchrun,
+                                run_all, sources_of)
 from plumbing.run_folder import check_writable
 
 PAPER = json.loads((HERE / "golden" / "paper_tables.json").read_text())
@@ -458,7 +458,7 @@ def run(args):
     if max(there.values(), default=0) > args.seeds:
         raise BadInput(f"--seeds {args.seeds}: {folder} holds the table of {max(there.values())}; "
                        "pass as many, or another --out")
-    report.refuse_other_data(folder, args.data, inputs_of(args))
+    report.refuse_other_data(folder, args.data, inputs_of(args.data, args.init))
     data = usable_data(args.data, args.size, args.init)
     if data_kind(args.data) == "latents":
         decoder_for(data, args, torch.device("cpu"))
@@ -499,12 +499,6 @@ def regime_of(args, table):
     return args.start if any(row.start == "imf" for row in table.rows) else ""
 
 
-def inputs_of(args):
-    """{"data" or "init": [path, hash]}: what a table was made of, known again where it has moved or was edited."""
-    given = {name: path for name, path in (("data", args.data), ("init", args.init)) if path and path != "digits"}
-    return {name: [str(Path(path).resolve()), content_hash(path)] for name, path in given.items()}
-
-
 def head_of(args, table, jobs):
     """What runs.json says of all rows."""
     found = {}
@@ -515,7 +509,7 @@ def head_of(args, table, jobs):
         title=table.title,
         data=args.data,
         start=regime_of(args, table),
-        inputs=inputs_of(args),
+        inputs=inputs_of(args.data, args.init),
         network=" ".join(word for word in (args.size, args.precision) if word),
         reference=table.reference,
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

@@ -31,7 +31,7 @@ from data import data_name, preset_kind
 from plumbing import report
 from plumbing.files import json_text, write_atomic
 from plumbing.flags import Parser, data_source, folder_path, number
-from plumbing.kept_runs import default_jobs, is_done, refuse_torchrun, run_all
+from plumbing.kept_runs import default_jobs, inputs_of, is_done, refuse_torchrun, run_all
 from reproduce import CD_MASKED, DMD2, DMD2_CD, FSF, STARTS, job, usable_data
 
 SEEDS = (100, 101)
@@ -194,7 +194,7 @@ def run(args):
         methods = {args.method: methods[args.method]}
     folder = folder_of(args)
     stored = report.stored_runs(folder)
-    report.refuse_other_data(folder, args.data)
+    report.refuse_other_data(folder, args.data, inputs_of(args.data))
     there = len(stored.get("seeds", []))
     if there > args.seeds:
         raise BadInput(f"--seeds {args.seeds}: {folder} holds the search with {there}; pass as many, or another --out")
@@ -257,7 +257,8 @@ def write(args, rows):
     folder = folder_of(args)
     folder.mkdir(parents=True, exist_ok=True)
     seeds = SEEDS[:args.seeds]
-    head = dict(data=args.data, start=args.start, seeds=seeds, torch=torch.__version__, cores=os.cpu_count())
+    head = dict(data=args.data, inputs=inputs_of(args.data), start=args.start, seeds=seeds, torch=torch.__version__,
+                cores=os.cpu_count())
     write_atomic(folder / "runs.json", json_text(dict(head, rows=rows), indent=1) + "\n")
     text = "\n".join(lines)
     finals, bold = f", the best two of\na method on seed {SEEDS[1]} too", "the lower mean of the two"

@@ -133,6 +133,12 @@ def content_hash(path):
     return listing_hash([file for file in files_below(path) if not hidden(file, path)], path)[:12]
 
 
+def inputs_of(data, init=None):
+    """{"data" or "init": [path, hash]}: what results were made of, known again where it has moved or was edited."""
+    given = {name: path for name, path in (("data", data), ("init", init)) if path and path != "digits"}
+    return {name: [str(Path(path).resolve()), content_hash(path)] for name, path in given.items()}
+
+
 def beside(job, suffix):
     return job.folder.with_name(job.folder.name + suffix)             # a name may hold a dot: lam0.05
 

@@ -499,7 +499,7 @@ def seeds_in(folder):
 def refuse_other_data(folder, data, inputs=None):
     """BadInput if a folder of results is of other data or another start: it is named by the last part of their paths.
 
-    inputs: {"data" or "init": [path, hash]}, which runs.json holds since reproduce.py knows them by either.
+    inputs: {"data" or "init": [path, hash]}, `kept_runs.inputs_of`; a runs.json of earlier versions holds none.
     """
     stored, inputs = stored_runs(folder), inputs or {}
     before, known = stored.get("data", data), stored.get("inputs", {})

@@ -487,6 +487,7 @@ def test_words_that_are_no_paths_are_no_inputs_of_a_run(tmp_path, monkeypatch):
     os.utime("images/1.png", (1, 1))
     kept_runs.look_again()
     assert kept_runs.identity(job)["inputs"] != before
+    assert kept_runs.inputs_of("images") == kept_runs.inputs_of(f"{tmp_path}/images") != kept_runs.inputs_of("digits")
 
 
 def test_a_network_that_is_given_is_measured_once(inputs, capsys):
