@@ -106,9 +106,7 @@ def random_inputs(folder, size):
     data = folder / "latents"
     data.mkdir(parents=True, exist_ok=True)
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(256, 32, 16, 16, generator=g)
-    y = torch.randint(1000, (256,), generator=g)
-    y[0] = 999                                                        # so that there are 1000 classes
+    x, y = torch.randn(1000, 32, 16, 16, generator=g), torch.arange(1000)
     save_file(dict(latents=x, latents_flip=x.flip(3), labels=y), data / "random.safetensors")
     statistics = dict(mean=torch.zeros(1, 32, 1, 1), std=torch.ones(1, 32, 1, 1))
     torch.save(statistics, data / "latents_stats.pt")

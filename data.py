@@ -28,8 +28,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from safetensors import safe_open
+from tqdm import tqdm
 
-from common import BadInput, rank
+from common import BadInput, rank, world
 from plumbing.checkpoints import read_weights
 from plumbing.files import files_below, first_line, hidden, read_json, reading, write_atomic
 from plumbing.idx_cifar import image_side, is_idx_or_cifar, read_idx_or_cifar
@@ -41,6 +42,9 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 MAX_CLASSES = 100_000           # more is no label; ImageNet-21k has 21,841
 MAX_SIDE = 512                  # pixels of an image that a network sees as it is
+# Of the memory, for uint8 images: training needs 13 to 14 bytes a pixel for a moment, these, 32-bit numbers, and 64-bit
+# ones for the statistics.
+TRAINED_SHARE = 1 / 16
 
 
 @dataclass
@@ -56,19 +60,20 @@ class Data:
     kind: str = "pixels"            # or "latents"
     vae: str = ""                   # hash of the VAE's weights that made the latents, where known
     test: tuple | None = None       # (x, y) of a test part, which nothing is trained on
+    classes: list | None = None     # their names, of an image folder: those of the sub-folders
 
     @property
     def meta(self) -> dict:
         """What a checkpoint keeps, to give images back without the data."""
         return dict(
             source=self.source, num_classes=self.num_classes, shape=list(self.x.shape[1:]), mean=self.mean,
-            std=self.std, kind=self.kind, vae=self.vae,
+            std=self.std, kind=self.kind, vae=self.vae, classes=self.classes,
         )
 
 
 def load_data(source: str) -> Data:
     """Data for --data SOURCE (see the file header).  Raises BadInput for anything missing, unreadable or wrong."""
-    test_images = test_labels = None
+    test_images = test_labels = classes = None
     if source == "digits":
         images, labels = read_digits()
     elif source.lower().endswith(".npz"):
@@ -81,7 +86,7 @@ def load_data(source: str) -> Data:
     elif is_idx_or_cifar(source):
         images, labels, test_images, test_labels = read_idx_or_cifar(source)
     else:
-        images, labels = read_image_folder(source)
+        images, labels, classes = read_image_folder(source)
     empty = np.flatnonzero(np.bincount(labels) == 0)             # it would be sampled, and never trained
     if len(empty):
         raise BadInput(f"--data {source}: no image has label {', '.join(map(str, empty[:3]))}, expected all of 0 .. "
@@ -95,7 +100,7 @@ def load_data(source: str) -> Data:
     if test_images is not None:
         test_x, test_y = as_tensors(test_images, test_labels)
         test = normalize(test_x, mean, std), test_y
-    return Data(normalize(x, mean, std), y, int(y.max()) + 1, mean, std, source, test=test)
+    return Data(normalize(x, mean, std), y, int(y.max()) + 1, mean, std, source, test=test, classes=classes)
 
 
 def as_tensors(images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,8 +118,7 @@ def data_kind(source: str) -> str:
     if source == "digits" or source.lower().endswith(".npz"):
         return "pixels"
     folder = Path(source)
-    holds_images = folder.is_dir() and not any(folder.glob("*.safetensors"))
-    return "pixels" if holds_images else "latents"
+    return "pixels" if folder.is_dir() and not shard_files(folder) else "latents"
 
 
 def preset_kind(source: str) -> str:
@@ -202,12 +206,17 @@ def read_npz_arrays(path: str | Path, shown: str, headers: dict, names: list, sh
     So a small file that unpacks to a huge array does no harm.
     """
     wanted = sum(math.prod(headers[name][0]) * headers[name][1].itemsize for name in names)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if wanted > share * memory:
-        raise BadInput(f"{shown}: {' and '.join(names)} unpack to {wanted / 1e9:.1f} GB, expected at most "
-                       f"{share * memory / 1e9:.1f} GB on this machine of {memory / 1e9:.0f} GB; take fewer rows")
+    refuse_too_large(f"{shown}: {' and '.join(names)} unpack", wanted, share, "rows")
     with reading(shown, "a readable .npz without pickled objects"), np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in names}
+
+
+def refuse_too_large(what: str, wanted: int, share: float, of: str) -> None:
+    """BadInput if so many bytes are more than a process may have: this share of the memory over their number."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if wanted > share / world() * memory:
+        raise BadInput(f"{what} to {wanted / 1e9:.1f} GB, expected at most {share / world() * memory / 1e9:.1f} GB "
+                       f"a process on this machine of {memory / 1e9:.0f} GB; take fewer {of}")
 
 
 def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
@@ -233,8 +242,7 @@ def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
     if label_shape != shape[:1] or label_dtype.kind not in "iu":
         raise BadInput(f"{shown}: labels are {label_dtype} {list(label_shape)}, expected {shape[0]} integers")
 
-    # Training needs 13 bytes a pixel for a moment: these, 32-bit numbers, and 64-bit ones for the statistics.
-    arrays = read_npz_arrays(path, shown, headers, ["images", "labels"], share=1 / 16)
+    arrays = read_npz_arrays(path, shown, headers, ["images", "labels"], TRAINED_SHARE)
     refuse_labels(arrays["labels"], shown)
     images = arrays["images"].reshape(shape)                     # [N, H, H, C]
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), arrays["labels"]
@@ -251,7 +259,8 @@ def refuse_labels(labels: "np.ndarray | torch.Tensor", shown: str | Path) -> Non
 
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF")     # by content: no other parser of Pillow is asked
-PARTS = {"train", "training", "test", "val", "valid", "validation"}                # no names of classes
+# Names of parts of a data set (mnist_png, SVHN and STL-10 have the last ones), not of classes.
+PARTS = {"train", "training", "test", "testing", "val", "valid", "validation", "extra", "unlabeled"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pgm", ".ppm", ".pnm", ".tif", ".tiff")
 
 
@@ -289,33 +298,41 @@ def read_rgb(path: str | Path, largest: int | None = None, on_white: bool = Fals
         raise BadInput(f"{path}: not a readable image ({first_line(error)}); repair or remove it") from None
 
 
-def read_image_folder(folder: str) -> tuple[np.ndarray, np.ndarray]:
-    """(uint8 images [N, 3, H, H], labels [N]) of small images in class folders; all of one square size."""
-    files, _ = image_files(folder)
+def read_image_folder(folder: str) -> tuple[np.ndarray, np.ndarray, list]:
+    """(uint8 images [N, 3, H, H], labels [N], class names) of small images in class folders; all of one square size."""
+    files, classes = image_files(folder)
     say_unread(folder)
     images = []                                                  # of uint8 [H, H, 3]
-    for path, _ in files:
+    for path, _ in tqdm(files, desc="images", delay=2, disable=rank() > 0, dynamic_ncols=True):
         pixels = np.array(read_rgb(path, largest=64, on_white=True))
         height, width = pixels.shape[:2]
         if not images and width != height:
             raise BadInput(f"--data {folder}: {path} has {width} x {height} pixels, expected square images")
+        if not images:
+            refuse_too_large(f"--data {folder}: its {len(files)} images unpack", len(files) * pixels.size,
+                             TRAINED_SHARE, "images")
         if images and pixels.shape != images[0].shape:
             side = len(images[0])
             raise BadInput(f"--data {folder}: {path} is {width} x {height}, the first image {side} x {side}, "
                            "expected one size")
         images.append(pixels)
     labels = np.array([label for _, label in files])
-    return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)), labels
+    return np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2)), labels, classes
 
 
 def say_unread(folder: str | Path) -> None:
-    """Say what is not read: images beside the class folders, which have no class, and other files in these."""
+    """Say what is not read: images beside the class folders, other files in these, and what looks like classes."""
     loose = [path for path in Path(folder).iterdir() if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES]
     inside = [path for path in files_below(folder) if path.parent != Path(folder) and not hidden(path, folder)]
     others = [path for path in inside if path.suffix.lower() not in IMAGE_SUFFIXES]
     for files, what in ((loose, "images beside"), (others, "files without the ending of an image in")):
         if files and rank() == 0:
             print(f"{folder}: {len(files)} {what} the class folders are not read ({min(files).name} is one)")
+    classes = {path.relative_to(folder).parts[0] for path in inside}
+    below = {path.relative_to(folder).parts[1] for path in inside if path.parent.parent != Path(folder)}
+    if len(classes) == 1 and len(below) > 1 and rank() == 0:
+        print(f"{folder}: one class, {min(classes)}; the folders in it are no classes (if they are: pass "
+              f"{Path(folder) / min(classes)})")
 
 
 def image_files(folder: str | Path) -> tuple[list, list]:
@@ -387,12 +404,12 @@ def load_latents(folder: str) -> Data:
     found = shards(folder)
     mean, std = read_stats(folder, channels=found[0].latents.shape[1])
     x = Latents(found, mean, std)
-    y = torch.cat([shard.labels for shard in found]).repeat(2).long()        # both views
+    labels = torch.cat([shard.labels for shard in found]).long()
     meta = read_meta(Path(folder) / "meta.json")
-    num_classes = len(meta["classes"]) if meta else int(y.max()) + 1
-    if y.max() >= num_classes:
-        raise BadInput(f"--data {folder}: labels go up to {int(y.max())}, but meta.json names {num_classes} classes; "
-                       "expected shards and meta.json of one encoding")
+    num_classes = count_classes(labels, meta, f"--data {folder}")
+    gaps = num_classes - len(labels.unique())                    # a subset of ImageNet may be meant: it is not refused
+    if gaps and rank() == 0:
+        print(f"--data {folder}: {gaps} of {num_classes} classes have no image; they are sampled, and never trained")
 
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:256]
     sample = x[some]
@@ -402,7 +419,20 @@ def load_latents(folder: str) -> Data:
         raise BadInput(f"--data {folder}: normalised with its latents_stats.pt, the channels have means up to "
                        f"{mean_off:.2f} and deviations {std_low:.2f} .. {std_high:.2f}, expected 0 and 1: "
                        "the statistics of other latents, or latents normalised already")
+    y = labels.repeat(2)                                                     # both views
     return Data(x, y, num_classes, mean, std, folder, "latents", meta.get("vae_hash", ""))
+
+
+def count_classes(labels: torch.Tensor, meta: dict, shown: str) -> int:
+    """Classes of latents with these labels [N] and this meta.json ({}: none); BadInput if the two do not fit."""
+    classes, n = len(meta.get("classes", ())) or int(labels.max()) + 1, meta.get("n", len(labels))
+    if labels.max() >= classes:
+        raise BadInput(f"{shown}: labels go up to {int(labels.max())}, but meta.json names {classes} classes; "
+                       "expected shards and meta.json of one encoding")
+    if len(labels) != n:
+        raise BadInput(f"{shown}: the shards hold {len(labels)} images, but meta.json says {n}; copy all shards, or "
+                       "run `python vae.py encode` again")
+    return classes
 
 
 def read_meta(path: Path) -> dict:
@@ -431,10 +461,15 @@ LATENT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 LABEL_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+def shard_files(folder: str | Path) -> list[Path]:
+    """The shards of a folder by name; hidden files (._x.safetensors, of a Mac) are none."""
+    return sorted(path for path in Path(folder).glob("*.safetensors") if not path.name.startswith("."))
+
+
 def shards(folder: str | Path) -> list[Shard]:
     """The shards of a folder in LightningDiT's format, in the order of their names; BadInput names the first fault."""
     found = []
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in shard_files(folder):
         file = open_shard(path)
         missing = sorted({"latents", "latents_flip", "labels"} - set(file.keys()))
         if missing:
@@ -519,12 +554,13 @@ class Latents:
 def to_images(x: torch.Tensor, meta: dict, vae: torch.nn.Module | None = None) -> np.ndarray:
     """Normalised x [n, C, H, W] -> uint8 [n, H, W, 1 or 3].  meta: Data.meta.
 
-    Latents are decoded by `vae`; without one, their first 3 channels are shown as colours.
+    Latents are decoded by `vae`; without one, their first 3 channels are shown as colours (of 2, the first as grey).
     """
     if meta.get("kind") != "latents":
         return to_uint8(x, meta["mean"], meta["std"])
     if vae is None:
-        return to_uint8(x[:, :3], mean=[0.5] * 3, std=[0.25] * 3)            # black to white: +- 2 deviations
+        shown = x[:, :3] if x.shape[1] > 2 else x[:, :1]
+        return to_uint8(shown, mean=[0.5] * shown.shape[1], std=[0.25] * shown.shape[1])   # +- 2: black to white
     device = next(vae.parameters()).device
     with torch.no_grad():
         z = denormalize(x.float().to(device), meta["mean"], meta["std"])

@@ -26,9 +26,9 @@ from fid import (collect, describe, feature_network, image_source, inception_met
                  write_reference)
 from inception import Inception  # noqa: F401  (a public name of this file too, as those of the next line)
 from metrics import frechet_distance, inception_score, precision_recall  # noqa: F401
-from metrics import EVAL_SEED, METRICS, Features
+from metrics import EVAL_SEED, METRICS, Features, refuse_diverged
 from model import LightningDiT, backward_simulation, euler_sample, fixed_guidance, guided_map, guided_velocity, sample
-from plumbing.checkpoints import (are_other_images, load_checkpoint, load_network, refuse_not_finite, say_unlearned,
+from plumbing.checkpoints import (load_checkpoint, load_network, other_images, refuse_not_finite, say_unlearned,
                                   weights_hash)
 from plumbing.files import json_text, reading, refuse_flips, write_atomic
 from plumbing.flags import BATCH, SEED, STEPS, Parser, data_source, folder_path, number
@@ -141,6 +141,7 @@ def show(path: Path, nets: list, data: Data, args: argparse.Namespace, steps: li
     """A picture: real images, then samples of each (caption, network, sampler) in `nets`, from the same noise.
 
     A row holds the first ten classes, a band PER_CLASS rows.  args, restate, shift: as in `evaluate`, and args.vae.
+    Diverged if samples hold NaN or infinity.
     """
     shown = min(data.num_classes, 10)
     bands = [("real", real_images(data, shown, PER_CLASS))]
@@ -148,6 +149,7 @@ def show(path: Path, nets: list, data: Data, args: argparse.Namespace, steps: li
         for N in sampler_steps(sampler, steps, few=(1, 2), M=getattr(args, "M", None)):
             x, _ = generate(net, PER_CLASS * shown, data.x.shape[1:], N, args.omega, args.guide_to,
                             args.cfg_channels, seed, classes=shown, sampler=sampler, shift=shift)
+            refuse_diverged(x)
             bands.append((f"{caption}: {N}-step samples", restate(x)))
     device = next(nets[0][1].parameters()).device
     preview(path, bands, data.meta, decoder_for(data, args, device))
@@ -231,8 +233,8 @@ def measure(args: argparse.Namespace) -> None:
     ref = None if of_ref else read_reference(args.ref)
     if args.from_images or of_ref:
         path = args.from_images or args.data
-        n, images, digest = image_source(path, args.n)
-        sampler = f"images {path} ({digest})"
+        n, images, digest = image_source(path, args.n, as_trained=of_ref)
+        sampler = f"images {path} ({digest})" + (", as trained on" if of_ref else "")
         out = Path(args.out or "evaluation")
     else:
         images, sampler = samples_as_images(args, device)
@@ -302,6 +304,7 @@ def samples_as_images(args: argparse.Namespace, device: torch.device) -> tuple[C
         with tf32():                                             # as DiT's and SiT's sampling; the features are not
             x, _ = generate(net, stop - start, data.x.shape[1:], steps, omega, guide_to, channels, args.seed,
                             start=start, sampler=sampler, shift=args.shift)
+            refuse_diverged(x)
             pixels = torch.from_numpy(to_images(restate(x), data.meta, vae)).permute(0, 3, 1, 2)
         return pixels.expand(-1, 3, -1, -1)                      # grey images three times
 
@@ -339,8 +342,9 @@ def data_of(path: str, checkpoint: dict, otherwise: str) -> Data:
     if source != "digits" and not Path(source).exists():
         raise BadInput(f"{path}: was trained on {source}, which is not there (seen from here); {otherwise}")
     data = load_data(source)
-    if are_other_images(checkpoint, data):
-        raise BadInput(f"{path}: was trained on a {source} of other mean and deviation than the one that is there "
+    other = other_images(checkpoint, data)
+    if other:
+        raise BadInput(f"{path}: was trained on a {source} of other {other} than the one that is there "
                        f"(seen from here); {otherwise}")
     return data
 

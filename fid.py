@@ -3,6 +3,7 @@
 evaluate.py calls what is here, top to bottom: network, images, their features, a reference, the numbers.
 """
 import contextlib
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from common import BadInput, barrier, rank, world
-from data import images_below, npz_headers, read_npz_arrays, read_rgb
+from data import images_below, npz_headers, read_npz_arrays, read_rgb, say_unread
 from inception import load_inception
 from metrics import frechet_distance, inception_score, moments, precision_recall, spread
 from plumbing.files import listing_hash, lock, read_json, reading, refuse_flips, write_atomic
@@ -37,13 +38,15 @@ def feature_network(path: str, pipeline: str, device: torch.device) -> tuple[Cal
     return network, f"Inception {digest} ({pipeline})"
 
 
-def image_source(path: str | Path, n: int | None = None) -> tuple[int, Callable, str]:
+def image_source(path: str | Path, n: int | None = None, as_trained: bool = False) -> tuple[int, Callable, str]:
     """(count, images(start, stop) -> uint8 [m, 3, H, W], hash) of a folder of images, or of an .npz with arr_0.
 
     n: take so many, evenly over all of them, as `spread`.  A folder's images are taken in the order of their names and
     have one size; arr_0 is uint8 [N, H, W, 3].  BadInput for anything else, of a folder when the image is read.
+    as_trained: of a folder what training sees (`read_image_folder`), not what the official FID codes see.
     """
-    count, read, digest = npz_source(path) if str(path).lower().endswith(".npz") else folder_source(path)
+    of_npz = str(path).lower().endswith(".npz")
+    count, read, digest = npz_source(path) if of_npz else folder_source(path, as_trained)
     n = min(n or count, count)
 
     def images(start, stop):
@@ -61,7 +64,7 @@ def npz_source(path: str | Path) -> tuple[int, Callable, str]:
     shape, dtype = headers["arr_0"]
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape:
         raise BadInput(f"{path}: arr_0 is {dtype} {list(shape)}, expected uint8 [N, H, W, 3] with N, H and W above 0")
-    array = read_npz_arrays(path, str(path), headers, ["arr_0"], share=3 / 4 / world())["arr_0"]
+    array = read_npz_arrays(path, str(path), headers, ["arr_0"], share=3 / 4)["arr_0"]
     array = np.ascontiguousarray(array)
 
     def read(indices):
@@ -70,16 +73,21 @@ def npz_source(path: str | Path) -> tuple[int, Callable, str]:
     return len(array), read, hashlib.sha256(array).hexdigest()[:8]
 
 
-def folder_source(path: str | Path) -> tuple[int, Callable, str]:
+def folder_source(path: str | Path, as_trained: bool) -> tuple[int, Callable, str]:
     files = images_below(path)
     if not files:
         raise BadInput(f"{path}: holds no images, expected a folder of them or an .npz with arr_0")
+    of_classes = [file for file in files if file.parent != Path(path)]
+    if as_trained and of_classes:
+        say_unread(path)
+        files = of_classes
     width, height = read_rgb(files[0]).size
+    open_image = functools.partial(read_rgb, on_white=as_trained)
 
     def read(indices):
         wanted, arrays = [files[i] for i in indices], []         # arrays: uint8 [H, W, 3]
         with ThreadPoolExecutor() as threads:                    # pillow decodes beside them
-            images = list(threads.map(read_rgb, wanted))
+            images = list(threads.map(open_image, wanted))
         for file, image in zip(wanted, images):
             if image.size != (width, height):
                 raise BadInput(f"{file}: is {image.width} x {image.height}, others {width} x {height}; "

@@ -153,6 +153,12 @@ class Diverged(BadInput):
     """Samples that hold NaN or infinity."""
 
 
+def refuse_diverged(*tensors: torch.Tensor) -> None:
+    """Diverged unless all these samples, or what was made of them, are finite."""
+    if not all(values.isfinite().all() for values in tensors):
+        raise Diverged("the samples hold NaN or infinity: the network has diverged; take an earlier checkpoint")
+
+
 class Reference(NamedTuple):
     """Real images as the metrics need them."""
 
@@ -229,8 +235,7 @@ class Features:
         Diverged if x holds NaN or infinity, or numbers so large that its features do.
         """
         features, probs = self(x)
-        if not x.isfinite().all() or not features.isfinite().all():
-            raise Diverged("the samples hold NaN or infinity: the network has diverged; take an earlier checkpoint")
+        refuse_diverged(x, features)
         return compare(self.reference, features, probs, y)
 
     @cached_property

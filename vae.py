@@ -28,7 +28,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from common import BadInput, autocast, barrier, main, noise_by_index, pick_device, rank, setup, tf32, world
-from data import image_files, latents_to_uint8, open_shard, read_image, read_meta, read_stats, say_unread, shards
+from data import (count_classes, image_files, latents_to_uint8, open_shard, read_image, read_meta, read_stats,
+                  say_unread, shards)
 from data import denormalize, load_data, normalize  # noqa: F401  (public names of this file too)
 from model import refuse_differences
 from plumbing.checkpoints import read_weights, refuse_not_finite, weights_hash
@@ -329,7 +330,7 @@ def encode_shards(out: Path, vae: VAE, name: str, files: list, args: argparse.Na
     with tqdm(total=total, desc=f"encode {name}", unit=" images", disable=hidden, dynamic_ncols=True) as bar:
         for shard, rows in mine:
             of_files = hash_of(files, rows, args.images)
-            if is_whole(out / shard, of_files):
+            if is_whole(out / shard, of_files, args):
                 bar.update(len(rows))
             else:
                 encode_shard(out / shard, vae, files, rows, of_files, args, device, bar)
@@ -342,14 +343,18 @@ def hash_of(files: list, rows: range, folder: str) -> str:
     return hashlib.sha256(f"{listing} {labels}".encode()).hexdigest()[:12]
 
 
-def is_whole(path: Path, of_files: str) -> bool:
-    """Whether a shard of these files is there, with the sums that `finish_encoding` needs."""
+def is_whole(path: Path, of_files: str, args: argparse.Namespace) -> bool:
+    """Whether a shard of these files is there, with the sums that `finish_encoding` needs.
+
+    An image that it left out may have been repaired since.
+    """
     try:
-        shard_sums(path)
+        _, _, bad = shard_sums(path)
         with open_shard(path) as shard:
-            return shard.metadata().get("files") == of_files
+            same = shard.metadata().get("files") == of_files
     except BadInput:
         return False
+    return same and (not bad or args.skip_bad and all(read_image(file, args.size) is None for file in bad))
 
 
 def shard_sums(path: Path) -> tuple[dict, int, list]:
@@ -502,12 +507,9 @@ def check(args: argparse.Namespace) -> None:
             square = square + view.square().sum((0, 2, 3))
     mean, std = mean_and_std(count, total, square)
     labels = torch.cat([shard.labels for shard in found])
-    counts = torch.bincount(labels)
+    meta = read_meta(Path(args.folder) / "meta.json")
+    counts = torch.bincount(labels, minlength=count_classes(labels, meta, args.folder))
     shape, dtype = list(found[0].latents.shape[1:]), str(found[0].latents.dtype).removeprefix("torch.")
-    classes = read_meta(Path(args.folder) / "meta.json").get("classes")
-    if classes and len(counts) > len(classes):
-        raise BadInput(f"{args.folder}: labels go up to {len(counts) - 1}, but meta.json names {len(classes)} classes; "
-                       "expected shards and meta.json of one encoding")
     print(f"{args.folder}: {len(found)} shards, {len(labels)} images, latents {shape} {dtype}, both flips, all finite")
     print(f"labels 0 .. {len(counts) - 1}: {counts.min()} to {counts.max()} images per class, "
           f"{(counts == 0).sum()} classes without any")

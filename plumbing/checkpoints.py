@@ -172,21 +172,23 @@ def first_process():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def are_other_images(checkpoint, data):
-    """Whether a network was trained on images of another mean or deviation than these."""
+def other_images(checkpoint, data):
+    """What the images that a network was trained on have otherwise than these, in words; "" if nothing."""
     made_for = checkpoint["data"]
     if made_for is None or data.kind == "latents":
-        return False
-    if len(made_for["mean"]) != len(data.mean):
-        return True
-    found, here = torch.tensor([*made_for["mean"], *made_for["std"]]), torch.tensor([*data.mean, *data.std])
-    return (found - here).abs().max() > 1e-3
+        return ""
+    found, here = [*made_for["mean"], *made_for["std"]], [*data.mean, *data.std]
+    if len(found) != len(here) or (torch.tensor(found) - torch.tensor(here)).abs().max() > 1e-3:
+        return "mean and deviation"
+    known = made_for.get("classes") and data.classes                # of image folders
+    return "names of classes" if known and made_for["classes"] != data.classes else ""
 
 
 def say_other_data(path, checkpoint, data):
-    """Print a line if a network was trained on images of another mean or deviation: it takes these for its own."""
-    if are_other_images(checkpoint, data) and first_process():
-        print(f"{path}: was trained on {checkpoint['data']['source']}, of other mean and deviation than {data.source}; "
+    """Print a line if a network was trained on other images, as far as that is seen: it takes these for its own."""
+    other = other_images(checkpoint, data)
+    if other and first_process():
+        print(f"{path}: was trained on {checkpoint['data']['source']}, of other {other} than {data.source}; "
               f"it goes on with those of {data.source}")
 
 

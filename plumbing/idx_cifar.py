@@ -70,7 +70,7 @@ def idx_files(folder: str | Path) -> dict:
     found = {}
     for path in sorted(Path(folder).glob("*-ubyte*"), reverse=True):
         match = IDX_NAME.fullmatch(path.name)
-        if match:
+        if match and path.is_file() and not path.name.startswith("."):      # Kaggle has folders of these names beside
             part = "train" if match[2] == "train" else "test"
             found[match[1], part, match[3]] = path
     return found
@@ -140,6 +140,10 @@ def read_idx_file(path: Path, ndim: int) -> np.ndarray:
 
 
 def read_cifar(folder: Path) -> tuple:
+    there = [name for name, (train, test, _) in CIFAR.items() if any((folder / file).exists() for file in train + test)]
+    if len(there) > 1:
+        raise BadInput(f"--data {folder}: holds {len(there)} sets ({', '.join(there)}), expected one: give each a "
+                       "folder of its own")
     for name, (train, test, label_bytes) in CIFAR.items():
         if not any((folder / file).exists() for file in (*train, *test)):
             continue

@@ -26,12 +26,24 @@ def watch(run, features, start=None, panel=None):
     network of --teacher); panel(run), which draws `health`; state.pt.
     """
     args = run.args
+    try:
+        measure(run, features, start)
+    except Diverged:                                                # before a loss or a weight has shown it
+        raise BadInput(f"the run has diverged: its samples hold NaN or infinity after step {run.step}; "
+                       f"{UNTOUCHED}") from None
+    if run.main and panel and args.health_every and run.due(args.health_every):
+        panel(run)
+    if run.due(args.save_every):
+        run.save()
+    if run.due(args.eval_every, args.preview_every, getattr(args, "health_every", 0)):
+        run.restart_clock()
+
+
+def measure(run, features, start):
+    """What `watch` has due of samples: the evaluation, a picture."""
+    args = run.args
     if run.main and run.due(args.eval_every):
-        try:
-            run.evaluated(evaluate(run.model, features, args))
-        except Diverged:                                            # before a loss or a weight has shown it
-            raise BadInput(f"the run has diverged: its samples hold NaN or infinity after step {run.step}; "
-                           f"{UNTOUCHED}") from None
+        run.evaluated(evaluate(run.model, features, args))
         if run.model.conditioning == "in_context" and getattr(args, "omega_max", 1) > 1:
             run.write(dict(omega_response=omega_response(run.model, run.data)))
     if run.main and run.due(args.preview_every):
@@ -39,12 +51,6 @@ def watch(run, features, start=None, panel=None):
         nets = [(name, start, default_sampler(start))] if start else []
         nets.append((f"after {run.step} training steps", run.model, args.sampler))
         show(run.folder / f"samples_{run.step:06d}.png", nets, run.data, args)
-    if run.main and panel and args.health_every and run.due(args.health_every):
-        panel(run)
-    if run.due(args.save_every):
-        run.save()
-    if run.due(args.eval_every, args.preview_every, getattr(args, "health_every", 0)):
-        run.restart_clock()
 
 
 def finish(run, features):

@@ -104,7 +104,8 @@ def test_of_a_folder_of_images_only_those_are_read_and_the_rest_is_said(tmp_path
         seen.save(tmp_path / "set" / name / "._0.png")
         seen.save(tmp_path / "set" / name / ".ipynb_checkpoints" / "0-checkpoint.png")
         (tmp_path / "set" / name / "notes.txt").write_text("")
-    images, labels = data.read_image_folder(tmp_path / "set")
+    images, labels, classes = data.read_image_folder(tmp_path / "set")
+    assert classes == ["a", "b"]
     assert labels.tolist() == [0, 1]
     assert images[0, :, 0, 0].tolist() == [255, 255, 255] and images[0, :, 1, 1].tolist() == [200, 0, 0]
     said = capsys.readouterr().out
@@ -113,6 +114,9 @@ def test_of_a_folder_of_images_only_those_are_read_and_the_rest_is_said(tmp_path
     for part in ("train", "test"):
         shutil.copytree(tmp_path / "set", tmp_path / "parts" / part)
     with pytest.raises(common.BadInput, match=r"no classes but parts of a data set \(test, train\)"):
+        data.image_files(tmp_path / "parts")
+    (tmp_path / "parts" / "test").rename(tmp_path / "parts" / "testing")    # mnist_png's
+    with pytest.raises(common.BadInput, match=r"no classes but parts of a data set \(testing, train\)"):
         data.image_files(tmp_path / "parts")
     assert data.image_files(tmp_path / "parts" / "train")[1] == ["a", "b"]
 
@@ -126,6 +130,34 @@ def test_of_a_folder_of_images_only_those_are_read_and_the_rest_is_said(tmp_path
         run_folder.check_folder(args)
     Path("shard.safetensors").touch()                               # of latents nothing below the folder is read
     run_folder.check_folder(args)
+
+
+def drawn_image(path, shade):
+    """8 x 8 pixels, black or white."""
+    Image.new("RGB", (8, 8), (255 * shade,) * 3).save(path)
+
+
+def test_classes_one_level_too_deep_are_said(tmp_path, capsys):
+    for name in ("0", "1"):
+        (tmp_path / "mine" / "mine" / name).mkdir(parents=True)
+        drawn_image(tmp_path / "mine" / "mine" / name / "a.png", int(name))
+    assert data.load_data(str(tmp_path / "mine")).num_classes == 1
+    inner = tmp_path / "mine" / "mine"
+    assert f"one class, mine; the folders in it are no classes (if they are: pass {inner})" in capsys.readouterr().out
+    assert data.load_data(str(inner)).num_classes == 2 and capsys.readouterr().out == ""
+
+
+def test_images_that_do_not_fit_into_the_memory_are_refused(tmp_path, monkeypatch):
+    """By their number and the size of the first one; each process of several has its share."""
+    for name in ("0", "1"):
+        (tmp_path / name).mkdir()
+        drawn_image(tmp_path / name / "a.png", int(name))
+    bytes_of = 2 * 8 * 8 * 3                                        # of all images
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 16, "SC_PHYS_PAGES": bytes_of}.get)
+    assert len(data.load_data(str(tmp_path)).x) == 2
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(common.BadInput, match="its 2 images unpack to 0.0 GB, expected at most 0.0 GB a process"):
+        data.load_data(str(tmp_path))
 
 
 def test_a_class_that_cannot_be_read_is_not_left_out(tmp_path):
@@ -174,6 +206,21 @@ def test_a_start_of_other_images_is_said(in_home, capsys):
     np.savez("dark.npz", images=found["images"] // 2, labels=found["labels"])
     checkpoints.say_other_data("imf/model.pt", checkpoint, data.load_data("dark.npz"))
     assert "imf/model.pt: was trained on toy.npz, of other mean and deviation than dark.npz" in capsys.readouterr().out
+
+
+def test_a_class_that_was_renamed_is_said(tmp_path, capsys):
+    """Its images would be asked for by the number of another one."""
+    for name, shade in (("cat", 0), ("dog", 1)):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        drawn_image(tmp_path / "pets" / name / "a.png", shade)
+    checkpoint = dict(data=data.load_data(str(tmp_path / "pets")).meta)
+    assert checkpoint["data"]["classes"] == ["cat", "dog"]
+    assert evaluate.data_of("model.pt", checkpoint, "pass --data").classes == ["cat", "dog"]
+    (tmp_path / "pets" / "dog").rename(tmp_path / "pets" / "a_dog")
+    with pytest.raises(common.BadInput, match="of other names of classes than the one that is there"):
+        evaluate.data_of("model.pt", checkpoint, "pass --data")
+    checkpoints.say_other_data("model.pt", checkpoint, data.load_data(str(tmp_path / "pets")))
+    assert "of other names of classes than" in capsys.readouterr().out
 
 
 def test_center_crop_is_adms():
@@ -307,6 +354,14 @@ def test_latents_are_decoded_as_the_autoencoder_gave_them():
     assert np.abs(shown - expected).max() <= 1 and (expected - shown).mean() == pytest.approx(0.5, abs=0.1)  # truncated
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_latents_of_few_channels_are_shown_in_grey(channels):
+    x = torch.linspace(-2, 2, 5).view(1, 1, 1, 5) * torch.arange(1, channels + 1).view(1, -1, 1, 1)
+    shown = data.to_images(x.repeat(1, 1, 5, 1), dict(kind="latents"))
+    assert shown.shape == (1, 5, 5, 3 if channels > 2 else 1)
+    assert shown[0, 0, :, 0].tolist() == [0, 64, 128, 191, 255]     # from two deviations below the mean to two above
+
+
 # ---- latent shards ---------------------------------------------------------------------------------------------------
 
 TINY_VAE = dict(ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(128,), resolution=256, z_channels=4)
@@ -436,6 +491,15 @@ def test_encoding_goes_on_after_a_bad_image_is_skipped_repaired_or_removed(photo
         if out != "removed":                                     # there the noise of the later images is another
             torch.testing.assert_close(raw(found, list(range(len(rows)))), raw(whole, rows), rtol=1e-5, atol=1e-5)
 
+    # One that was left out is repaired afterwards, by a file of the same size.
+    bad.write_bytes(bytes(len(good)))
+    encoded("later", "--skip_bad 1")
+    assert len(data.load_data("later").y) == 46
+    bad.write_bytes(good)
+    found = encoded("later", "--skip_bad 1")
+    torch.testing.assert_close(raw(found, range(48)), raw(whole, range(48)), rtol=1e-5, atol=1e-5)
+    bad.unlink()
+
     # Again: nothing is written, so runs that were kept on these latents stay.
     before = kept_runs.content_hash("removed")
     encoded("removed")
@@ -513,6 +577,8 @@ BAD_LATENTS = [  # command, words of the one line
     (f"{TRAIN} unlabelled", "has no labels, expected a shard"),
     (f"{TRAIN} negative", "labels start at -1"),
     (f"{TRAIN} toomany", "labels go up to 7, but meta.json names 2 classes"),
+    (f"{TRAIN} lost", "--data lost: the shards hold 7 images, but meta.json says 24; copy all shards"),
+    ("vae.py check lost", "lost: the shards hold 7 images, but meta.json says 24"),
     (f"{TRAIN} uneven", "do not fit together"),
     (f"{TRAIN} cut", "not a whole safetensors file"),
     (f"{TRAIN} statless", "latents_stats.pt: no such file, expected the statistics of these latents; `python vae.py"),
@@ -561,6 +627,8 @@ def write_bad_latents(photos):
     folder("negative", labels=labels - 1)
     folder("toomany", labels=labels + 7)
     (photos / "toomany" / "meta.json").write_text((good / "meta.json").read_text())
+    folder("lost")
+    (photos / "lost" / "meta.json").write_text((good / "meta.json").read_text())
     folder("uneven", latents_flip=good_tensors["latents_flip"][1:])
     folder("cut")
     (photos / "cut" / shard).write_bytes((photos / "cut" / shard).read_bytes()[:3000])
@@ -607,7 +675,7 @@ def test_from_images_to_pictures(photos, monkeypatch, capsys):
         photos, "fsf_dmd.py --data latents --init imf/model.pt --precision fp32 --steps 4 --batch_size 16 "
         "--out fsf --vae vae.pt --health_every 4",
     )
-    assert "fsf_dmd, latents, imf:" in printed
+    assert "fsf_dmd.py, latents, imf:" in printed
     assert "--batch_size 16 (given)" in printed
     assert "--lam 0.05 --shift 10.0" in printed                  # Table 6, printed
     assert "no metric of latents" in printed
@@ -732,6 +800,16 @@ def test_fid_of_a_checkpoint_and_its_raw_weights(photos, monkeypatch, capsys):
     assert ema["fid"] != raw["fid"]
     assert "raw weights" in raw["definition"]
     assert "2 steps (flow_map), omega 6.0 on [0, 0.9]" in ema["definition"]
+
+    # A network whose samples are not finite has no FID and no picture.
+    broken = torch.load("metric/model.pt", weights_only=True)
+    broken["weights"]["final_layer.linear.weight"].fill_(3e38)
+    torch.save(broken, "broken.pt")
+    flags = "--vae vae.pt --out of-broken"
+    for command in (f"grid broken.pt {flags}", f"broken.pt {flags} --inception inception.pth --ref "
+                    "refs/reference.npz --n 5 --few 1 --steps 2"):
+        assert "the network has diverged" in refusal(f"evaluate.py {command}", capsys, monkeypatch)
+    assert not list(Path("of-broken").glob("[a-z]*.*"))
 
     evaluate_here("grid metric/model.pt --vae vae.pt --out pictures2")
     assert Path("pictures2/samples.png").exists()

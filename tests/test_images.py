@@ -94,6 +94,15 @@ def test_emnist_is_turned_and_its_letters_start_at_1(tmp_path):
     assert "holds 2 sets" in refused(tmp_path / "set")
 
 
+def test_what_lies_beside_the_files_of_a_set_is_not_taken_for_it(tmp_path):
+    """Kaggle's MNIST has folders of the files' names beside them, a Mac's copy has hidden files."""
+    parts = mnist(tmp_path / "set")
+    (tmp_path / "set" / "train-images-idx3-ubyte").mkdir()
+    (tmp_path / "set" / "._train-images-idx3-ubyte.gz").write_bytes(b"Mac OS X")
+    found = data.load_data(str(tmp_path / "set"))
+    assert np.array_equal(pixels(found, found.x)[..., 0], parts["train"][0])
+
+
 @pytest.mark.parametrize("classes", [10, 100])
 def test_cifar_batches_are_read_as_they_are(tmp_path, classes):
     parts = cifar(tmp_path / "set", classes, n=100)
@@ -172,6 +181,7 @@ def test_an_idx_file_unpacks_no_more_than_its_header_says(tmp_path):
     (lambda d: (d / "test_batch.bin").write_bytes(b""), "records of 3073 bytes"),
     (lambda d: (d / "data_batch_2.bin").unlink(), "CIFAR-10 lacks data_batch_2.bin"),
     (lambda d: (d / "data_batch_1.bin").write_bytes(b"\xff" * 3073), "labels go up to 255"),
+    (lambda d: (d / "train.bin").touch(), "holds 2 sets (CIFAR-10, CIFAR-100), expected one"),
 ])
 def test_bad_cifar_batches_are_one_line(tmp_path, damage, words):
     cifar(tmp_path / "set")
