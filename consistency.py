@@ -325,7 +325,7 @@ def parse_args(argv=None):
     loss = p.parse_known_args(argv)[0].loss
     distils = loss in ("cd", "isg")
     p.set_defaults(init="imf" if distils else "scratch")
-    args = resolve(p, argv, PRESETS | PRESETS_OF_LOSS.get(loss, {}), f"consistency_{loss}")
+    args = resolve(p, argv, PRESETS | PRESETS_OF_LOSS.get(loss, {}), __file__)
     if distils == (args.init == "scratch"):
         what = "distillation needs a teacher: imf, fm or a model.pt" if distils else "it trains from scratch"
         raise BadInput(f"--loss {loss} --init {args.init}: {what}")
@@ -349,7 +349,7 @@ def pretrained(args, loss):
     own.wait, path = True, f"{own.out}/model.pt"                # wait: for another run that is training it
     refuse_folder_of_start(args, own)
     if rank() == 0:
-        print(f"starts from {path}, which comes from: python consistency.py {shlex.join(argv)}")
+        print(f"starts from {path}, of {own.steps} steps: python consistency.py {shlex.join(argv)}")
     train(own)
     gc.collect()                                                # a compiled network is freed here alone
     found = load_checkpoint(path)["step"]
@@ -395,7 +395,7 @@ def train(args):
         if args.loss == "isg":                                                  # segment [s, t], r inside it
             batch["t"] = 1 - g.integers(args.M, B) / args.M
             batch["s"] = batch["t"] - 1 / args.M
-            batch["r"] = batch["s"] + (0.1 + 0.8 * g.uniform(B)) / args.M       # SenseFlow: a tenth off both ends
+            batch["r"] = batch["s"] + (0.1 + 0.8 * g.uniform(B)) / args.M       # at M = 2 SenseFlow's 0.05 at both ends
         batch["guidance"] = fixed.expand(B, 3)
         if args.cd_guidance == "drawn" or not teacher:          # without a teacher: the loss of iMF, which draws it
             drawn = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)

@@ -109,7 +109,7 @@ def ida_(fake: torch.nn.Module, generator: torch.nn.Module, a: float) -> None:
 
 # pixels: under 24 a side, as the digits; images: larger, as Fashion-MNIST (RESULTS.md: which were searched); latents:
 # the paper's Table 6, but for lr, which our copy of it has lost: 6e-4 is a guess; the steps are those of the peak in
-# Table 10.
+# Table 10 (fm: twice those, 3,000).
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=100, lr=3e-4, fake_lr=3e-3, M=2, lam=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
@@ -178,7 +178,7 @@ def parse_args(argv=None):
     add("--ida", type=number(float, 0, 1), default=1.0, help="a of Eq. 60 (SenseFlow: 0.97); 1: off")
     p.set_defaults(init="imf")
     with_cd = p.parse_known_args(argv)[0].cd
-    args = resolve(p, argv, PRESETS | (PRESETS_OF_CD if with_cd else {}), "dmd2")
+    args = resolve(p, argv, PRESETS | (PRESETS_OF_CD if with_cd else {}), __file__)
     if args.lambda_g == 0:
         refuse(args, ["lambda_d", "disc_trunk"], "--lambda_g 0 builds no discriminator")
     if args.start == "scratch" and not args.cd:

@@ -20,7 +20,7 @@ at which the generator's own path from x_tau ends.  u(x, t, s): average velocity
 || . ||^2 is the mean over elements: the value of lambda depends on it.  t = 0 is data, t = 1 noise; sg: no gradient.
 
 One sample is not the mean, so L_FSF alone does not have the data as its fixed point: it contracts (on N(0, 1) to a
-deviation of 0.46..0.58; tests/test_methods.py), and the generator collapses.  L_CD prevents this.
+deviation of 0.39..0.58; tests/test_methods.py), and the generator collapses.  L_CD prevents this.
 
     python fsf_dmd.py --init imf --M 2       # digits, 2 CPU cores: 1 to 2 minutes, the iMF it starts from included
 
@@ -165,7 +165,7 @@ def parse_args(argv=None):
         help="Eq. 18-20, or DMD2's renoised Eq. 17 (Table 3 row 3)")
     add("--rollout_grad", choices=["all", "last"], default="all", help="steps of Eq. 20 that carry gradient")
     p.set_defaults(init="imf")
-    args = resolve(p, argv, PRESETS, "fsf_dmd")
+    args = resolve(p, argv, PRESETS, __file__)
     refuse_idle(args)
     if args.lam == 0:
         refuse(args, ["M", "shift", "weight", "clip", "cosine_factor", "rollout", "rollout_grad", "warmup"],

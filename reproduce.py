@@ -48,6 +48,7 @@ from plumbing.checkpoints import load_checkpoint, new_network, refuse_jumps, ref
 from plumbing.flags import Parser, data_source, folder_path, network_name, number
 from plumbing.kept_runs import (HERE, Job, chain, default_jobs, inputs_of, is_done, machine, record, refuse_torchrun,
                                 run_all, sources_of)
+from plumbing.passes import refuse_uncounted
 from plumbing.run_folder import check_writable
 
 PAPER = json.loads((HERE / "golden" / "paper_tables.json").read_text())
@@ -451,6 +452,8 @@ def run(args):
                 jobs[r][seed] = each
     if args.list:
         return print_commands(rows, jobs)
+    for each in rows.values():
+        refuse_uncounted((each.command or "evaluate.py").split()[0])
     check_writable(args.runs, "--runs ")                              # not in parse_args: --list writes nothing
 
     folder = report.folder_of(args, regime_of(args, table))

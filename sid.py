@@ -138,7 +138,7 @@ def parse_args(argv=None):
     add("--lambda_d", type=number(float, 0, open_low=True), default=1e-2,
         help="weight of the GAN term of the fake side (DMD2's)")
     p.set_defaults(init="imf")
-    args = resolve(p, argv, PRESETS, "sid")
+    args = resolve(p, argv, PRESETS, __file__)
     if args.lambda_g == 0:
         refuse(args, ["lambda_d"], "--lambda_g 0 builds no discriminator")
     refuse_guidance(args)

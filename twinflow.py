@@ -116,13 +116,13 @@ def parse_args(argv=None):
     add("--lam", type=number(float, 0, open_low=True),
         help="weight of L_rectify (1, TwinFlow's tutorial; 0.5 in its large-scale code)")
     add("--lam_adv", type=number(float, 0, open_low=True),
-        help="weight of L_adv beside the base loss (0.1: its squared error is about ten times the base's rho)")
+        help="weight of L_adv beside the base loss (1 in TwinFlow's code, where a trained flow map breaks here)")
     add("--clip", type=number(float, 0), default=1.0,
         help="clamp v_fake - v_teacher to [-clip, clip] (1, the paper); 0: off")
     rcgm_flags(p)
     p.set_defaults(init="scratch")
     base = p.parse_known_args(argv)[0].base
-    args = resolve(p, argv, PRESETS | (PRESETS_OF_RCGM if base == "rcgm" else {}), "twinflow")
+    args = resolve(p, argv, PRESETS | (PRESETS_OF_RCGM if base == "rcgm" else {}), __file__)
     refuse(args, ["cfg_channels"], "the augmented network takes omega as an input")
     if args.base == "imf":
         refuse(args, ["delta", "order", "clamp", "target_ema"], "belongs to --base rcgm")

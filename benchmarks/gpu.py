@@ -5,6 +5,7 @@
     python benchmarks/gpu.py --rehearse 1 --out /tmp/g  # the same code on a CPU, at tiny size: numbers of no meaning
 
     runs         every script on digits, fp32 and bf16, compiled and not; losses beside the CPU's, step by step
+    compiled     two steps of FSF-DMD and DMD2 at the paper's size, compiled beside eager: the same losses?
     waits        calls within a step that hold up the CPU until the GPU is done, of every script: there should be none
     cost         cost.py: seconds, memory and FLOPs of a step of every method at the paper's setting, and the share of
                  the bf16 matrix rate that is measured beside it (Table 10); rows that are missing come first
@@ -104,7 +105,7 @@ def parse_args(argv=None):
                    help="after so many minutes no block and no method of cost is begun, and evidence is stopped, which "
                    "takes up to three more (0: never); the next call goes on")
     p.add_argument("--data", type=data_source, default="/usr/share/datasets/fashion-mnist", help="of evidence")
-    p.add_argument("--batch_size", type=number(int, 2), default=128, help="of profile")
+    p.add_argument("--batch_size", type=number(int, 2), default=128, help="of profile and compiled")
     args = p.parse_args(argv)
     if not args.rehearse and not torch.cuda.is_available():
         raise BadInput("no CUDA device here; --rehearse 1 runs the same code on the CPU, at tiny size")
@@ -209,6 +210,23 @@ def runs(args):
                 rows.append(dict(script=name, setting=setting, first_step=largest_difference(on_cpu[:1], lines[:1]),
                                  all_steps=largest_difference(on_cpu, lines)))
     return dict(steps=steps, flash_attention=flash_attention(args), rows=rows, losses=losses)
+
+
+def compiled(args):
+    """Losses of two steps in bf16 with compiled blocks beside eager ones: at this size inductor takes other kernels."""
+    rows, losses = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = cost.random_inputs(Path(folder), args.size)
+        batch, both = (2, (0, 0)) if args.rehearse else (args.batch_size, (0, 1))
+        for name in ("fsf_dmd.py", "dmd2.py --no_gan"):
+            eager, other = (
+                script(f"{name} --init {folder}/imf.pt --data {data} --batch_size {batch} --steps 2 --log_every 1 "
+                       f"--health_every 0 --device {args.device.type} --compile {flag} --out {i}-{name[:4]}", folder)
+                for i, flag in enumerate(both))
+            rows.append(dict(script=name, first_step=largest_difference(eager[:1], other[:1]),
+                             both_steps=largest_difference(eager, other)))
+            losses[name] = [eager, other]
+    return dict(batch=batch, rows=rows, losses=losses)
 
 
 def waits(args):
@@ -444,8 +462,8 @@ def throughput(args):
                 minutes_of_fid_float32=sum(seconds["float32"]) / 60)
 
 
-BLOCKS = dict(runs=runs, waits=waits, cost=cost_table, profile=profiled, difference=difference, throughput=throughput,
-              evidence=evidence)
+BLOCKS = dict(runs=runs, compiled=compiled, waits=waits, cost=cost_table, profile=profiled, difference=difference,
+              throughput=throughput, evidence=evidence)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,13 +11,17 @@ import hashlib
 import json
 import math
 import os
+import re
 import socket
 import tempfile
 import warnings
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 
 import torch
+
+HERE = Path(__file__).resolve().parent.parent                       # where the scripts lie
 
 # Can only be read by setting it, and other threads would notice: so only once, at import.
 UMASK = os.umask(0)
@@ -218,3 +222,19 @@ def lock(path: str | Path, doing: str, flag: str = "--out"):
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+@lru_cache
+def sources(*scripts: str) -> dict[str, str]:
+    """{file: hash} of scripts and of our own files that they import, in turn, and the version of torch."""
+    found, ahead = {}, list(scripts)
+    while ahead:
+        file = ahead.pop()
+        text = (HERE / file).read_text()
+        found[file] = hashlib.sha256(text.encode()).hexdigest()[:12]
+        text = text.replace("from plumbing import ", "import plumbing.")          # one name a line
+        for name in re.findall(r"^\s*(?:from|import) ([\w.]+)", text, re.M):
+            imported = f"{name.replace('.', '/')}.py"
+            if imported not in found and (HERE / imported).exists():
+                ahead.append(imported)
+    return dict(sorted(found.items())) | dict(torch=torch.__version__)

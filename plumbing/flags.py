@@ -231,8 +231,9 @@ def resolve(p, argv, presets, script):
     """argv -> the namespace: flags given, over the preset of (kind of data, init), over the parser's defaults.
 
     Where --init is the path of a checkpoint, the network in it says which preset.
-    `args.sources` says who set each flag.
+    `args.sources` says who set each flag.  script: its file, whose name the run folder gets.
     """
+    script = Path(script).stem
     everything = vars(p.parse_args(argv))                           # --help and bad flags end here
     defaults = {k: p.get_default(k) for k in everything}
     given = given_flags(p, argv, everything)
@@ -246,10 +247,11 @@ def resolve(p, argv, presets, script):
     if values.get("teacher") and not Path(values["teacher"]).is_file():
         raise BadInput(f"--teacher {values['teacher']}: no such file, expected a model.pt")
     if not values["out"]:
-        values["out"] = folder_name(script, values, given, defaults | preset, init_kind)
+        name = "_".join([script, *([values["loss"]] if "loss" in values else [])])      # consistency_cd
+        values["out"] = folder_name(name, values, given, defaults | preset, init_kind)
     args = argparse.Namespace(**values)
     args.sources = {k: "given" if k in given else "preset" if k in preset else "default" for k in values}
-    args.start, args.script = init_kind, script.removesuffix(f"_{values.get('loss')}")     # consistency_cd: one script
+    args.start, args.script = init_kind, script
     if args.compile == "auto":
         args.compile = resolve_compile(args, kind)
     if kind != "latents":
@@ -259,7 +261,7 @@ def resolve(p, argv, presets, script):
         for k in presets[kind, init_kind]:
             note = "" if args.sources[k] == "preset" else " (given)"
             shown.append(f"--{k} {values[k]}{note}")
-        print(f"{script}, latents, {init_kind}: {' '.join(shown)}")
+        print(f"{script}.py, latents, {init_kind}: {' '.join(shown)}")
     return args
 
 

@@ -30,9 +30,7 @@ from tqdm import tqdm
 
 from common import BadInput, world
 from plumbing.checkpoints import load_checkpoint
-from plumbing.files import files_below, hidden, json_text, listing_hash, lock, read_json, write_atomic
-
-HERE = Path(__file__).resolve().parent.parent                      # where the scripts lie
+from plumbing.files import HERE, files_below, hidden, json_text, listing_hash, lock, read_json, sources, write_atomic
 
 # Flags of a command that name a file or a folder, and the words after each that do not.
 PATH_FLAGS = {"--out": (), "--data": ("digits",), "--init": ("imf", "fm", "scratch"), "--teacher": ()}
@@ -46,22 +44,6 @@ Job = namedtuple("Job", "folder command measure start counts every", defaults=[(
 # ---------------------------------------------------------------------------------------------------------------------
 # Kept runs
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@lru_cache
-def sources(*scripts):
-    """{file: hash} of scripts and of our own files that they import, in turn, and the version of torch."""
-    found, ahead = {}, list(scripts)
-    while ahead:
-        file = ahead.pop()
-        text = (HERE / file).read_text()
-        found[file] = hashlib.sha256(text.encode()).hexdigest()[:12]
-        text = text.replace("from plumbing import ", "import plumbing.")          # one name a line
-        for name in re.findall(r"^\s*(?:from|import) ([\w.]+)", text, re.M):
-            imported = f"{name.replace('.', '/')}.py"
-            if imported not in found and (HERE / imported).exists():
-                ahead.append(imported)
-    return dict(sorted(found.items())) | dict(torch=torch.__version__)
 
 
 def chain(job):

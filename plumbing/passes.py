@@ -3,6 +3,8 @@
 The formulas are those of the file headers.  A test compares them with FLOPs counted while the scripts run.
 """
 
+from plumbing.files import BadInput
+
 # Cost of one pass of DMD2's discriminator (the trunk's first blocks, and two of its own), counted in passes of the
 # whole network: (of an in-context one, of a plain one).  Small networks have few blocks, so there it costs more than
 # the network.  The trunk is the fake network, which learns; with another --disc_trunk no gradient goes to the trunk's
@@ -34,8 +36,18 @@ def velocity_passes(args: dict) -> int:
     return 2 if args["start"] == "fm" else 1
 
 
+SCRIPTS = ("consistency.py", "dmd2.py", "fsf_dmd.py", "sid.py", "twinflow.py")
+
+
+def refuse_uncounted(script: str) -> None:
+    """BadInput for a training script without a formula here: asked before its runs, not after."""
+    if script not in (*SCRIPTS, "evaluate.py"):
+        raise BadInput(f"{script}: plumbing/passes.py does not know its forward passes a step; add it there")
+
+
 def passes_a_step(script: str, args: dict) -> float:
     """Forward passes of a step after any --warmup.  args: the flags of a run, as its args.json has them."""
+    refuse_uncounted(script)
     scratch, velocity = args["start"] == "scratch", velocity_passes(args)
     if script == "consistency.py":
         return of_consistency(args)
@@ -55,8 +67,6 @@ def passes_a_step(script: str, args: dict) -> float:
     simulated = 1 + (args["M"] - 1) / 2                          # Eq. 17 without gradient
     if script == "sid.py":                                       # without its GAN
         return simulated + 3 + simulated + 2 + 2 * (velocity + 1)  # backward to the input alone: 1
-    if script != "dmd2.py":
-        raise ValueError(f"{script}: no formula here")
     gan = 0.0
     if args["lambda_g"]:                                         # forward, backward to x_hat; 3 each of real and fake
         gan = DISCRIMINATOR[args["size"]][args["start"] == "fm"] * (2 + 6 * args["ttur"])

@@ -226,8 +226,8 @@ PAPER_TEXT = [
     ("peak_step", "at {}"),
     ("sec_per_step_b200", "{} s/step"),
     ("sec_per_step_a100", "{} s/step (A100)"),
-    ("recall", "recall {}"),
-    ("precision", "precision {}"),
+    ("recall", "recall {} (VGG16)"),
+    ("precision", "precision {} (VGG16)"),
     ("is", "IS {}"),
 ]
 

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from common import Stream, again, ahead, barrier, rank, world
 from data import data_kind
-from plumbing.checkpoints import load_checkpoint, start_over
-from plumbing.files import BadInput, Locked, json_text, lock, read_json, read_lines, reading, refuse_flips, write_atomic
+from plumbing.checkpoints import load_checkpoint, start_over, weights_hash
+from plumbing.files import (HERE, BadInput, Locked, json_text, lock, read_json, read_lines, reading, refuse_flips,
+                            sources, write_atomic)
 
 # Flags that change how a run is carried out, not what it computes: a folder may go on with other values of these.
 RUNTIME_FLAGS = {"vae", "steps", "micro_batch", "device", "compile", "out", "resume", "log_every", "preview_every",
@@ -31,6 +32,9 @@ RUNTIME_FLAGS = {"vae", "steps", "micro_batch", "device", "compile", "out", "res
 
 # Flags that may name a file.
 PATHS = {"data", "init", "teacher"}
+
+# Flags in which the processes of one run may differ.
+OF_ONE_PROCESS = PATHS | {"vae", "out", "device", "compile", "micro_batch"}
 
 # In the namespace, but no flags.  wait: whether to wait for another process that trains in this folder.
 NO_FLAGS = {"sources", "wait"}
@@ -250,24 +254,48 @@ class Run:
                 print(f"{self.folder}: resuming at step {self.step}")
             elif self.main:
                 print(f"{self.folder}: is done ({self.step} steps); --steps trains longer, --resume no starts over")
+            if self.main:
+                self.say_other_code()
         elif self.main:
-            flags = identity(self.args) | dict(made_with=made_with())
+            flags = identity(self.args) | dict(made_with=made_with(), code=code_of(self.args))
             write_atomic(self.folder / "args.json", json_text(flags, indent=1))
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
         barrier()
-        self.refuse_other_folders()
+        self.refuse_other_processes()
 
-    def refuse_other_folders(self):
-        """BadInput in every process if one did not find what the first one found, as on machines without a shared disk.
+    def say_other_code(self):
+        """A line if the run was begun with other code than this: what has been trained is not what this would train."""
+        before = read_json(self.folder / "args.json", "the configuration of a run").get("code", {})
+        now = code_of(self.args)                                    # {} in the folders of earlier versions
+        other = sorted(file for file in before.keys() | now.keys() if before.get(file) != now.get(file))
+        if before and other:
+            more = f" and {len(other) - 3} more" if len(other) > 3 else ""
+            print(f"{self.folder}: was begun with another {', '.join(other[:3])}{more}; {start_over(self.args)}")
 
-        Each would go on from a step of its own, with weights of its own, and their gradients would be summed.
+    def refuse_other_processes(self):
+        """BadInput in every process if one has other flags, data or weights than the first one, or another folder.
+
+        Each would train a network of its own, and their gradients would be summed.
         """
-        other = torch.tensor(int(self.from_first_process(self.step) != self.step))
-        if world() > 1:
-            dist.all_reduce(other, dist.ReduceOp.MAX)
+        if world() == 1:
+            return
+        flags = {name: value for name, value in vars(self.args).items() if name not in NO_FLAGS | OF_ONE_PROCESS}
+        data = self.fingerprint_of_data()
+        run = [flags, data["shape"], data["rows"], data["labels"], self.step, weights_hash(self.model)]
+        number = zlib.crc32(json_text(run).encode())
+        other = torch.tensor(int(self.from_first_process(number) != number or not self.sees_folder()))
+        dist.all_reduce(other, dist.ReduceOp.MAX)
         if other:
-            raise BadInput(f"--out {self.folder}: the processes of this run see different folders; "
-                           "expected one that all of them share")
+            raise BadInput(f"--out {self.folder}: the processes of this run do not all see this folder, or differ in "
+                           "flags, data or weights; expected one command for all, and a disk that they share")
+
+    def sees_folder(self):
+        """Whether the folder that the first process has made is seen here; a network file system may take a while."""
+        for _ in range(30):
+            if (self.folder / "args.json").exists():
+                return True
+            time.sleep(1)
+        return False
 
     def load(self, path):
         with reading(path, "the state of this run", f"it cannot be resumed, {start_over(self.args)}"):
@@ -461,8 +489,9 @@ class Run:
 
     def save_model(self):
         args = {k: v for k, v in vars(self.args).items() if k not in NO_FLAGS}
+        weights = {name: v.cpu() for name, v in self.model.state_dict().items()}        # read on any machine
         write_atomic(self.folder / "model.pt",
-                     dict(config=self.model.config, weights=self.model.state_dict(), data=self.data.meta,
+                     dict(config=self.model.config, weights=weights, data=self.data.meta,
                           sampler=self.args.sampler, step=self.step, args=args))
 
     def result(self, definition):
@@ -480,6 +509,12 @@ class Run:
         if self.main:
             write_atomic(self.folder / "result.json", json_text(result, indent=1))
         return result
+
+
+def code_of(args):
+    """`sources` of this run's script; {} of one that lies elsewhere."""
+    script = f"{args.script}.py"
+    return sources(script) if (HERE / script).exists() else {}
 
 
 def made_with():

@@ -3,8 +3,9 @@
 Each test here fails for a line of the scripts that all other tests let pass when it was broken on purpose.
 """
 import argparse
-import importlib
+import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import sid
 from data import load_data
 from plumbing import checkpoints, passes
 from test_commands import TOY
-from test_helpers import METHODS, assert_same, read_metrics, small_images, small_net, state, train
+from test_helpers import HERE, METHODS, assert_same, read_metrics, small_images, small_net, state, train
 from test_metrics import evaluate_here
 from test_steps import RUN, Steps
 
@@ -167,6 +168,29 @@ def test_rcgms_target_warms_up_in_the_training_loop(home, monkeypatch, few_sampl
         saved.append(state(home, out))
     for k, v in saved[1]["target"].items():                                             # (2 + n) / (4 + n) at n = 1
         torch.testing.assert_close(v, saved[1]["net"][k].lerp(saved[0]["target"][k], 3 / 5), rtol=1e-4, atol=1e-6)
+
+
+def test_a_copy_of_a_script_has_folders_of_its_own(tmp_path):
+    """So an edited copy does not go on with the runs of the original, nor show its numbers."""
+    shutil.copy(HERE / "fsf_dmd.py", tmp_path / "my_dmd.py")
+    spec = importlib.util.spec_from_file_location("my_dmd", tmp_path / "my_dmd.py")
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    args = copy.parse_args(["--M", "3"])
+    assert (args.script, args.out) == ("my_dmd", "runs/my_dmd-digits-imf-M3")
+
+
+def test_an_edited_script_is_said_where_its_run_goes_on(in_home, capsys):
+    command = "consistency.py --loss imf --data toy.npz --out edited"
+    train(f"{command} --steps 1")
+    train(f"{command} --steps 1")
+    assert "was begun with another" not in capsys.readouterr().out
+    begun = json.loads(Path("edited/args.json").read_text())
+    begun["code"]["model.py"] = "of another"
+    Path("edited/args.json").write_text(json.dumps(begun))
+    for steps in (1, 2):                                            # a run that is done, one that goes on
+        train(f"{command} --steps {steps}")
+        assert "edited: was begun with another model.py; --resume no starts over" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", METHODS)

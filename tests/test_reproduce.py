@@ -419,7 +419,8 @@ out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch):
     """A folder of stand-ins, in place of the project's."""
-    monkeypatch.setattr(kept_runs, "HERE", tmp_path)
+    for module in (kept_runs, files):
+        monkeypatch.setattr(module, "HERE", tmp_path)
     monkeypatch.chdir(tmp_path)
     for name, text in (("trains.py", TRAINS), ("evaluate.py", MEASURES)):
         (tmp_path / name).write_text(text)
@@ -510,6 +511,16 @@ def test_runs_that_were_measured_in_two_ways_make_no_table():
     assert report.distance_name("pixels", of("classifier 1234", None)) == "distance"
     assert [report.distance_name("latents", of(way, way)) for way in ("FID", "FID1K")] == ["FID", "FID1K"]
     assert report.classifier_of(dict(definition=Features(load_data("digits")).definition())) == "classifier e837f4d7"
+
+
+def test_a_row_of_a_script_whose_passes_are_not_known_is_refused_before_its_runs(inputs, tmp_path, monkeypatch):
+    own = reproduce.Row("mine", {}, "imf", "my_dmd.py --init {start}")
+    table = reproduce.TABLES["2"]
+    monkeypatch.setitem(reproduce.TABLES, "2", table._replace(rows=[*table.rows, own]))
+    words = f"2 --row {len(table.rows) + 1} --seeds 1 --data {inputs / 'toy.npz'} --runs {tmp_path / 'runs'}"
+    with pytest.raises(BadInput, match="my_dmd.py: plumbing/passes.py does not know its forward passes"):
+        reproduce.run(reproduce.parse_args(words.split()))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_samples_of_a_row_are_made_with_its_own_flags(inputs, tmp_path, monkeypatch):

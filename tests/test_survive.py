@@ -245,14 +245,18 @@ def test_a_closed_terminal_saves(home):
     assert state(home, out)["step"] > 0
 
 
-def two_processes(folders, command):
-    """One run's two processes, started without torchrun, which would end the other one too, in its own way."""
+def two_processes(folders, command, second=""):
+    """One run's two processes, started without torchrun, which would end the other one too, in its own way.
+
+    second: more flags of the second one.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, str(HERE / "consistency.py"), *shlex.split(command)[1:]]
+    words = [[sys.executable, str(HERE / "consistency.py"), *shlex.split(f"{command} {more}")[1:]]
+             for more in ("", second)]
     group = dict(environment(), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    return [subprocess.Popen(words, cwd=folder, env=dict(group, RANK=str(rank)), stdout=subprocess.PIPE,
+    return [subprocess.Popen(words[rank], cwd=folder, env=dict(group, RANK=str(rank)), stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True) for rank, folder in enumerate(folders)]
 
 
@@ -264,8 +268,18 @@ def test_processes_that_see_different_folders_are_refused(home, tmp_path):
     before = state(home, "apart")["step"]
     for process in two_processes([home, tmp_path], f"{command} --steps 4 --out apart"):
         _, err = process.communicate(timeout=120)
-        assert process.returncode == 2 and "the processes of this run see different folders" in err
+        assert process.returncode == 2 and "the processes of this run do not all see this folder" in err
     assert state(home, "apart")["step"] == before == 2
+
+
+@pytest.mark.slow
+def test_processes_of_other_flags_are_refused(home):
+    """As of two nodes whose commands differ: each would train a network of its own with the sum of both gradients."""
+    for i, more in enumerate(("--seed 1", "--lr 0.5", "--save_every 3")):
+        for process in two_processes([home, home], f"{IMF} --steps 2 --out mixed{i}", more):
+            _, err = process.communicate(timeout=120)
+            assert process.returncode == 2 and "or differ in flags, data or weights" in err
+        assert not (home / f"mixed{i}" / "state.pt").exists()
 
 
 @pytest.mark.slow
