@@ -12,9 +12,9 @@ The network.  LightningDiT (Yao et al., arXiv 2501.01423; code hustvl/LightningD
 conditionings:
 
     plain        v(x, t | y)                       130,557,728 parameters at B/1
-    decoupled    u(x, t, s | y): the first 2/3 of the blocks see t, the others and the final layer see s (Decoupled
-                 MeanFlow, DMF, Lee et al.).  No new parameters; at s = t it is the plain network, so a flow-matching
-                 checkpoint becomes a flow map.
+    decoupled    u(x, t, s | y): the first 2/3 of the blocks (rounded down) see t, the others and the final layer see s
+                 (Decoupled MeanFlow, DMF, Lee et al.).  No new parameters; at s = t it is the plain network, so a
+                 flow-matching checkpoint becomes a flow map.
     in_context   u(x, t, s | y, omega, t_min, t_max): the augmented backbone of FSF-DMD (arXiv 2605.19256, App. B.1),
                  133,783,328 at B/1: each of the six inputs becomes n tokens, prepended after block k.  omega is the CFG
                  scale and [t_min, t_max] the times where it acts (improved MeanFlow), so guidance costs no second pass.

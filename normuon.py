@@ -23,7 +23,8 @@ FSF-DMD's Table 6 gives momentum 0.95, b2 0.95, weight decay 0, a constant sched
 in our copy.
 
 Differs from the official code: equal shapes are stacked and orthogonalised together (19x fewer kernel launches on a
-B/1), the states are float32 whatever the parameters are, and .grad is left as it was.  Needs torch only; paste it.
+B/1), the states are float32 whatever the parameters are, .grad is left as it was, and convolution kernels, which that
+code flattens to matrices, go to AdamW.  Needs torch only; paste it.
 """
 import math
 

@@ -368,6 +368,35 @@ def test_surrogate_drift_is_the_closed_form(g, shift, sigma):
     assert surrogate_drift(g, shift, sigma) == pytest.approx(expected, abs=1e-7)
 
 
+@pytest.mark.parametrize("shift, fixed_point", [(1, 0.561), (3, 0.487), (10, 0.390)])
+def test_with_the_adaptive_weight_many_dimensions_contract_further(shift, fixed_point):
+    """In many dimensions q is sqrt(pi / 2) over the deviation of v_teacher - (eps' - x_hat), a number for each tau.
+
+    The fixed point by quadrature; then that the loss itself, in 256 dimensions, pulls to it from both sides.
+    """
+    def integrand(r, g):
+        tau = model.shift_time(r, shift)
+        away = (2 * tau - 1) / spread(tau, 1.0)                                         # v_teacher = away x_tau
+        of_eps, of_eps2 = (away * (1 - tau) + 1) * g, away * tau - 1
+        drift = (1 - tau) / tau * g * ((1 - tau) / spread(tau, 1.0) - g / math.sqrt(spread(tau, g)))
+        return math.sqrt(math.pi / 2) * drift / math.hypot(of_eps, of_eps2)
+
+    found = scipy.optimize.brentq(lambda g: scipy.integrate.quad(integrand, 0, 1, args=(g,), limit=200)[0], 0.1, 1.5)
+    assert found == pytest.approx(fixed_point, abs=6e-4)
+
+    def drift_of_loss(g):
+        noise = common.Stream("test", 0)
+        eps, eps2, tau = noise.normal(4000, 256), noise.normal(4000, 256), model.shift_time(noise.uniform(4000), shift)
+        g = torch.tensor(g, requires_grad=True)
+        fake = lambda x, t: gaussian_u(x, t, torch.zeros_like(t), g.detach())
+        teacher = lambda x, t: gaussian_v(x, t, 1.0)
+        z, U = fsf_dmd.rollout(lambda x, t, s: (1 - g) * x, eps, 1)
+        loss, _ = fsf_dmd.fsf_dmd_loss(z, U, fake, teacher, tau, eps2)
+        return -torch.autograd.grad(loss.mean(), g)[0].item()
+
+    assert drift_of_loss(found - 0.03) > 0 > drift_of_loss(found + 0.03)
+
+
 def test_one_step_fsf_dmd_is_equation_14():
     net, ema, teacher = small_net("in_context"), small_net("in_context"), small_net("decoupled")
     eps, eps2, y = rand(3, 2, 4, 4), rand(3, 2, 4, 4, seed=1), torch.tensor([0, 1, 2])

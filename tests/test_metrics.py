@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 
 import common
 import consistency
+import data
 import evaluate
 import fid
 import inception
@@ -270,9 +272,26 @@ def test_the_lines_for_python_in_methods_run(in_home):
     code = code.replace("runs/fsf_dmd-digits-imf/", "imf/").replace('"runs"', '"."')
     exec(code.replace('["--lr", "1e-3"]', str(flags)), names)
     assert names["results"]["imf"]["step"] == names["lines"][-1]["step"] > 1
+    assert Path("recipe/model.pt").exists()
+    code = re.search(r"Samples as a file.*?```python\n(.*?)```", written, re.S)[1]
+    exec(code, names)
     count, read, _ = fid.image_source("samples.npz")
     assert count == 16 and (read(0, 16).permute(0, 2, 3, 1)[..., :1].numpy() == names["images"]).all()
-    assert Path("recipe/model.pt").exists()
+
+
+@pytest.mark.parametrize("sampler", ["flow_map", "renoised"])
+def test_the_lines_for_model_py_alone_sample_as_evaluate_does(in_home, sampler):
+    written = (HERE / "METHODS.md").read_text()
+    code = re.search(r"with `model.py` alone:\n```python\n(.*?)```", written, re.S)[1]
+    saved = torch.load("imf/model.pt", weights_only=True)
+    torch.save(saved | dict(sampler=sampler), f"sampled-{sampler}.pt")
+    names = {}
+    exec(code.replace("runs/fsf_dmd-digits-imf/model.pt", f"sampled-{sampler}.pt"), names)
+    z = names["z"] if sampler == "renoised" else names["z"][:, 0]
+    expected = evaluate.run_sampler(names["net"], sampler, z, names["y"], 2, names["guidance"], None, 1.0)
+    torch.testing.assert_close(names["x"], expected, rtol=0, atol=1e-6)
+    shown = data.to_images(expected.detach(), saved["data"])
+    assert np.array_equal((names["images"] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy(), shown)
 
 
 def test_a_picture_follows_the_seed_and_the_shift(in_home):
@@ -622,9 +641,20 @@ def test_images_of_any_mode_are_read_as_rgb(tmp_path):
     assert (b[0] == torch.tensor(grey)).all()                    # its colours, not blended
     assert (b[1] == torch.tensor(grey // 2)).all()
     assert (c.float() - a.float()).abs().max() <= 1
+
+    # A reference of a training set is made of what is trained on: on white, and of the class folders alone.
+    (tmp_path / "set" / "class").mkdir(parents=True)
+    (tmp_path / "b.png").rename(tmp_path / "set" / "class" / "b.png")
+    shutil.copy(tmp_path / "a.png", tmp_path / "set")
+    n, images, _ = fid.image_source(tmp_path / "set", as_trained=True)
+    trained, _, _ = data.read_image_folder(tmp_path / "set")
+    assert n == 1 and np.array_equal(images(0, 1), trained)
+    assert (images(0, 1)[0, 0].float() - (torch.tensor(grey).float() + 255) / 2).abs().max() <= 1
+    shutil.rmtree(tmp_path / "set")
+
     Image.fromarray(grey[:5]).save(tmp_path / "d.png")
     with pytest.raises(common.BadInput, match="d.png: is 9 x 5, others 9 x 9"):
-        fid.image_source(tmp_path)[1](0, 4)
+        fid.image_source(tmp_path)[1](0, 3)
 
 
 def test_a_part_of_a_folder_sorted_by_class_has_every_class(tmp_path):
