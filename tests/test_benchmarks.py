@@ -158,7 +158,12 @@ def test_what_is_said_of_a_gpu_is_in_the_numbers():
         f"{len(cost['missing'])} of the {len(cost['missing']) + len(rows)} rows were not run",
         f"{two['sec_per_step']:.2f} and {dmd2['sec_per_step']:.2f} s "
         f"[on an H200](RESULTS.md#on-a-gpu) (torch 2.11); in the paper, on a B200, a quarter",
-        f"1:1 without a GAN takes {seconds['DMD2 1:1, no GAN']:.2f} s",
+        f"1:1 without a GAN takes {seconds['DMD2 1:1, no GAN']:.2f} s, CD with masking "
+        f"{seconds['Consistency distillation']:.2f}.",
+        f"{rows['FSF-DMD M=2']['passes']:.0f} passes a step, not {rows['Consistency distillation']['passes']:.0f}; "
+        f"{two['sec_per_step']:.3f} s, not {seconds['Consistency distillation']:.3f}; {two['memory_gb']:.1f} GB, not "
+        f"{rows['Consistency distillation']['memory_gb']:.1f} (M = 1: {one['sec_per_step']:.3f} s, "
+        f"{one['memory_gb']:.1f})",
         f"FSF-DMD {two['memory_gb']:.1f} GB (M = 1: {one['memory_gb']:.1f}), DMD2 {dmd2['memory_gb']:.1f}, "
         f"without a GAN {rows['DMD2 1:5, no GAN']['memory_gb']:.1f}",
         f"18.5 hours at {seconds['iMF']:.3f} s",
