@@ -141,6 +141,11 @@ def world():
     return torchrun_variable("WORLD_SIZE", 1)
 
 
+def processes_here():
+    """Of this run, on this machine."""
+    return torchrun_variable("LOCAL_WORLD_SIZE", 1) if os.environ.get("LOCAL_WORLD_SIZE") else world()
+
+
 def torchrun_variable(name, default):
     """A whole number that torchrun sets for each process."""
     text = os.environ.get(name, "") or str(default)

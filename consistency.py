@@ -349,7 +349,7 @@ def pretrained(args, loss):
     own.wait, path = True, f"{own.out}/model.pt"                # wait: for another run that is training it
     refuse_folder_of_start(args, own)
     if rank() == 0:
-        print(f"starts from {path}, of {own.steps} steps: python consistency.py {shlex.join(argv)}")
+        print(f"starts from {path}, of {own.steps} steps: python {own.script}.py {shlex.join(argv)}")
     train(own)
     gc.collect()                                                # a compiled network is freed here alone
     found = load_checkpoint(path)["step"]

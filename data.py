@@ -30,7 +30,7 @@ from PIL import Image, ImageDraw
 from safetensors import safe_open
 from tqdm import tqdm
 
-from common import BadInput, rank, world
+from common import BadInput, processes_here, rank
 from plumbing.checkpoints import read_weights
 from plumbing.files import files_below, first_line, hidden, read_json, reading, write_atomic
 from plumbing.idx_cifar import image_side, is_idx_or_cifar, read_idx_or_cifar
@@ -42,6 +42,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 MAX_CLASSES = 100_000           # more is no label; ImageNet-21k has 21,841
 MAX_SIDE = 512                  # pixels of an image that a network sees as it is
+SMALL_SIDE = 64                 # of an image folder
 # Of the memory, for uint8 images: training needs 13 to 14 bytes a pixel for a moment, these, 32-bit numbers, and 64-bit
 # ones for the statistics.
 TRAINED_SHARE = 1 / 16
@@ -212,11 +213,12 @@ def read_npz_arrays(path: str | Path, shown: str, headers: dict, names: list, sh
 
 
 def refuse_too_large(what: str, wanted: int, share: float, of: str) -> None:
-    """BadInput if so many bytes are more than a process may have: this share of the memory over their number."""
+    """BadInput if so many bytes are more than a process may have: this share of the memory over their number here."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if wanted > share / world() * memory:
-        raise BadInput(f"{what} to {wanted / 1e9:.1f} GB, expected at most {share / world() * memory / 1e9:.1f} GB "
-                       f"a process on this machine of {memory / 1e9:.0f} GB; take fewer {of}")
+    most = share * memory / processes_here()
+    if wanted > most:
+        raise BadInput(f"{what} to {wanted / 1e9:.3g} GB, expected at most {most / 1e9:.3g} GB a process on this "
+                       f"machine of {memory / 1e9:.3g} GB; take fewer {of}")
 
 
 def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:
@@ -304,7 +306,7 @@ def read_image_folder(folder: str) -> tuple[np.ndarray, np.ndarray, list]:
     say_unread(folder)
     images = []                                                  # of uint8 [H, H, 3]
     for path, _ in tqdm(files, desc="images", delay=2, disable=rank() > 0, dynamic_ncols=True):
-        pixels = np.array(read_rgb(path, largest=64, on_white=True))
+        pixels = np.array(read_rgb(path, largest=SMALL_SIDE, on_white=True))
         height, width = pixels.shape[:2]
         if not images and width != height:
             raise BadInput(f"--data {folder}: {path} has {width} x {height} pixels, expected square images")
@@ -425,13 +427,14 @@ def load_latents(folder: str) -> Data:
 
 def count_classes(labels: torch.Tensor, meta: dict, shown: str) -> int:
     """Classes of latents with these labels [N] and this meta.json ({}: none); BadInput if the two do not fit."""
-    classes, n = len(meta.get("classes", ())) or int(labels.max()) + 1, meta.get("n", len(labels))
-    if labels.max() >= classes:
-        raise BadInput(f"{shown}: labels go up to {int(labels.max())}, but meta.json names {classes} classes; "
+    largest, n = int(labels.max()), meta.get("n", len(labels))
+    classes = len(meta.get("classes", ())) or largest + 1
+    if largest >= classes:
+        raise BadInput(f"{shown}: labels go up to {largest}, but meta.json names {classes} classes; "
                        "expected shards and meta.json of one encoding")
     if len(labels) != n:
-        raise BadInput(f"{shown}: the shards hold {len(labels)} images, but meta.json says {n}; copy all shards, or "
-                       "run `python vae.py encode` again")
+        raise BadInput(f"{shown}: the shards hold {len(labels)} images, but meta.json says {n}; copy all shards, run "
+                       f"`python vae.py encode` again, or, if a part is meant, set n to {len(labels)} there")
     return classes
 
 

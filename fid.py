@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from common import BadInput, barrier, rank, world
-from data import images_below, npz_headers, read_npz_arrays, read_rgb, say_unread
+from data import SMALL_SIDE, images_below, npz_headers, read_npz_arrays, read_rgb, say_unread
 from inception import load_inception
 from metrics import frechet_distance, inception_score, moments, precision_recall, spread
 from plumbing.files import listing_hash, lock, read_json, reading, refuse_flips, write_atomic
@@ -82,7 +82,7 @@ def folder_source(path: str | Path, as_trained: bool) -> tuple[int, Callable, st
         say_unread(path)
         files = of_classes
     width, height = read_rgb(files[0]).size
-    open_image = functools.partial(read_rgb, on_white=as_trained)
+    open_image = functools.partial(read_rgb, on_white=as_trained and width <= SMALL_SIDE)    # larger: as vae.py encode
 
     def read(indices):
         wanted, arrays = [files[i] for i in indices], []         # arrays: uint8 [H, W, 3]

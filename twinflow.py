@@ -116,7 +116,7 @@ def parse_args(argv=None):
     add("--lam", type=number(float, 0, open_low=True),
         help="weight of L_rectify (1, TwinFlow's tutorial; 0.5 in its large-scale code)")
     add("--lam_adv", type=number(float, 0, open_low=True),
-        help="weight of L_adv beside the base loss (1 in TwinFlow's code, where a trained flow map breaks here)")
+        help="weight of L_adv beside the base loss (1 in TwinFlow's code; at 1 a trained flow map breaks here)")
     add("--clip", type=number(float, 0), default=1.0,
         help="clamp v_fake - v_teacher to [-clip, clip] (1, the paper); 0: off")
     rcgm_flags(p)

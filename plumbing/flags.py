@@ -14,6 +14,7 @@ from common import BadInput, rank
 from data import data_name, preset_kind
 from model import SIZES
 from plumbing.checkpoints import load_checkpoint
+from plumbing.files import HERE, sources
 from plumbing.run_folder import RUNTIME_FLAGS, check_writable
 
 # Upper limits of what no machine does: beyond them a slip is told at once, not by a library after minutes.
@@ -231,9 +232,10 @@ def resolve(p, argv, presets, script):
     """argv -> the namespace: flags given, over the preset of (kind of data, init), over the parser's defaults.
 
     Where --init is the path of a checkpoint, the network in it says which preset.
-    `args.sources` says who set each flag.  script: its file, whose name the run folder gets.
+    `args.sources` says who set each flag, `args.code` what the script consists of (`sources`; {} of one that lies
+    elsewhere).  script: its file, whose name the run folder gets.
     """
-    script = Path(script).stem
+    file, script = Path(script), Path(script).stem
     everything = vars(p.parse_args(argv))                           # --help and bad flags end here
     defaults = {k: p.get_default(k) for k in everything}
     given = given_flags(p, argv, everything)
@@ -252,6 +254,7 @@ def resolve(p, argv, presets, script):
     args = argparse.Namespace(**values)
     args.sources = {k: "given" if k in given else "preset" if k in preset else "default" for k in values}
     args.start, args.script = init_kind, script
+    args.code = sources(file.name) if file.resolve() == HERE / file.name else {}
     if args.compile == "auto":
         args.compile = resolve_compile(args, kind)
     if kind != "latents":

@@ -22,9 +22,8 @@ from tqdm import tqdm
 
 from common import Stream, again, ahead, barrier, rank, world
 from data import data_kind
-from plumbing.checkpoints import load_checkpoint, start_over, weights_hash
-from plumbing.files import (HERE, BadInput, Locked, json_text, lock, read_json, read_lines, reading, refuse_flips,
-                            sources, write_atomic)
+from plumbing.checkpoints import load_checkpoint, start_over
+from plumbing.files import BadInput, Locked, json_text, lock, read_json, read_lines, reading, refuse_flips, write_atomic
 
 # Flags that change how a run is carried out, not what it computes: a folder may go on with other values of these.
 RUNTIME_FLAGS = {"vae", "steps", "micro_batch", "device", "compile", "out", "resume", "log_every", "preview_every",
@@ -36,8 +35,9 @@ PATHS = {"data", "init", "teacher"}
 # Flags in which the processes of one run may differ.
 OF_ONE_PROCESS = PATHS | {"vae", "out", "device", "compile", "micro_batch"}
 
-# In the namespace, but no flags.  wait: whether to wait for another process that trains in this folder.
-NO_FLAGS = {"sources", "wait"}
+# In the namespace, but no flags.  code: hashes of the script and what it imports; wait: whether to wait for another
+# process that trains in this folder.
+NO_FLAGS = {"sources", "code", "wait"}
 
 # What a run writes, and evaluate.py of its model.pt: only these names are removed by --resume no.
 OWN_FILES = ("args.json", "metrics.jsonl", "state.pt", "model.pt", "result.json", "evaluation.json", "fid.json",
@@ -257,7 +257,7 @@ class Run:
             if self.main:
                 self.say_other_code()
         elif self.main:
-            flags = identity(self.args) | dict(made_with=made_with(), code=code_of(self.args))
+            flags = identity(self.args) | dict(made_with=made_with(), code=self.args.code)
             write_atomic(self.folder / "args.json", json_text(flags, indent=1))
             (self.folder / "metrics.jsonl").unlink(missing_ok=True)
         barrier()
@@ -265,15 +265,15 @@ class Run:
 
     def say_other_code(self):
         """A line if the run was begun with other code than this: what has been trained is not what this would train."""
-        before = read_json(self.folder / "args.json", "the configuration of a run").get("code", {})
-        now = code_of(self.args)                                    # {} in the folders of earlier versions
+        before = read_json(self.folder / "args.json", "the configuration of a run").get("code", {})     # it is newer
+        now = self.args.code
         other = sorted(file for file in before.keys() | now.keys() if before.get(file) != now.get(file))
-        if before and other:
+        if before and now and other:
             more = f" and {len(other) - 3} more" if len(other) > 3 else ""
             print(f"{self.folder}: was begun with another {', '.join(other[:3])}{more}; {start_over(self.args)}")
 
     def refuse_other_processes(self):
-        """BadInput in every process if one has other flags, data or weights than the first one, or another folder.
+        """BadInput in every process if one has other flags, data or weights than the first one, or is at another step.
 
         Each would train a network of its own, and their gradients would be summed.
         """
@@ -281,21 +281,16 @@ class Run:
             return
         flags = {name: value for name, value in vars(self.args).items() if name not in NO_FLAGS | OF_ONE_PROCESS}
         data = self.fingerprint_of_data()
-        run = [flags, data["shape"], data["rows"], data["labels"], self.step, weights_hash(self.model)]
-        number = zlib.crc32(json_text(run).encode())
-        other = torch.tensor(int(self.from_first_process(number) != number or not self.sees_folder()))
+        number = zlib.crc32(json_text([flags, data["shape"], data["rows"], data["labels"], self.step]).encode())
+        for part in self.state.values():
+            if isinstance(part, torch.nn.Module):                   # student, EMA, teacher, fake side
+                for v in part.state_dict().values():
+                    number = zlib.crc32(v.cpu().contiguous().numpy(), number)
+        other = torch.tensor(int(self.from_first_process(number) != number))
         dist.all_reduce(other, dist.ReduceOp.MAX)
         if other:
-            raise BadInput(f"--out {self.folder}: the processes of this run do not all see this folder, or differ in "
-                           "flags, data or weights; expected one command for all, and a disk that they share")
-
-    def sees_folder(self):
-        """Whether the folder that the first process has made is seen here; a network file system may take a while."""
-        for _ in range(30):
-            if (self.folder / "args.json").exists():
-                return True
-            time.sleep(1)
-        return False
+            raise BadInput(f"--out {self.folder}: the processes of this run differ in flags, data or weights, or see "
+                           "different folders; expected one command for all, and a disk that they share")
 
     def load(self, path):
         with reading(path, "the state of this run", f"it cannot be resumed, {start_over(self.args)}"):
@@ -509,12 +504,6 @@ class Run:
         if self.main:
             write_atomic(self.folder / "result.json", json_text(result, indent=1))
         return result
-
-
-def code_of(args):
-    """`sources` of this run's script; {} of one that lies elsewhere."""
-    script = f"{args.script}.py"
-    return sources(script) if (HERE / script).exists() else {}
 
 
 def made_with():

@@ -156,8 +156,17 @@ def test_images_that_do_not_fit_into_the_memory_are_refused(tmp_path, monkeypatc
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 16, "SC_PHYS_PAGES": bytes_of}.get)
     assert len(data.load_data(str(tmp_path)).x) == 2
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(common.BadInput, match="its 2 images unpack to 0.0 GB, expected at most 0.0 GB a process"):
+    with pytest.raises(common.BadInput, match="its 2 images unpack to 3.84e-07 GB, expected at most 1.92e-07 GB a"):
         data.load_data(str(tmp_path))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")                     # one on each of two machines
+    assert len(data.load_data(str(tmp_path)).x) == 2
+
+
+def test_labels_of_one_byte_are_counted():
+    for dtype, most in ((torch.uint8, 255), (torch.int8, 127)):
+        labels = torch.arange(most + 1).to(dtype)
+        assert data.count_classes(labels, {}, "here") == most + 1
+        assert data.count_classes(labels, dict(classes=["x"] * 1000, n=len(labels)), "here") == 1000
 
 
 def test_a_class_that_cannot_be_read_is_not_left_out(tmp_path):

@@ -279,7 +279,7 @@ def test_the_lines_for_python_in_methods_run(in_home):
     assert count == 16 and (read(0, 16).permute(0, 2, 3, 1)[..., :1].numpy() == names["images"]).all()
 
 
-@pytest.mark.parametrize("sampler", ["flow_map", "renoised"])
+@pytest.mark.parametrize("sampler", ["flow_map", "renoised", "renoised_ddim", "renoised_fixed"])
 def test_the_lines_for_model_py_alone_sample_as_evaluate_does(in_home, sampler):
     written = (HERE / "METHODS.md").read_text()
     code = re.search(r"with `model.py` alone:\n```python\n(.*?)```", written, re.S)[1]
@@ -287,7 +287,7 @@ def test_the_lines_for_model_py_alone_sample_as_evaluate_does(in_home, sampler):
     torch.save(saved | dict(sampler=sampler), f"sampled-{sampler}.pt")
     names = {}
     exec(code.replace("runs/fsf_dmd-digits-imf/model.pt", f"sampled-{sampler}.pt"), names)
-    z = names["z"] if sampler == "renoised" else names["z"][:, 0]
+    z = names["z"][:, 0] if sampler == "flow_map" else names["z"]
     expected = evaluate.run_sampler(names["net"], sampler, z, names["y"], 2, names["guidance"], None, 1.0)
     torch.testing.assert_close(names["x"], expected, rtol=0, atol=1e-6)
     shown = data.to_images(expected.detach(), saved["data"])

@@ -268,17 +268,25 @@ def test_processes_that_see_different_folders_are_refused(home, tmp_path):
     before = state(home, "apart")["step"]
     for process in two_processes([home, tmp_path], f"{command} --steps 4 --out apart"):
         _, err = process.communicate(timeout=120)
-        assert process.returncode == 2 and "the processes of this run do not all see this folder" in err
+        assert process.returncode == 2 and "or see different folders; expected one command for all" in err
     assert state(home, "apart")["step"] == before == 2
 
 
 @pytest.mark.slow
-def test_processes_of_other_flags_are_refused(home):
-    """As of two nodes whose commands differ: each would train a network of its own with the sum of both gradients."""
-    for i, more in enumerate(("--seed 1", "--lr 0.5", "--save_every 3")):
-        for process in two_processes([home, home], f"{IMF} --steps 2 --out mixed{i}", more):
+def test_processes_that_are_not_of_one_run_are_refused(home, tmp_path):
+    """As of two nodes whose commands or files differ: each would train a network of its own with both gradients."""
+    other = checkpoints.load_checkpoint(home / "imf" / "model.pt")
+    other["weights"]["x_embedder.proj.bias"] += 0.1
+    torch.save(other, home / "other.pt")
+    labels = dict(np.load(home / "toy.npz"))
+    np.savez(tmp_path / "toy.npz", images=labels["images"], labels=labels["labels"][::-1])
+    there, cd = [home, home], "consistency.py --loss cd --init imf/model.pt --data toy.npz"
+    for i, (command, second, folders) in enumerate((
+            (IMF, "--seed 1", there), (IMF, "--save_every 3", there), (IMF, "", [home, tmp_path]),
+            (f"{cd} --teacher imf/model.pt", "--teacher other.pt", there))):
+        for process in two_processes(folders, f"{command} --steps 2 --out mixed{i}", second):
             _, err = process.communicate(timeout=120)
-            assert process.returncode == 2 and "or differ in flags, data or weights" in err
+            assert process.returncode == 2 and "differ in flags, data or weights" in err, err
         assert not (home / f"mixed{i}" / "state.pt").exists()
 
 
