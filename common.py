@@ -30,8 +30,6 @@ from tqdm import tqdm
 
 from plumbing.files import BadInput, first_line, is_out_of_memory, no_space
 
-OUT_OF_MEMORY = "error: out of memory; a smaller --micro_batch or --batch_size, where there is one, needs less"
-
 
 class Heard:
     """stdout or stderr whose reader may be gone, as Ctrl-C ends `| tee log` too, or whose disk is full.
@@ -75,7 +73,7 @@ def main(train, parse_args):
         leave(f"error: {what} and {again()}", 2)
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            leave(OUT_OF_MEMORY, 2)
+            leave("error: out of memory; a smaller --micro_batch or --batch_size, where there is one, needs less", 2)
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):         # /tmp is full, or noexec
             leave(f"error: torch.compile does not work here ({first_line(error, 160)}); --compile 0 does without", 2)
         if not is_lost(error):
@@ -363,7 +361,7 @@ def trainable(flag, *nets):
 
 
 def accumulate(total, B, **losses):
-    """total[name] += the sum of a loss [b] over B, without its graph: what `Run.log` takes."""
+    """total[name] += sum(loss [b]) / B, without its graph: what `Run.log` takes."""
     for name, value in losses.items():
         total[name] = total.get(name, 0) + value.detach().float().sum() / B
 

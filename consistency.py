@@ -52,7 +52,7 @@ from plumbing.watch import begin, finish, watch
 # ---- method ----------------------------------------------------------------------------------------------------------
 
 def draw_times(r: Tensor, law: str = "uniform", mask_prob: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Uniform draws r [B, 2] -> times t, s [B] with 0 <= s <= t <= 1: two draws of the law, sorted.
+    """Uniform r [B, 2] -> times t, s [B], 0 <= s <= t <= 1: two draws of the law, sorted.  [B, 1]: one, s = t.
 
     law: "uniform", or "logitnormal:MEAN,SCALE" (left out: iMF's -0.4,1).  Masking sets s := t in floor(B mask_prob)
     rows, evenly spread over the (shuffled) batch, not in a random number of them: shapes never change.
@@ -76,8 +76,8 @@ def draw_guidance(r: Tensor, law: str = "loguniform", omega_max: float = 8.0) ->
 def distance(pred: Tensor, target: Tensor, c: float = 1e-3, cosine: bool = True) -> Tensor:
     """rho of each sample [B]: pseudo-Huber sqrt(mean e^2 + c^2) - c, plus the mean over positions of 1 - cosine.
 
-    pred, target [B, C, ...]; the cosine over channels needs C >= 2 and is left out otherwise.  view_as stands in all
-    losses: a network that lost an axis, [B, H, W], raises an error; else the difference would become [B, B, H, W].
+    pred, target [B, C, ...]; the cosine over channels needs C >= 2 and is left out otherwise.  view_as, in all losses:
+    an error where a network lost an axis, [B, H, W], which would broadcast to a difference [B, B, H, W].
     """
     huber = ((pred - target).view_as(pred).flatten(1).pow(2).mean(1) + c ** 2).sqrt() - c
     return huber + cosine_distance(pred, target) if cosine and pred.shape[1] > 1 else huber
@@ -386,7 +386,7 @@ def train(args):
         return lambda x, t: guided_velocity(teacher, x, t, y, guidance, channels)
 
     def draw(g, index):
-        """The global batch of one step and its random numbers, drawn from g (common.Stream)."""
+        """Global batch number `index` and its random numbers, drawn from g (common.Stream)."""
         rows = batch_rows(len(data.x), B, args.seed, index)
         batch = dict(x0=data.x[rows], y=data.y[rows], eps=g.normal(B, *shape))
         r = g.uniform(B, 1 if args.loss == "fm" else 2)                         # Eq. 1: one draw of the law

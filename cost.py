@@ -12,7 +12,6 @@ measured is kept in --runs, and measured again only if its setting or a file tha
 Leaves a folder cost-cpu or cost-cuda in --out, of another size than B/1 with its name: README.md, the table of all
 rows measured in this setting so far, and runs.json.
 """
-import argparse
 import contextlib
 import importlib
 import io
@@ -39,9 +38,9 @@ from tqdm import tqdm
 from common import BadInput, main
 from model import SIZES, LightningDiT, fixed_guidance
 from plumbing.checkpoints import load_network
-from plumbing.files import json_text, lock, read_json, write_atomic
+from plumbing.files import HERE, json_text, lock, read_json, sources, write_atomic
 from plumbing.flags import Parser, folder_path, number
-from plumbing.kept_runs import HERE, refuse_torchrun, sources
+from plumbing.kept_runs import refuse_torchrun
 from plumbing.report import markdown_lines
 from reproduce import DMD2_CD, TABLE_5, paper
 
@@ -470,7 +469,7 @@ def folder_of(args):
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--size", default="B/1", choices=list(SIZES), help="network size (default: B/1, the paper's)")
     p.add_argument("--batch_size", type=number(int, 1),
                    help="batch of the timing (default: 128 on a GPU, 1 on a CPU); FLOPs are counted at 2")

@@ -43,8 +43,8 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 MAX_CLASSES = 100_000           # more is no label; ImageNet-21k has 21,841
 MAX_SIDE = 512                  # pixels of an image that a network sees as it is
 SMALL_SIDE = 64                 # of an image folder
-# Of the memory, for uint8 images: training needs 13 to 14 bytes a pixel for a moment, these, 32-bit numbers, and 64-bit
-# ones for the statistics.
+# Share of the memory for uint8 images: for a moment training holds 13 to 14 bytes a pixel, as uint8, as float32 and
+# (the statistics) as float64.
 TRAINED_SHARE = 1 / 16
 
 
@@ -217,8 +217,8 @@ def refuse_too_large(what: str, wanted: int, share: float, of: str) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     most = share * memory / processes_here()
     if wanted > most:
-        raise BadInput(f"{what} to {wanted / 1e9:.3g} GB, expected at most {most / 1e9:.3g} GB a process on this "
-                       f"machine of {memory / 1e9:.3g} GB; take fewer {of}")
+        raise BadInput(f"{what} to {wanted / 1e9:.4g} GB, expected at most {most / 1e9:.4g} GB a process on this "
+                       f"machine of {memory / 1e9:.4g} GB; take fewer {of}")
 
 
 def read_npz(path: str) -> tuple[np.ndarray, np.ndarray]:

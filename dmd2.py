@@ -19,8 +19,7 @@ Lee, Park, arXiv 2605.19256 (its equations: [n]): Table 2 rows 4-6, Table 3 row 
 
 One step is ONE generator update and R = --ttur fake updates (1:R, DMD2's two time-scale update rule, TTUR): the first
 fake update has the samples of the generator turn, the others their own rollouts.  Discriminator: two DDT blocks and a
-class token on the features of the fake network's first blocks (model.DiscriminatorHead), which lambda_D L_D also
-trains.
+class token on the features of the fake network's first blocks (model.DiscriminatorHead); the GAN term trains these too.
 
     python dmd2.py --init imf --ttur 5                  # digits, 2 CPU cores: about 2 minutes
     python dmd2.py --init imf --ttur 5 --no_gan         # without the GAN: it is not built at all
@@ -241,7 +240,7 @@ def train(args):
         return lambda x, t, eps: head(trunk, interpolate(x, eps, t), t, y)
 
     def draw_turn(g, index):
-        """The global batch of one turn and its random numbers, drawn from g (common.Stream)."""
+        """Global batch number `index` and its random numbers, drawn from g (common.Stream)."""
         rows = batch_rows(len(data.x), B, args.seed, index)
         batch = dict(x0=data.x[rows], y=data.y[rows], eps=g.normal(B, *shape))
         batch["t"], batch["s"] = draw_times(g.uniform(B, 2), args.time_law, args.mask_prob)
@@ -286,7 +285,7 @@ def train(args):
                 with autocast(args, device):
                     x_hat = backward_simulation(u(b.y), b.z, k, args.M)         # Eq. 17
                     loss, gap = dmd_loss(x_hat, v_fake(b.y), v_teacher(b.y), b.tau, b.eps_tau)
-                    objective = args.lam * loss                                 # Eq. 15; in DMD2 51, with L_CD 59
+                    objective = args.lam * loss                                 # lambda of Eq. 15 (DMD2: 59)
                     if head:
                         gan = gan_generator_loss(D(b.y)(x_hat, b.t_gen, b.eps_gen))
                         objective = objective + args.lam * args.lambda_g * gan  # Eq. 54

@@ -6,10 +6,9 @@
     python evaluate.py --from_images DIR --inception W --ref REF     # the same of any other system's images
     python evaluate.py ref --data DIR --inception W --out DIR        # reference statistics of real images
 
-Without --inception, the feature space of pixel data sets (metrics.py): a small convolutional classifier trained once
-on the data set itself, on one CPU thread from a fixed seed, cached under runs/cache.  (Trained on every second image of
-the digits it is right on 97% of the others.)  Those of the digits and of Fashion-MNIST come with the project
-(results/classifiers).
+Without --inception the metrics are in the features of a small classifier (metrics.py), trained once on the pixel data
+set itself, on one CPU thread from a fixed seed, and cached under runs/cache; those of the digits and Fashion-MNIST come
+with the project (results/classifiers).  (Trained on every second image of the digits it is right on 97% of the others.)
 """
 import argparse
 import hashlib
@@ -408,7 +407,7 @@ def sampling(args: argparse.Namespace, checkpoint: dict) -> tuple[float, float, 
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("what", nargs="*",
                    help="CHECKPOINT (a model.pt, or official weights); or `grid CHECKPOINT`, the picture alone; "
                         "or `ref`, statistics of --data")

@@ -98,8 +98,8 @@ def fsf_dmd_loss(z: Tensor, U: Tensor, fake: Callable, teacher: Callable, tau: T
         if clip:
             delta = delta.clamp(-clip, clip)
         q = torch.ones_like(tau)
-        if weight == "adaptive":                        # DMD's normaliser in v-space (Eq. 51); 1e-6: as FastGen, no 0/0
-            q = 1 / ((v_teacher - (eps - x_hat)).flatten(1).abs().mean(1) + 1e-6)
+        if weight == "adaptive":                                            # DMD's normaliser (Eq. 51) in v-space
+            q = 1 / ((v_teacher - (eps - x_hat)).flatten(1).abs().mean(1) + 1e-6)       # 1e-6: as FastGen, against 0/0
         if cosine_factor:
             q = q * torch.cos(math.pi / 2 * tau)
         target = U - delta
@@ -209,7 +209,7 @@ def train(args):
         return lambda x, tau: guided_velocity(teacher or net, x, tau, y, fixed, channels)
 
     def draw(g, index):
-        """The global batch of one step and its random numbers, drawn from g (common.Stream)."""
+        """Global batch number `index` and its random numbers, drawn from g (common.Stream)."""
         rows = batch_rows(len(data.x), B, args.seed, index)
         batch = dict(x0=data.x[rows], y=data.y[rows], eps=g.normal(B, *shape))
         batch["t"], batch["s"] = draw_times(g.uniform(B, 2), args.time_law, args.mask_prob)
@@ -249,7 +249,7 @@ def train(args):
                             z, U = b.z[:, 0], b.z[:, 0] - x_hat
                         loss, gap = fsf_dmd_loss(z, U, v_fake(b.y), v_teacher(b.y), b.tau, b.eps_tau,
                                                  args.weight, args.clip, args.cosine_factor)
-                        objective = args.lam * loss                             # Eq. 15; in DMD2 51, with L_CD 59
+                        objective = args.lam * loss                             # lambda of Eq. 15 (DMD2: 59)
                     (objective.sum() / B).backward()
                     accumulate(total, B, fsf=loss, gap=gap)
 

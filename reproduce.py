@@ -25,7 +25,6 @@ the evaluations on the way, at `step`.  Values are mean +- standard deviation ov
 reference row is the mean of the paired differences over seeds; * marks p < 0.05 in a paired t-test after Holm's
 correction over the rows of the table.  Five seeds see large effects only.
 """
-import argparse
 import json
 import os
 import shlex
@@ -45,9 +44,10 @@ from metrics import refuse_few
 from model import SIZES
 from plumbing import report
 from plumbing.checkpoints import load_checkpoint, new_network, refuse_jumps, refuse_other_data
+from plumbing.files import HERE
 from plumbing.flags import Parser, data_source, folder_path, network_name, number
-from plumbing.kept_runs import (HERE, Job, chain, default_jobs, inputs_of, is_done, machine, record, refuse_torchrun,
-                                run_all, sources_of)
+from plumbing.kept_runs import (Job, chain, default_jobs, inputs_of, is_done, machine, record, refuse_torchrun, run_all,
+                                sources_of)
 from plumbing.passes import refuse_uncounted
 from plumbing.run_folder import check_writable
 
@@ -75,35 +75,29 @@ KINDS = ("pixels", "images", "latents")
 FLAGS = {
     # the iMF of --start strong
     "strong": (" --steps 800", " --steps 3000", ""),
-    # CD; FSF-DMD, which has the rate of its L_CD; DMD2
-    "cd":     ("", "", ""),
-    "fsf":    ("", "", ""),
-    "dmd2":   ("", "", ""),
     # the iMF of Table 5, where it is no start
     "imf":    (" --mask_prob 0.5 --lr 0.012 --eval_every 100", " --mask_prob 0.5 --lr 0.016", ""),
     # iMF and RCGM for the passes that TwinFlow on them has (plumbing/passes.py)
     "long":   (" --steps 1100", " --steps 3680 --eval_every 736", " --steps 982000"),
     "rlong":  (" --steps 1040", " --steps 3210 --eval_every 642", " --steps 857000"),
     "m1":     (" --lam 0.01", " --steps 225", ""),
-    # DMD2 + L_CD
-    "cd1":    ("", "", ""),
     # LightningDiT: timestep shift 0.3
     "euler":  ("", "", " --steps 250 --shift 3.3333"),
     "fm_all": ("", "", " --cfg_channels 0"),
     "fm_few": (" --cfg_channels 1", " --cfg_channels 1", " --cfg_channels 3"),
 }
 
-# From the strong start of the digits other settings are the best (results/search-digits-strong).
+# From the strong start of the digits other settings are the best (results/search-digits-strong); elsewhere: presets.
 FLAGS_STRONG = {
     "cd":     " --lr 0.004",
-    "fsf":    " --lr 0.004",
+    "fsf":    " --lr 0.004",                                          # the rate of its L_CD
     "m1":     " --lam 0.05",
     "dmd2":   " --lr 0.001 --fake_lr 0.003",
     "cd1":    " --lam 0.1 --lr 0.003 --fake_lr 0.003",
 }
 
-# {control}: the steps of the start and, of pixels and latents, those of a distillation; of images 525, which are the
-# passes of one.  For (kind of data, --start).
+# {control}, for (kind of data, --start): the start's steps, and those of a distillation (200; latents 4,000) or, of
+# images, 525, which have its passes.
 CONTROL = {
     ("pixels", "weak"): 600,
     ("pixels", "strong"): 1000,
@@ -263,7 +257,7 @@ TABLES = {
 def job(args, command, seed, start=None, via=None):
     """The run of one command and one seed.  Its folder is named after its arguments."""
     kind = preset_kind(args.data)
-    choices = {name: flags[KINDS.index(kind)] for name, flags in FLAGS.items()}
+    choices = dict.fromkeys(FLAGS_STRONG, "") | {name: flags[KINDS.index(kind)] for name, flags in FLAGS.items()}
     if kind == "pixels" and args.start == "strong" and start and start.command[1:3] == ("--loss", "imf"):
         choices |= FLAGS_STRONG
     names = dict(start="START", via="VIA", control=CONTROL[kind, args.start])
@@ -348,7 +342,7 @@ def jobs_of(args, rows, seed):
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("table", choices=list(TABLES), help="table of the paper")
     g = p.add_argument_group("rows")
     g.add_argument("--data", type=data_source, default="digits",

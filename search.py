@@ -166,7 +166,7 @@ SEARCHES_OF_IMAGES = {
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("start", choices=list(SEARCHES), help="where the methods start from")
     names = [name for _, methods in (*SEARCHES.values(), *SEARCHES_OF_IMAGES.values()) for name in methods]
     p.add_argument("--method", choices=sorted(set(names)), help="this method only")

@@ -50,6 +50,9 @@ from plumbing.flags import (checked, guidance_flags, health_flag, number, parser
 from plumbing.run_folder import Run, check_folder
 from plumbing.watch import begin, finish, health, watch
 
+
+# ---- method ----------------------------------------------------------------------------------------------------------
+
 # w(tau) on the loss in x0-space; SiD-DiT found that the choice changes contrast and saturation, not much else.
 # And "sid": SiD's own, 1 / mean |x_hat - f_teacher|.
 WEIGHTS = {
@@ -61,10 +64,9 @@ WEIGHTS = {
     "snr_sqrt": lambda t: (1 - t) / t,
 }
 
-# ---- method ----------------------------------------------------------------------------------------------------------
 
 def draw_tau(r: Tensor) -> Tensor:
-    """Uniform draws r [B] -> tau = sigmoid(N(ln 2, 1.6^2)): median 2/3, 5 and 95% at .126 and .965."""
+    """Uniform draws r [B] -> tau = sigmoid(N(ln 2, 1.6^2)), clamped: at tau = 0 w may be infinite."""
     return torch.sigmoid(math.log(2) + 1.6 * torch.special.ndtri(r.clamp(1e-6, 1 - 1e-6)))
 
 
@@ -180,7 +182,7 @@ def train(args):
         return lambda x, t, eps: head(fake, interpolate(x, eps, t), t, y)
 
     def draw_turn(g, index):
-        """The global batch of one turn and its random numbers, drawn from g (common.Stream)."""
+        """Global batch number `index` and its random numbers, drawn from g (common.Stream)."""
         rows = batch_rows(len(data.x), B, args.seed, index)
         batch = dict(y=data.y[rows])
         batch["z"] = g.normal(B, args.M, *shape)                # rollout noise: M for Eq. 17

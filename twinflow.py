@@ -61,7 +61,8 @@ def twinflow_losses(u: Callable, fake: Callable, teacher: Callable, z: Tensor, t
     adv = error.view_as(z).flatten(1).pow(2).mean(1)                                    # Eq. 63
     with torch.no_grad():
         x_tau = interpolate(x_hat, eps_tau, tau)                                        # [B, C, H, W]
-        delta = fake(x_tau, tau) - teacher(x_tau, tau)                                  # Eq. 64
+        v_fake, v_teacher = fake(x_tau, tau), teacher(x_tau, tau)
+        delta = v_fake - v_teacher                                                      # Eq. 64
         gap = delta.flatten(1).abs().mean(1)                                            # [B], for the log
         if clip:
             delta = delta.clamp(-clip, clip)
@@ -96,18 +97,14 @@ PRESETS = {
 
 # RCGM from scratch has the learning rate, the delta and the target's memory that consistency.py --loss rcgm has.
 PRESETS_OF_RCGM = {
-    ("pixels", "scratch"): dict(
-        size="tiny", steps=400, lr=2.4e-2, target_ema=0.5, delta=0.05, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0,
-        omega_max=1.0, save_every=100, eval_every=100, health_every=100),
-    ("images", "scratch"): dict(
-        size="small", steps=1500, lr=1.6e-2, target_ema=0.5, delta=0.05, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0,
-        omega_max=4.0, save_every=100, eval_every=500, health_every=100),
+    ("pixels", "scratch"): PRESETS["pixels", "scratch"] | dict(lr=2.4e-2, target_ema=0.5, delta=0.05, lam=0.1),
+    ("images", "scratch"): PRESETS["images", "scratch"] | dict(target_ema=0.5, delta=0.05, lam=0.1),
 }
 
 
 def parse_args(argv=None):
-    p = parser(__doc__, "scratch, imf (a flow map trained by consistency.py --loss imf, first if need be), "
-               "or its model.pt")
+    p = parser(__doc__, "scratch, imf (the network of consistency.py --loss imf, trained first if need be), "
+               "or a model.pt")
     flow_map_flags(p)
     health_flag(p)
     add = p.method.add_argument
@@ -165,7 +162,7 @@ def train(args):
         return lambda x, tau: guided_velocity(net, x, tau, y, fixed)
 
     def draw(g, index):
-        """The global batch of one step and its random numbers, drawn from g (common.Stream)."""
+        """Global batch number `index` and its random numbers, drawn from g (common.Stream)."""
         rows = batch_rows(len(data.x), B, args.seed, index)
         batch = dict(x0=data.x[rows], y=data.y[rows], eps=g.normal(B, *shape))
         batch["t"], batch["s"] = draw_times(g.uniform(B, 2), args.time_law, args.mask_prob)

@@ -578,7 +578,7 @@ def read_latents(path: Path) -> torch.Tensor:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     commands = p.add_subparsers(dest="command", required=True)
     e = commands.add_parser("encode", help="image folder -> latent shards; run it again to resume")
     e.add_argument("--images", required=True, help="folder with one sub-folder of images a class")

@@ -14,7 +14,6 @@ their paired differences to training with the exact derivative.
 Runs are kept, and go on when stopped; those of other code are refused.  Leaves README.md, runs.json and error.png in
 --out.
 """
-import argparse
 import contextlib
 import math
 import shlex
@@ -36,9 +35,9 @@ from cost import draw_zeros  # noqa: E402
 from data import load_data  # noqa: E402
 from model import LightningDiT, fixed_guidance, interpolate, total_derivative  # noqa: E402
 from plumbing.checkpoints import load_network  # noqa: E402
-from plumbing.files import json_text, read_json, write_atomic  # noqa: E402
+from plumbing.files import json_text, read_json, sources, write_atomic  # noqa: E402
 from plumbing.flags import Parser, folder_path, number, result_folder  # noqa: E402
-from plumbing.kept_runs import refuse_torchrun, sources  # noqa: E402
+from plumbing.kept_runs import refuse_torchrun  # noqa: E402
 from plumbing.report import markdown_lines, spread  # noqa: E402
 
 STEPS = (0.0025, 0.005, 0.01, 0.02, 0.05, 0.1)                      # h
@@ -263,7 +262,7 @@ def figure(stored):
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--seeds", type=number(int, 1), default=5, help="seeds 0, 1, ...")
     p.add_argument("--runs", type=folder_path, default="runs/finite_difference", help="folder of the kept runs")
     p.add_argument("--out", type=result_folder, default="runs/finite_difference_results",

@@ -19,7 +19,6 @@
 Warm-up first, medians of CUDA events, random weights and inputs.  Writes gpu.md and gpu/<block>.json into --out.  A
 block that fails does not end the others.
 """
-import argparse
 import concurrent.futures
 import functools
 import importlib
@@ -96,7 +95,7 @@ KINDS = [
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--block", nargs="+", choices=list(BLOCKS), default=list(BLOCKS), help="these blocks only")
     p.add_argument("--again", type=number(int, 0, 1), default=0, help="1: measure what is measured already")
     p.add_argument("--rehearse", type=number(int, 0, 1), default=0, help="1: on the CPU, at tiny size")

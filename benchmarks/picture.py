@@ -21,7 +21,7 @@ from plumbing.run_folder import check_writable  # noqa: E402
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("networks", nargs="+", help="NAME=MODEL, each a model.pt, of one data set")
     p.add_argument("--steps", type=number(int, 1), nargs="+", default=[1, 2], help="numbers of sampling steps")
     p.add_argument("--out", type=Path, default=Path("picture.png"))

@@ -7,7 +7,6 @@ A round takes one script, kills it with SIGKILL after a random time, starts the 
 ends by itself.  Then every tensor of state.pt and model.pt and every logged loss must be those of the uninterrupted
 run.  Where they are not, the folder stays and is named.  Not part of the tests.
 """
-import argparse
 import random
 import shlex
 import shutil
@@ -98,7 +97,7 @@ def soak(args):
 
 
 def parse_args():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--rounds", type=number(int, 1), default=20)
     p.add_argument("--seconds", type=number(float, 0), help="go on for so long, instead of --rounds")
     p.add_argument("--seed", type=number(int, 0), default=0, help="of the moments")

@@ -15,7 +15,6 @@ Three measurements in one process, so that a slow minute of the machine meets al
 
 Leaves README.md and runs.json in --out.
 """
-import argparse
 import collections
 import contextlib
 import copy
@@ -57,7 +56,7 @@ STEPS = 3                                       # the first warms up
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--size", default="B/1", choices=list(SIZES))
     p.add_argument("--batch_size", type=number(int, 2), default=4)
     p.add_argument("--repeats", type=number(int, 1), default=5, help="of the backbone and the products; medians")

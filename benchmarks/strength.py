@@ -12,7 +12,6 @@ start's own distance at 2 steps.
 Runs are kept, stopped and continued as reproduce.py's.  Leaves README.md, runs.json and strength.png in --out; other
 starts and lambdas of an earlier call into the same --out, with the same data, steps, seeds and code, stay in them.
 """
-import argparse
 import os
 import shlex
 import sys
@@ -37,7 +36,7 @@ TITLES = ("distance, 1 step", "distance, 2 steps", "precision, 2 steps", "recall
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("--data", type=data_source, default="digits", help="as in reproduce.py, of pixels")
     p.add_argument("--starts", type=number(int, 1), nargs="+", default=[100, 200, 400, 800], help="steps of the starts")
     p.add_argument("--steps", type=number(int, 1), help="steps of both methods (default: the presets')")

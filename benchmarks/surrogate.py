@@ -17,7 +17,6 @@ each with the class mean; and cosines over tau = k r / (1 + (k-1) r) for k = 1 a
 (other seeds) the mean +- standard deviation is shown.
 Leaves README.md, runs.json and surrogate.png in --out.
 """
-import argparse
 import shlex
 import sys
 from pathlib import Path
@@ -50,7 +49,7 @@ LR, EMA = 2e-3, 0.99            # of the fake network
 
 
 def parse_args(argv=None):
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__)
     p.add_argument("starts", nargs="+",
                    help="NAME=MODEL, flow maps that take guidance as an input; a NAME may stand for several")
     p.add_argument("--omega", type=number(float, 1), nargs="+", default=[1.0], help="guidance scales to look at")

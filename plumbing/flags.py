@@ -31,7 +31,8 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors are BadInput, so that they end like every other one, and whose flags are spelled out."""
 
     def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)             # reproduce.py's --seeds is not a script's --seed
+        # reproduce.py's --seeds is not a script's --seed; a file header keeps its lines
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message):
         if message.startswith("unrecognized"):
@@ -91,7 +92,7 @@ def parser(doc, init_help):
 
     A script adds its own to p.network, p.method or p.run, then calls `resolve`.
     """
-    p = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=doc)
 
     add = p.add_argument_group("data").add_argument
     add("--data", type=data_source, default="digits", help="`digits` (scikit-learn's, default), an .npz with images "
@@ -249,7 +250,7 @@ def resolve(p, argv, presets, script):
     if values.get("teacher") and not Path(values["teacher"]).is_file():
         raise BadInput(f"--teacher {values['teacher']}: no such file, expected a model.pt")
     if not values["out"]:
-        name = "_".join([script, *([values["loss"]] if "loss" in values else [])])      # consistency_cd
+        name = f"{script}_{values['loss']}" if "loss" in values else script             # consistency_cd
         values["out"] = folder_name(name, values, given, defaults | preset, init_kind)
     args = argparse.Namespace(**values)
     args.sources = {k: "given" if k in given else "preset" if k in preset else "default" for k in values}

@@ -141,20 +141,17 @@ def read_idx_file(path: Path, ndim: int) -> np.ndarray:
 
 def read_cifar(folder: Path) -> tuple:
     there = [name for name, (train, test, _) in CIFAR.items() if any((folder / file).exists() for file in train + test)]
-    if len(there) > 1:
+    if len(there) != 1:
         raise BadInput(f"--data {folder}: holds {len(there)} sets ({', '.join(there)}), expected one: give each a "
                        "folder of its own")
-    for name, (train, test, label_bytes) in CIFAR.items():
-        if not any((folder / file).exists() for file in (*train, *test)):
-            continue
-        missing = [file for file in train if not (folder / file).exists()]
-        if missing:
-            raise BadInput(f"--data {folder}: {name} lacks {', '.join(missing)}; {REPAIR}")
-        images, labels = read_records([folder / file for file in train], label_bytes)
-        if not (folder / test[0]).exists():
-            return images, labels, None, None
-        return images, labels, *read_records([folder / file for file in test], label_bytes)
-    raise BadInput(f"--data {folder}: holds no CIFAR batches")
+    train, test, label_bytes = CIFAR[there[0]]
+    missing = [file for file in train if not (folder / file).exists()]
+    if missing:
+        raise BadInput(f"--data {folder}: {there[0]} lacks {', '.join(missing)}; {REPAIR}")
+    images, labels = read_records([folder / file for file in train], label_bytes)
+    if not (folder / test[0]).exists():
+        return images, labels, None, None
+    return images, labels, *read_records([folder / file for file in test], label_bytes)
 
 
 def read_records(paths: list[Path], label_bytes: int) -> tuple[np.ndarray, np.ndarray]:

@@ -113,10 +113,10 @@ def check_folder(args):
     if of_folder and data_kind(args.data) == "pixels" and Path.cwd().is_relative_to(data.resolve()):
         raise BadInput(f"--data {data}: holds the folder you are in, whose runs/ would be read as data; "
                        "work in another folder")
-    for flag in ("init", "teacher"):
-        network = Path(getattr(args, flag, None) or "scratch")
+    for name in ("init", "teacher"):
+        network = Path(getattr(args, name, None) or "scratch")
         if network.is_file() and network.resolve() in [path.resolve() for path in own_paths(folder)]:
-            raise BadInput(f"--out {folder}: holds --{flag} {network}, which this run would write over; {elsewhere}")
+            raise BadInput(f"--out {folder}: holds --{name} {network}, which this run would write over; {elsewhere}")
     for path in own_paths(folder):
         if path.exists() and not path.is_file():
             raise BadInput(f"--out {folder}: {path.name} in it is no file; nothing was touched")

@@ -401,7 +401,7 @@ def test_the_two_methods_of_the_figure_over_starts_differ_in_the_dm_term_alone()
     for module, command in ((consistency, strength.CD_MASKED), (fsf_dmd, f"{strength.FSF} --M 2 --shift 10 --lam 0.2")):
         words = shlex.split(command.format(start="imf", cd="", fsf=""))[1:]
         parsed.append(vars(module.parse_args(words)))
-    shared = set(parsed[0]) & set(parsed[1]) - {"out", "script", "sources", "health_every", "sampler"}
+    shared = set(parsed[0]) & set(parsed[1]) - {"out", "script", "sources", "code", "health_every", "sampler"}
     assert {"lr", "mask_prob", "batch_size", "omega", "huber_c", "ema", "steps"} <= shared
     assert {k: parsed[0][k] for k in shared} == {k: parsed[1][k] for k in shared}
 

@@ -282,7 +282,7 @@ def test_bad_npz_files(tmp_path, monkeypatch, capsys):
     cases.append(("consistency.py --loss imf --data folder.npz", "folder.npz: no such file"))
     refuse_all(tmp_path, cases, capsys, monkeypatch)
     headers = dict(images=((10 ** 9, 64, 64), np.dtype(np.uint8)))
-    with pytest.raises(common.BadInput, match="unpack to 4096.0 GB"):        # before it reads
+    with pytest.raises(common.BadInput, match="unpack to 4096 GB"):        # before it reads
         data.read_npz_arrays("nowhere.npz", "nowhere.npz", headers, ["images"], share=1 / 16)
 
 
