@@ -19,7 +19,7 @@ Lee, Park, arXiv 2605.19256 (its equations: [n]): Table 2 rows 4-6, Table 3 row 
 
 One step is ONE generator update and R = --ttur fake updates (1:R, DMD2's two time-scale update rule, TTUR): the first
 fake update has the samples of the generator turn, the others their own rollouts.  Discriminator: two DDT blocks and a
-class token on the features of the fake network's first blocks (model.DiscriminatorHead); the GAN term trains these too.
+class token on the features of the fake network's first blocks (model.DiscriminatorHead); its loss trains these too.
 
     python dmd2.py --init imf --ttur 5                  # digits, 2 CPU cores: about 2 minutes
     python dmd2.py --init imf --ttur 5 --no_gan         # without the GAN: it is not built at all
