@@ -266,7 +266,7 @@ PRESETS = {
         size="small", steps=375, lr=8e-3, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100, eval_every=125),
     ("latents", "scratch"): dict(
         size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
-        omega=6.0, guide_to=0.9, omega_max=8.0, save_every=5_000),
+        omega=6.0, guide_to=0.9, omega_max=8.0, save_every=5_000, eval_every=5_000, preview_every=5_000),
     ("latents", "imf"): dict(
         size="B/1", steps=40_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
         omega=6.0, guide_to=0.9, cd_guidance="drawn", omega_max=8.0, save_every=500),
@@ -282,7 +282,8 @@ PRESETS_OF_LOSS = {                                  # from scratch, two losses 
             size="small", steps=3000, lr=4e-3, cosine=0, omega=1.5, guide_to=1.0, save_every=100),
         ("latents", "scratch"): dict(                                                   # LightningDiT's recipe
             size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
-            time_law="logitnormal:0,1", cosine=1, omega=6.0, guide_to=0.9, cfg_channels=3, save_every=5_000),
+            time_law="logitnormal:0,1", cosine=1, omega=6.0, guide_to=0.9, cfg_channels=3, save_every=5_000,
+            eval_every=5_000, preview_every=5_000),
     },
     "rcgm": {
         ("pixels", "scratch"): dict(

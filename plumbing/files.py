@@ -218,6 +218,8 @@ def lock(path: str | Path, doing: str, flag: str = "--out"):
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise Locked(f"{path.parent}: {holder} is {doing} there; wait for it, or choose another {flag}") from None
+        except OSError as error:                                    # a Lustre without -o flock
+            raise BadInput(f"{path.parent}: this disk has no locks ({error.strerror}); choose another {flag}") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

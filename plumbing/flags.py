@@ -10,6 +10,8 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import torch
+
 from common import BadInput, rank
 from data import data_name, preset_kind
 from model import SIZES
@@ -258,6 +260,9 @@ def resolve(p, argv, presets, script):
     args.code = sources(file.name) if file.resolve() == HERE / file.name else {}
     if args.compile == "auto":
         args.compile = resolve_compile(args, kind)
+        on_gpu = args.device != "cpu" and torch.cuda.is_available()
+        if kind == "latents" and args.compile == 0 and getattr(args, "jvp", "fd") == "fd" and on_gpu and rank() == 0:
+            print("not compiled, so slower: no C compiler or no Python.h (python3-dev) is here")
     if kind != "latents":
         refuse(args, ["vae"], f"decodes latents, and --data {args.data} has pixels")
     if kind == "latents" and rank() == 0 and not args.dry_run and Path(args.data).exists():

@@ -108,11 +108,18 @@ def look_again():
 
 @lru_cache(maxsize=None)
 def content_hash(path):
-    """Of a file its content; of a folder the names, sizes and times of what it holds, without hidden files (locks)."""
+    """Of a file its content; of a folder the names, sizes and times of what it holds, without hidden files (locks).
+
+    Of latents, instead of the times, the content of their statistics.
+    """
     if Path(path).is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    return listing_hash([file for file in files_below(path) if not hidden(file, path)], path)[:12]
+    files, statistics = [file for file in files_below(path) if not hidden(file, path)], Path(path) / "latents_stats.pt"
+    if statistics.is_file():                                          # of latents: a copy, with new times, is the same
+        listing = listing_hash(files, path, times=False)
+        return hashlib.sha256(listing.encode() + statistics.read_bytes()).hexdigest()[:12]
+    return listing_hash(files, path)[:12]
 
 
 def inputs_of(data, init=None):
@@ -207,8 +214,8 @@ class Stopped(Exception):
 class Runner:
     """Runs jobs as child processes; `stop` ends them, each after saving its step."""
 
-    def __init__(self, args):
-        self.args, self.children, self.stopped = args, [], False
+    def __init__(self, args, jobs=()):
+        self.args, self.jobs, self.children, self.stopped = args, jobs, [], False
 
     def stop(self):
         self.stopped = True
@@ -254,21 +261,26 @@ class Runner:
                            f"{logged_step(job.folder)}; move it, or pass another --runs")
         if changed:
             log.unlink(missing_ok=True)
-        measured = sorted(job.folder.glob("fid_*"))
-        at = {int(each.name.split("_")[1]) for each in measured}
-        if changed == ["the measure"] and at <= {step_of(job)}:       # else a network on its way was measured
+        names, measured = ", ".join(changed), sorted(job.folder.glob("fid_*"))
+        lost = [each for each in measured if not (each / "model.pt").exists()]        # of these the network on its way
+        if changed == ["the measure"] and {int(each.name.split("_")[1]) for each in lost} <= {step_of(job)}:
             tqdm.write(f"{job.folder.name}: how it is measured changed since, its network is measured again")
             for each in measured:
-                shutil.rmtree(each)
+                (each / "fid.json").unlink(missing_ok=True)
+                shutil.rmtree(each / "features", ignore_errors=True)
+        elif changed and job.measure and job.command[0] != "evaluate.py" and step_of(job):
+            raise BadInput(f"{job.folder}: {names} changed since it was trained; nothing was removed: move it away, "
+                           "or pass another --runs")                  # hours of a GPU
         elif changed and job.folder.exists():
-            names = ", ".join(changed)
             tqdm.write(f"{job.folder.name}: {names} changed since, the kept run is removed and runs again")
             with lock(job.folder / ".lock", "training", "--runs"):    # a pasted command may be at it
                 empty(job.folder)
         elif kept.get("done"):
             tqdm.write(f"{job.folder.name}: its folder or result is gone or damaged, made again")
         write_atomic(path, json_text(dict(now, done=False), indent=1))
+        self.begin(job)
         for command in self.commands(job):
+            keep_network(job, command)
             self.call(command, log, held.fileno())
             for measured in job.folder.glob("fid_*/fid.json"):        # of a FID that is done: 600 MB each
                 shutil.rmtree(measured.with_name("features"), ignore_errors=True)
@@ -279,6 +291,19 @@ class Runner:
                            "the same command runs it again")
         ended = dict(done=True, step=logged_step(job.folder), machine=machine(self.args.jobs))
         write_atomic(path, json_text(now | ended, indent=1))
+
+    def begin(self, job):
+        """Copy a finished run of the same flags and fewer steps: with latents the control begins as the start did."""
+        if not job.measure or job.command[0] == "evaluate.py" or job.folder.exists():
+            return
+        for other in self.jobs:
+            if other != job and but_steps(other) == but_steps(job) and is_done(other):
+                if step_of(other) < self.steps_of(job):
+                    half = job.folder.with_name(job.folder.name + ".copy")
+                    shutil.rmtree(half, ignore_errors=True)           # of a process that was killed
+                    shutil.copytree(other.folder, half, ignore=shutil.ignore_patterns("fid_*", ".lock", "*.png"))
+                    half.rename(job.folder)
+                    return tqdm.write(f"{job.folder.name}: goes on from the end of {other.folder.name}")
 
     def call(self, command, log, held):
         """One command to its end, output into the log.
@@ -315,28 +340,30 @@ class Runner:
         pieces = [total]
         if job.every:
             pieces = [*range(job.every, total, job.every), total]
-        evaluate = ["evaluate.py", str(job.folder / "model.pt"), "--data", self.args.data]
+        shown = job.measure[:2] if job.measure[0] == "--vae" else ()  # which decodes the pictures of training
         lines = []
         reached = step_of(job)
         if reached > total:
             raise BadInput(f"{job.folder}: is trained for {reached} steps, expected {total}; remove that folder")
         for at in pieces:
-            if at < reached:                                          # its network is gone: nothing can measure it now
-                continue
-            measure = self.fids(job, evaluate, at)
+            measure = self.fids(job, None, at)
+            if at < reached:                                          # where its network is not kept, it is gone
+                lines += [command for command in measure if Path(command[1]).exists()]
             # A piece whose FIDs are all there is passed over: the next one trains through it.
-            if measure or at == total:
-                lines += [[*job.command, "--steps", str(at)], *measure]
+            elif measure or at == total:
+                lines += [[*job.command, *shown, "--steps", str(at)], *measure]
         return lines
 
     def fids(self, job, evaluate, at):
-        """The commands still to do that measure a job after `at` training steps."""
+        """The commands still to do that measure a job after `at` training steps (evaluate: None), or as it says."""
         lines = []
         for N in job.counts:
             out = job.folder / f"fid_{at:06d}_{N}step"
             if not readable(out / "fid.json"):
-                steps = [] if "--steps" in evaluate else ["--steps", str(N)]
-                lines.append([*evaluate, *steps, *job.measure, "--out", str(out)])
+                network = ["evaluate.py", str(out / "model.pt"), "--data", self.args.data]      # see keep_network
+                command = evaluate or network
+                steps = [] if "--steps" in command else ["--steps", str(N)]
+                lines.append([*command, *steps, *job.measure, "--out", str(out)])
         return lines
 
     def steps_of(self, job):
@@ -346,6 +373,29 @@ class Runner:
         if said.returncode:
             raise BadInput(f"{shlex.join(job.command)}: {said.stderr.strip()}")
         return int(re.search(r"--steps +(\d+)", said.stdout)[1])
+
+
+def but_steps(job):
+    """The words of a job's command without --steps and --out and what follows them."""
+    words = list(job.command)
+    for flag in ("--steps", "--out"):
+        if flag in words:
+            del words[words.index(flag):words.index(flag) + 2]
+    return words
+
+
+def keep_network(job, command):
+    """Before a FID of a network in training: keep it beside the FID, so that the best one found is there at the end.
+
+    A link takes no room until training replaces model.pt.
+    """
+    if command[0] != "evaluate.py" or job.command[0] == "evaluate.py" or Path(command[1]).exists():
+        return
+    Path(command[1]).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(job.folder / "model.pt", command[1])
+    except OSError:                                                   # a file system without links
+        shutil.copyfile(job.folder / "model.pt", command[1])
 
 
 def empty(folder):
@@ -389,7 +439,7 @@ def run_all(args, wanted):
     open_jobs = [j for j in unique if not is_done(j)]
     kept = len(unique) - len(open_jobs)
     print(f"{len(unique)} runs, {kept} kept from before; {args.jobs} at a time, in {args.runs}")
-    runner, futures = Runner(args), {}
+    runner, futures = Runner(args, unique), {}
     pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
     signals = (signal.SIGINT, signal.SIGTERM)                         # a shell's background jobs ignore the first
     before = {s: signal.signal(s, signal.default_int_handler) for s in signals}

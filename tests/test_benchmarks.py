@@ -167,6 +167,14 @@ def test_what_is_said_of_a_gpu_is_in_the_numbers():
         f"FSF-DMD {two['memory_gb']:.1f} GB (M = 1: {one['memory_gb']:.1f}), DMD2 {dmd2['memory_gb']:.1f}, "
         f"without a GAN {rows['DMD2 1:5, no GAN']['memory_gb']:.1f}",
         f"18.5 hours at {seconds['iMF']:.3f} s",
+        f"CD with masking {40_000 * seconds['Consistency distillation'] / 3600:.1f}, DMD2 "
+        f"{15_000 * dmd2['sec_per_step'] / 3600:.1f} (so do IDA and the row from CD's network), SiD "
+        f"{15_000 * seconds['SiD'] / 3600:.1f}, FSF-DMD {4000 * two['sec_per_step'] / 3600:.1f};",
+        f"by its passes {54_000 * dmd2['sec_per_step'] * 48.6 / 44.1 / 3600:.0f} hours",
+        f"FM {rows['FM']['memory_gb']:.1f} GB, iMF and CD {rows['iMF']['memory_gb']:.1f}, FSF-DMD "
+        f"{two['memory_gb']:.1f} (M = 1: {one['memory_gb']:.1f}), DMD2 {dmd2['memory_gb']:.1f} (without GAN "
+        f"{rows['DMD2 1:5, no GAN']['memory_gb']:.1f}), TwinFlow {rows['iMF + TwinFlow']['memory_gb']:.1f}, SiD "
+        f"{rows['SiD']['memory_gb']:.1f};",
         f"from scratch an iMF {seconds['iMF']:.3f}, with TwinFlow "
         f"{seconds['iMF + TwinFlow']:.3f}, flow matching {seconds['FM']:.3f}",
         f"the 4,000 steps of FSF-DMD take {4000 * two['sec_per_step'] / 60:.0f} minutes at an H200's "

@@ -31,7 +31,7 @@ from data import data_kind, load_data
 from metrics import Features
 from model import DiscriminatorHead, LightningDiT, fixed_guidance
 from plumbing import files, kept_runs, passes, report
-from plumbing.checkpoints import load_network
+from plumbing.checkpoints import load_checkpoint, load_network
 from test_all import HERE, environment, refusal, small_images
 
 PAPER = json.loads((HERE / "golden" / "paper_tables.json").read_text())
@@ -196,10 +196,10 @@ def test_latents_are_trained_in_pieces_and_the_best_fid_is_found(inputs, tmp_pat
     jobs = reproduce.jobs_of(args, rows, 0)
     runner, folder = kept_runs.Runner(args), jobs[7].folder
     lines = [shlex.join(line) for line in runner.commands(jobs[7])]
-    train = f"fsf_dmd.py --init {start} --M 2 --data {latents} --seed 0 --out {folder} --steps "
+    train = f"fsf_dmd.py --init {start} --M 2 --data {latents} --seed 0 --out {folder} --vae V --steps "
     assert [line.removeprefix(train) for line in lines[::2]] == ["1500", "3000", "4000"]      # Table 6: 4,000 steps
-    assert lines[1] == (f"evaluate.py {folder}/model.pt --data {latents} --steps 2 --vae V --inception W --ref R "
-                        f"--n 2000 --few 1 --out {folder}/fid_001500_2step")
+    assert lines[1] == (f"evaluate.py {folder}/fid_001500_2step/model.pt --data {latents} --steps 2 --vae V "
+                        f"--inception W --ref R --n 2000 --few 1 --out {folder}/fid_001500_2step")
     [teacher], [pretrained] = runner.commands(jobs[2]), runner.commands(jobs[1])
     assert "euler" in teacher and teacher[teacher.index("--steps") + 1] == "25"
     assert pretrained[:2] == ["evaluate.py", str(start)] and "2" in pretrained
@@ -210,7 +210,7 @@ def test_latents_are_trained_in_pieces_and_the_best_fid_is_found(inputs, tmp_pat
         measured = {"fid": fid, "is": 200.0, "precision_inception": 0.6, "recall_inception": 0.5, "n": 2000}
         (out / "fid.json").write_text(json.dumps(measured))
     # Interrupted and restarted: no FID is measured twice.
-    assert runner.commands(jobs[7]) == [[*jobs[7].command, "--steps", "4000"]]
+    assert runner.commands(jobs[7]) == [[*jobs[7].command, "--vae", "V", "--steps", "4000"]]
     run = report.collect(jobs[7], data_kind(args.data))
     assert [e["fd_2step"] for e in run["evaluations"]] == [5.0, 4.0, 4.5]
     last = dict(step=4000, fd_2step=4.5, is_2step=200.0, precision_2step=0.6, recall_2step=0.5)
@@ -448,6 +448,60 @@ def test_a_fid_that_was_stopped_goes_on_and_one_that_is_gone_is_made_again(stand
     assert f"--out {job.folder.resolve()}" in (job.folder / "argv.txt").read_text()
 
 
+@pytest.mark.slow
+def test_of_latents_the_measured_networks_are_kept_and_no_training_is_removed(stand_ins, inputs, tmp_path, capsys):
+    """Hours of a GPU: other FIDs come from the kept networks, the control goes on from the start, changes are said."""
+    saves = f"""
+import torch
+steps = int(sys.argv[sys.argv.index("--steps") + 1])
+torch.save(torch.load({str(inputs / "imf.pt")!r}, weights_only=True) | dict(step=steps), out / "new.pt")
+(out / "new.pt").rename(out / "model.pt")
+(out / "metrics.jsonl").write_text('{{"step": %d}}\\n' % steps)
+"""
+    dry_run = 'sys.exit(print("--steps", sys.argv[sys.argv.index("--steps") + 1] if "--steps" in sys.argv else 4))'
+    trains = TRAINS.replace('sys.exit(print("--steps 4"))', dry_run)
+    trains = trains.replace('zipfile.ZipFile(out / "model.pt", "w").close()', "pass") + saves
+    (tmp_path / "trains.py").write_text(trains)
+    job = kept_runs.Job(Path("runs/a"), ("trains.py", "--out", "runs/a"), ("--n", "5"), None, (2,), 2)
+
+    def step_at(folder, step):
+        return load_checkpoint(folder / f"fid_00000{step}_2step" / "model.pt")["step"]
+
+    for measure in ("5", "6"):                                        # the second time nothing trains beyond its end
+        job = job._replace(measure=("--n", measure))
+        assert kept_runs.run_all(stand_ins, [job]) == {} and kept_runs.is_done(job)
+        assert [step_at(job.folder, step) for step in (2, 4)] == [2, 4]
+    assert "--steps 4" in (job.folder / "argv.txt").read_text()
+    assert "how it is measured changed since, its network is measured again" in capsys.readouterr().out
+
+    (job.folder / "mark").touch()
+    control = job._replace(folder=Path("runs/b"), command=("trains.py", "--steps", "6", "--out", "runs/b"), every=0)
+    assert kept_runs.run_all(stand_ins, [job, control]) == {}
+    assert "b: goes on from the end of a" in capsys.readouterr().out and (control.folder / "mark").exists()
+    assert step_at(control.folder, 6) == 6 and not (control.folder / "fid_000004_2step").exists()
+
+    with open("trains.py", "a") as file:
+        file.write("# changed")
+    kept_runs.look_again()
+    failed = kept_runs.run_all(stand_ins, [job])
+    assert "trains.py changed since it was trained; nothing was removed" in failed[job]
+    assert step_at(job.folder, 2) == 2 and (job.folder / "mark").exists()
+
+
+def test_a_copy_of_latents_is_the_same_data(inputs, tmp_path):
+    """With new times, as rsync leaves it; other statistics are other data, and times count for images."""
+    shutil.copytree(inputs / "latents", tmp_path / "latents")
+    for path in (tmp_path / "latents").iterdir():
+        os.utime(path, (1, 1))
+    assert kept_runs.content_hash(tmp_path / "latents") == kept_runs.content_hash(inputs / "latents")
+    kept_runs.look_again()
+    statistics = tmp_path / "latents" / "latents_stats.pt"
+    content = bytearray(statistics.read_bytes())
+    content[-1] ^= 1
+    statistics.write_bytes(content)
+    assert kept_runs.content_hash(tmp_path / "latents") != kept_runs.content_hash(inputs / "latents")
+
+
 def test_a_script_that_changes_while_another_runs_is_said(stand_ins, tmp_path, capsys):
     (tmp_path / "edits.py").write_text(TRAINS + "open('trains.py', 'a').write('# changed')\n")
     jobs = [kept_runs.Job(Path("runs", name), (f"{name}.py", "--out", f"runs/{name}"), (), None)
@@ -644,15 +698,15 @@ def test_another_measure_keeps_the_network(inputs, tmp_path):
     before = dict(kept_runs.identity(job), measure=["--n", "50000"], done=True)
     network, measured = job.folder / "model.pt", job.folder / "fid_004000_2step"
     measured.mkdir(parents=True)
+    (measured / "fid.json").write_text("{}")
     torch.save(torch.load(inputs / "imf.pt", weights_only=True) | dict(step=4000), network)
     kept = network.read_bytes()
     kept_runs.beside(job, ".json").write_text(json.dumps(before))
     with open(tmp_path / "lock", "w") as lock, pytest.raises(BadInput, match="fsf_dmd.py"):
         kept_runs.Runner(args).do(job, lock)
-    assert network.read_bytes() == kept and not measured.exists()
+    assert network.read_bytes() == kept and not list(measured.iterdir())
 
     # It is done with a FID of every number of sampling steps, and FIDs on the way need another training.
-    measured.mkdir()
     (measured / "fid.json").write_text("{}")
     assert kept_runs.has_result(job) and not kept_runs.has_result(job._replace(counts=(2, 1)))
     assert job.counts == (2,) and kept_runs.has_result(job._replace(counts=(2,)))
@@ -665,12 +719,12 @@ def test_another_measure_keeps_the_network(inputs, tmp_path):
     shutil.rmtree(measured)
     assert not kept_runs.is_done(job)
 
-    # After a FID on the way only training again brings that back.
+    # A FID on the way whose network is not kept would need another training: nothing is removed.
     kept_runs.beside(job, ".json").write_text(json.dumps(before))
     (job.folder / "fid_002000_2step").mkdir()
-    with open(tmp_path / "lock", "w") as lock, pytest.raises(BadInput, match="fsf_dmd.py"):
+    with open(tmp_path / "lock", "w") as lock, pytest.raises(BadInput, match="the measure changed since it was"):
         kept_runs.Runner(args).do(job, lock)
-    assert not network.exists()
+    assert network.read_bytes() == kept
 
 
 @pytest.mark.slow
