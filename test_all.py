@@ -146,8 +146,8 @@ def test_normuon_auxiliary_adam_is_the_official_one():
     z, cfg = golden("normuon_variants")
     a = cfg["aux_adam"]
     p = torch.nn.Parameter(golden_tensor("p:64", (64,)))
-    opt = normuon.NorMuon([dict(params=[p], muon=False)], adam_lr=a["lr"], adam_betas=tuple(a["betas"]),
-                          adam_eps=a["eps"], weight_decay=a["weight_decay"])
+    opt = normuon.NorMuon([dict(params=[p], muon=False)], adam_lr=a["lr"], weight_decay=a["weight_decay"])
+    assert (opt.defaults["adam_betas"], opt.defaults["adam_eps"]) == (tuple(a["betas"]), a["eps"])
     for i in range(1, 6):
         p.grad = golden_input(f"input:g{i}:64", (64,))
         opt.step()
@@ -233,7 +233,9 @@ def test_parameter_counts_are_the_papers():
         assert count(conditioning="in_context") == 133_783_328                          # 133.8M
         assert count(size="XL/1", qk_norm=False) == 675_256_736                         # LightningDiT's log: 675.26M
         assert count(size="L/1") == count(depth=24, hidden_size=1024, num_heads=16)
-        muon, adam = normuon.param_groups(model.LightningDiT(conditioning="in_context"))
+        net = model.LightningDiT(conditioning="in_context")
+        muon, adam = normuon.param_groups(net)
+    assert (net.n_tokens, net.token_block) == (16, 4)                                   # METHODS: n and k
     assert len(muon["params"]) == 60 and sum(p.numel() for p in muon["params"]) == 127_401_984
     assert all(p.requires_grad for p in adam["params"])
 

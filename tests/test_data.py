@@ -48,6 +48,13 @@ def test_digits_are_normalised_and_come_back():
     assert np.abs(pixels - raw[:, 0].numpy() / 16 * 255).max() <= 0.501      # rounded to nearest
 
 
+def test_a_channel_that_is_constant_is_not_divided_by_zero(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3)).astype(np.uint8)
+    images[..., 2] = 7
+    np.savez(tmp_path / "set.npz", images=images, labels=np.arange(8) % 2)
+    assert not data.load_data(str(tmp_path / "set.npz")).x[:, 2].any()
+
+
 def test_batches_are_epochs_and_depend_on_nothing_but_seed_and_step():
     rows = torch.cat([common.batch_rows(50, 16, 3, step) for step in range(25)])         # 400 rows = 8 epochs
     for epoch in rows.split(50):

@@ -147,6 +147,46 @@ def test_the_derivative_and_the_distance_are_those_of_the_flags(random_starts, m
     Steps(monkeypatch, name, f"{flags} {jvp} --huber_c 0.5 {more} {RUN} --out {out}", net=objective, fake=fake)
 
 
+@pytest.mark.parametrize("command", [
+    "fsf_dmd --mask_prob 1", "dmd2 --cd 1 --mask_prob 1 --ttur 2", "sid --lambda_g 0.1", "twinflow --base rcgm",
+    "consistency --loss cd --mask_prob 1"])
+def test_every_pass_of_a_step_is_in_bf16_where_that_is_asked_for(random_starts, monkeypatch, command):
+    """Without rows of s < t, whose finite difference is in float32."""
+    name, _, flags = command.partition(" ")
+    module, within, seen = importlib.import_module(name), [], []
+    parts, forward = module.micro_batches, model.LightningDiT.forward
+
+    def step(*args):
+        for b in parts(*args):
+            within.append(b)
+            yield b
+            within.clear()
+
+    def asked(*args, **kwargs):
+        seen.extend([torch.is_autocast_enabled("cpu")] * len(within))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(module, "micro_batches", step)
+    monkeypatch.setattr(model.LightningDiT, "forward", asked)
+    health = "" if name == "consistency" else "--health_every 0"
+    train(f"{name}.py {flags} --init a.pt --data toy.npz --steps 1 --batch_size 8 --precision bf16 {health} "
+          f"--out bf16-{name}")
+    assert len(seen) >= 2 and all(seen)
+
+
+@pytest.mark.parametrize("command", [
+    "consistency.py --loss imf", "consistency.py --loss rcgm", "twinflow.py --health_every 0",
+    "fsf_dmd.py --init scratch --health_every 0", "dmd2.py --init scratch --lambda_g 0 --health_every 0"])
+def test_without_guidance_no_velocity_without_a_class_is_asked(in_home, few_samples, monkeypatch, command):
+    """README: without it iMF takes a pass less, RCGM two."""
+    asked, real = [], consistency.guided_target
+    monkeypatch.setattr(consistency, "guided_target", lambda *args: asked.append(1) or real(*args))
+    for omega_max in (1, 4):
+        train(f"{command} --data toy.npz --steps 1 --batch_size 8 --omega_max {omega_max} "
+              f"--out guided-{omega_max}-{command.split()[0]}-{'rcgm' in command}")
+        assert bool(asked) == (omega_max > 1)
+
+
 # ---- what is trained, kept, logged and measured ----------------------------------------------------------------------
 
 def test_the_optimizer_of_the_fake_side_has_all_of_network_and_head():

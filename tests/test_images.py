@@ -213,6 +213,8 @@ def test_long_runs_on_images_are_compiled_where_a_compiler_is(tmp_path, monkeypa
     compiler.write_text("")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
+    (tmp_path / "Python.h").touch()                             # of python3-dev, which may not be here
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     assert compiled(f"{on_images} 50") == 1
     assert compiled(f"{on_images} 49") == compiled(f"{on_images} 50 --compile 0") == 0
     assert compiled(f"{on_images} 50 --jvp exact") == compiled("--steps 50") == 0          # the last: digits

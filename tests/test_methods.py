@@ -890,6 +890,11 @@ def test_sid_with_both_networks_cut_off_is_dmd_for_every_alpha():
             assert a == b or (whole_grads[a] - whole_grads[b]).abs().max() > 1e-3
 
 
+def test_the_weights_of_sid_are_what_they_are_called():
+    assert {name: w(0.25) for name, w in sid.WEIGHTS.items()} == {
+        "1-t": 0.75, "(1-t)^2": 0.5625, "1/t": 4, "1/t^2": 16, "snr": 9, "snr_sqrt": 3}
+
+
 def test_sid_times_have_the_papers_quantiles():
     found = sid.draw_tau(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]))
     torch.testing.assert_close(found, torch.tensor([0.126, 0.405, 0.667, 0.855, 0.965]), rtol=0, atol=1e-3)

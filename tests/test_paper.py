@@ -102,6 +102,9 @@ def test_euler_takes_the_timestep_shift():
         expected = model.euler_sample(lambda x, t, y: net(x, t, y), eps, y, 6, 1 / 0.3)
     torch.testing.assert_close(found[1], expected, rtol=1e-5, atol=1e-5)
     assert (found[0] - found[1]).abs().max() > 1e-3
+    asked = []                                                        # 3 r / (1 + 2 r): more of them near noise
+    model.euler_sample(lambda x, t, y: asked.append(t[0].item()) or x, eps, y, 4, 3.0)
+    assert asked == pytest.approx([1, 0.9, 0.75, 0.5])
 
 
 # ---- presets against the paper's sentences -------------------------------------------------------------------------
@@ -129,6 +132,12 @@ SENTENCES = [  # what the paper, or the code that it follows, says: script, flag
     ("SiD here: two rates, the fake side's ten times the generator's", sid, "--init imf", dict(lr=6e-5, fake_lr=6e-4)),
     ("RCGM's target is an EMA of its own, 0.99 to 0.999", consistency, "--loss rcgm", dict(target_ema=0.99)),
     ("RCGM + TwinFlow as RCGM", twinflow, "--base rcgm", dict(target_ema=0.99)),
+    ("RCGM as TwinFlow's code: delta 0.01, two jumps, a clamp at 1", consistency, "--loss rcgm",
+     dict(delta=0.01, order=2, clamp=1)),
+    ("Eq. 65: a clamp at 1", twinflow, "", dict(clip=1)),
+    ("METHODS, where the paper is silent", fsf_dmd, "",
+     dict(jvp="fd", fd_h=0.005, huber_c=1e-3, cosine=1, time_law="uniform", mask_prob=0.5, rollout_grad="all",
+          weight="adaptive", clip=0, ema_warmup=1)),
 ]
 
 

@@ -4,8 +4,10 @@ The losses are checked in test_methods.py; here, that `train` gives them the net
 """
 import copy
 import importlib
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,8 @@ import fsf_dmd
 import model
 import sid
 import twinflow
-from test_helpers import randomize
+from data import load_data
+from test_helpers import randomize, read_metrics
 
 B = 20
 RUN = ("--data toy.npz --steps 2 --batch_size 20 --micro_batch 12 --health_every 0 --ema 0.5 --omega 3 "
@@ -27,11 +30,12 @@ class Steps:
     """A script's train for two steps; before each update its gradients are compared with those of `wanted`.
 
     wanted: {"net" or "fake": callable (self, b, x_hat) -> objective [b]}.  Kept: turns, the batch of each update.
+    logged: {the same: its objective as a formula of the names in metrics.jsonl}.
     """
 
-    def __init__(self, monkeypatch, name, flags, **wanted):
+    def __init__(self, monkeypatch, name, flags, logged=None, **wanted):
         self.wanted, self.turns, self.parts, self.rollouts, self.copies, self.updates = wanted, [], [], [], [], []
-        self.decays = []
+        self.decays, self.values = [], dict(net=[], fake=[])
         self.module = module = importlib.import_module(name)
         monkeypatch.setattr(module, "starting_networks", self.starting(module.starting_networks))
         monkeypatch.setattr(module, "frozen_copy", self.copied(module.frozen_copy))
@@ -43,8 +47,12 @@ class Steps:
             monkeypatch.setattr(module, "new_fake_side", self.with_fake(module.new_fake_side))
         for of in {module, dmd2}:
             monkeypatch.setattr(of, "NorMuon", self.watched(of.NorMuon))
-        module.train(module.parse_args(flags.split()))
+        self.args = module.parse_args(flags.split())
+        module.train(self.args)
         assert self.decays == [1 / 10, 2 / 11]                                          # of the EMA: its warm-up
+        [line] = [line for line in read_metrics(Path("."), self.args.out) if "grad_norm" in line]
+        for side, of_names in (logged or {}).items():                                   # means over the updates
+            assert eval(of_names, {}, line) == pytest.approx(np.mean(self.values[side]), rel=1e-4), (side, line)
 
     def starting(self, real):
         def wrapped(*args, **kwargs):
@@ -71,6 +79,8 @@ class Steps:
     def with_fake(self, real):
         def wrapped(*args):
             self.fake, self.head, *rest = real(*args)
+            student = self.net.state_dict()                                             # not --teacher (METHODS)
+            assert all(torch.equal(v, student[k]) for k, v in self.fake.state_dict().items())
             return self.fake, self.head, *rest
         return wrapped
 
@@ -97,6 +107,8 @@ class Steps:
             def step(self):
                 params = [p for group in self.param_groups for p in group["params"]]
                 side = "net" if params[0] in set(steps.net.parameters()) else "fake"
+                lr = steps.args.lr if side == "net" else steps.args.fake_lr
+                assert [group["lr"] for group in self.param_groups] == pytest.approx([lr, lr / 6]), side
                 steps.check(side, params)
                 super().step()
         return Watched
@@ -104,6 +116,7 @@ class Steps:
     def check(self, side, params):
         x_hats = [x.detach() for x in self.rollouts[-len(self.parts):]] or [None] * len(self.parts)
         loss = sum(self.wanted[side](self, b, x).sum() for b, x in zip(self.parts, x_hats)) / B
+        self.values[side].append(loss.item())
         expected = torch.autograd.grad(loss, params, materialize_grads=True)
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         expected, found = (torch.cat([g.flatten() for g in gs]) for gs in (expected, found))
@@ -151,7 +164,11 @@ class Steps:
 
 
 def check_independence(turn):
-    """Of the noises, and of the times, of an update no two are the same draw."""
+    """Of the noises, and of the times, of an update no two are the same draw; y is of the image beside it."""
+    if "x0" in turn:
+        toy = load_data("toy.npz")
+        rows = (turn["x0"].flatten(1)[:, None] == toy.x.flatten(1)).all(2).int().argmax(1)
+        assert torch.equal(turn["y"], toy.y[rows])
     noises = [v for name, v in turn.items() if name.startswith("eps")]
     if "z" in turn:                                                     # [B, M, C, H, W]; TwinFlow's [B, C, H, W]
         noises += [turn["z"]] if turn["z"].ndim == 4 else list(turn["z"].unbind(1))
@@ -188,7 +205,7 @@ def test_a_step_of_fsf_dmd(random_starts, monkeypatch, rollout):
         return n.cd(b) + 0.5 * loss
 
     n = Steps(monkeypatch, "fsf_dmd", f"--init a.pt --teacher b.pt --lam 0.5 --M 2 --shift 9 --rollout {rollout} {RUN} "
-              f"--out step-fsf-{rollout}", net=objective)
+              f"--out step-fsf-{rollout}", dict(net="cd + 0.5 * fsf"), net=objective)
     assert n.updates == ["net"] * 2
     check_draws(n.turns)
     assert torch.cat([turn["tau"] for turn in n.turns]).median() > 0.7                  # k = 9: of 1/2 it makes 0.9
@@ -241,8 +258,8 @@ def test_a_step_of_dmd2(random_starts, monkeypatch, trunk):
 
     monkeypatch.setattr(Steps, "ida", 0.9, raising=False)
     n = Steps(monkeypatch, "dmd2", "--init a.pt --teacher b.pt --M 2 --cd 1 --lam 0.3 --lambda_g 0.5 --lambda_d 0.7 "
-              f"--ttur 2 --ida 0.9 --disc_trunk {trunk} {RUN} --out step-dmd2-{trunk}",
-              net=generator, fake=fake_side)
+              f"--lr 2e-3 --ttur 2 --ida 0.9 --disc_trunk {trunk} {RUN} --out step-dmd2-{trunk}",
+              dict(net="cd + 0.3 * (dm + 0.5 * gan_g)", fake="fake + 0.7 * gan_d"), net=generator, fake=fake_side)
     assert n.updates == ["net", "fake", "fake"] * 2
     generator_turns, first, second = n.turns[::3], n.turns[1::3], n.turns[2::3]
     assert all(a is b for a, b in zip(generator_turns, first)) and len(n.rollouts) == 2 * 2 * 2
@@ -267,7 +284,7 @@ def test_a_step_of_sid(random_starts, monkeypatch):
         return error.pow(2).mean((1, 2, 3)) + 0.7 * gan
 
     n = Steps(monkeypatch, "sid", f"--init a.pt --teacher b.pt --alpha 1.2 --lambda_g 0.5 --lambda_d 0.7 {RUN} "
-              "--out step-sid", net=generator, fake=fake_side)
+              "--out step-sid", dict(net="sid + 0.5 * gan_g", fake="fake + 0.7 * gan_d"), net=generator, fake=fake_side)
     assert n.updates == ["fake", "net"] * 2
     x0 = torch.cat([turn["x0"] for turn in n.turns]).flatten(1)
     assert len(x0.unique(dim=0)) == 4 * B                                               # no row twice in an epoch
@@ -328,7 +345,8 @@ def test_a_step_of_twinflow(random_starts, monkeypatch, base):
 
     more = "--delta 0.03 --order 3 --clamp 0.2" if base == "rcgm" else ""
     n = Steps(monkeypatch, "twinflow", f"--base {base} --init a.pt --lam 0.3 --lam_adv 0.7 --clip 0.1 --omega_max 4 "
-              f"{more} {RUN} --out step-twinflow-{base}", net=objective)
+              f"{more} {RUN} --out step-twinflow-{base}", dict(net=f"{base} + 0.7 * adv + 0.3 * rectify"),
+              net=objective)
     assert n.updates == ["net"] * 2
     check_draws(n.turns)
 
@@ -369,7 +387,7 @@ def test_a_step_of_consistency(random_starts, monkeypatch, loss, objective, flag
     if loss == "ct":
         run = run.replace(" --omega 3 --guide_to 0.6", "")
     n = Steps(monkeypatch, "consistency", f"--loss {loss} {flags} --lr 0.05 --label_drop 0.2 {run} --out step-{loss}",
-              net=objective)
+              dict(net=loss), net=objective)
     assert n.updates == ["net"] * 2
     check_draws(n.turns)
     assert any((turn["y_drop"] == 3).any() for turn in n.turns)
@@ -378,3 +396,5 @@ def test_a_step_of_consistency(random_starts, monkeypatch, loss, objective, flag
             t, s, r = (turn[name].double() for name in "tsr")
             torch.testing.assert_close(4 * (t - s), torch.ones(B).double())             # a segment of M = 4
             assert s.min() == 0 and t.max() == 1 and ((4 * (r - s) > 0.09) & (4 * (r - s) < 0.91)).all()
+        places = 4 * torch.cat([turn["r"] - turn["s"] for turn in n.turns])             # uniform in between
+        assert places.min() < 0.2 and places.max() > 0.8

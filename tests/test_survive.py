@@ -29,6 +29,7 @@ import torch
 
 import common
 import consistency
+import evaluate
 import metrics
 import reproduce
 from data import load_data
@@ -400,6 +401,7 @@ def test_a_run_does_not_write_over_the_network_that_it_needs(in_home, monkeypatc
     assert "kept: exists and is no run folder, expected a new one; nothing was touched" in said
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="its file system takes UTF-8 alone")
 def test_a_folder_whose_name_is_no_utf8_is_resumed(in_home, few_samples):
     out = os.fsdecode(b"caf\xe9")
     for steps in (1, 2):
@@ -499,6 +501,53 @@ def test_a_folder_of_a_run_that_was_killed_at_once_is_an_empty_one(in_home, few_
     (out / ".args.json.abc.tmp").write_text("{")
     train(f"{IMF} --steps 1 --out {out.name}")
     assert (out / "model.pt").exists() and not list(out.glob(".*.tmp"))
+
+
+def test_a_run_that_was_killed_before_its_first_save_has_one_history(in_home, few_samples, monkeypatch):
+    command, updates, real = f"{IMF} --steps 4 --log_every 1 --out unsaved", [], consistency.update_ema
+
+    def dies(*args):
+        updates.append(args)
+        if len(updates) == 3:
+            raise KeyboardInterrupt
+        real(*args)
+
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(consistency, "update_ema", dies)
+        train(command)
+    assert len(lines_of(in_home / "unsaved")) == 2 and not (in_home / "unsaved" / "state.pt").exists()
+    train(command)
+    assert [line["step"] for line in lines_of(in_home / "unsaved")] == [1, 2, 3, 4]
+
+
+def test_every_file_of_a_run_gets_its_name_by_a_rename(in_home, few_samples, monkeypatch):
+    """Else a kill leaves half of one.  metrics.jsonl grows line by line."""
+    named, real = set(), os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (named.add(Path(new)), real(old, new)))
+    train(f"{FSF.replace('--health_every 0', '--health_every 1')} --steps 1 --out renamed")
+    evaluate.run(evaluate.parse_args("renamed/model.pt --steps 1 --n 8".split()))
+    written = {path.relative_to(in_home) for path in (in_home / "renamed").iterdir()}
+    assert len(written) >= 9 and {path.name for path in written} - {path.name for path in named} == {
+        ".lock", "metrics.jsonl"}
+
+
+def test_a_run_goes_on_with_other_flags_of_how_it_is_carried_out(in_home, few_samples):
+    """README: --micro_batch may be added to a run that stopped for memory."""
+    train(f"{FSF} --steps 1 --out carried")
+    train(f"{FSF} --steps 2 --out carried --micro_batch 8 --device cpu --compile 0 --log_every 1 --save_every 1 "
+          "--eval_every 1 --preview_every 1 --health_every 1")
+    assert state(in_home, "carried")["step"] == 2
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored(in_home):
+    args = consistency.parse_args(f"{IMF} --steps 1 --out ignored".split()[1:])
+    net, before = small_net("plain"), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with run_folder.Run(args, dict(net=net), net, load_data(args.data)) as run:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert run.asked is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_starting_over_removes_what_a_run_wrote_and_nothing_else(in_home, few_samples, monkeypatch, capsys):
@@ -651,7 +700,8 @@ def test_a_run_on_a_real_full_disk_goes_on_when_there_is_space_again(in_home, fe
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
 def test_freed_memory_is_not_faulted_in_again():
-    """80 MB are 19,500 pages; as glibc is by itself, some processes fault all of them in again every time."""
+    """80 MB are 19,500 pages of 4 KB; as glibc is by itself, some processes fault all of them in again every time."""
+    pages = 80_000_000 / os.sysconf("SC_PAGE_SIZE")
     code = """if True:
         import common, resource, torch
         common.keep_freed_memory()
@@ -669,8 +719,8 @@ def test_freed_memory_is_not_faulted_in_again():
         env = environment() | env
         return int(subprocess.run(words, cwd=HERE, env=env, capture_output=True, text=True, check=True).stdout)
 
-    assert faults() < 1000
-    assert faults(MALLOC_MMAP_THRESHOLD_="65536") > 150_000           # what the user says to glibc stands: 9 x 19,500
+    assert faults() < pages / 20
+    assert faults(MALLOC_MMAP_THRESHOLD_="65536") > 7.5 * pages       # what the user says to glibc stands: 9 times
 
 
 def test_batches_go_from_pinned_memory_to_a_device_and_what_is_there_stays(monkeypatch):
