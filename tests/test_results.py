@@ -698,19 +698,19 @@ def test_what_is_said_of_fsf_dmd_from_scratch_at_the_searched_rate_is_in_the_num
     """Against iMF after as many steps (0), and after as many passes (1)."""
     folder = KEPT / "scratch-fashion-mnist"
     rows_of = {row["method"]: row for row in json.loads((folder / "runs.json").read_text())["rows"]}
-    names = ("iMF", "RCGM", "FSF-DMD", "iMF + TwinFlow", "iMF + TwinFlow, weight 0.03")
-    imf, rcgm, fsf, twin, searched = (rows_of[name] for name in names)
+    names = ("iMF", "RCGM", "FSF-DMD", "iMF + TwinFlow", "iMF + TwinFlow, weight 0.03", "iMF + DMD2, lambda 0.01")
+    imf, rcgm, fsf, twin, searched, dmd2_ = (rows_of[name] for name in names)
     page, results, text = (folder / "README.md").read_text(), (HERE / "RESULTS.md").read_text(), words_of_the_texts()
     assert "\n".join(line for line in page.splitlines() if line.startswith("|")) in results
     rows = [line for line in page.splitlines() if line.startswith(("| iMF", "| RCGM", "| FSF"))]
-    of_rcgm, ours, of_twin, of_searched = ([run["evaluations"][0] for run in row["seeds"].values()]
-                                           for row in (rcgm, fsf, twin, searched))
+    of_rcgm, ours, of_twin, of_searched, of_dmd2 = ([run["evaluations"][0] for run in row["seeds"].values()]
+                                                    for row in (rcgm, fsf, twin, searched, dmd2_))
     theirs = [[run["evaluations"][i] for run in imf["seeds"].values()] for i in (0, 1)]
     longer = [run["evaluations"][0] for run in rows_of["FSF-DMD, longer"]["seeds"].values()]
     base = [[run["evaluations"][i] for run in rows_of["iMF, longer"]["seeds"].values()] for i in (0, 1)]
     half = [run["evaluations"][0] for run in rows_of["FSF-DMD, rate 0.008"]["seeds"].values()]
     half_base = [[run["evaluations"][i] for run in rows_of["iMF, rate 0.008"]["seeds"].values()] for i in (0, 1)]
-    measured = (theirs[0], of_rcgm, ours, of_twin, of_searched, theirs[1], base[0], longer, base[1],
+    measured = (theirs[0], of_rcgm, ours, of_twin, of_searched, of_dmd2, theirs[1], base[0], longer, base[1],
                 half_base[0], half, half_base[1])
     for line, found in zip(rows, measured, strict=True):
         assert cells_of(found) in line
@@ -741,6 +741,16 @@ def test_what_is_said_of_fsf_dmd_from_scratch_at_the_searched_rate_is_in_the_num
         sign = f"{d.mean():+.3f}"[0] if words and words[0] in "+-" else ""
         assert words is None or f"{sign}{abs(d.mean()):.3f} ± {d.std(ddof=1):.3f}" == words and words in text, (k, i)
         assert (d < 0).sum() == seeds_below, (k, i)
+    for other, k, words, seeds_below, p in (
+        (theirs[0], "fd_1step", "-1.176 ± 14.473", 2, 0.5), (theirs[0], "fd_2step", "-0.086 ± 3.308", 2, 0.5),
+        (theirs[0], "fd_4step", "-1.196 ± 2.704", 2, 0.5), (base[1], "fd_1step", "37.682 ± 11.443", 0, 0.0215),
+        (base[1], "fd_2step", "27.044 ± 7.074", 0, 0.0215), (base[1], "fd_4step", "23.342 ± 7.466", 0, 0.0215),
+        (of_searched, "fd_2step", "10.861 ± 2.985", 0, 0.0235), (ours, "fd_2step", "4.152 ± 4.649", 2, 0.1),
+    ):
+        d = np.array([e[k] - o[k] for e, o in zip(of_dmd2, other)])
+        assert words.removeprefix("-") == f"{abs(d.mean()):.3f} ± {d.std(ddof=1):.3f}" and words in text, (k, words)
+        assert (d < 0).sum() == seeds_below and scipy.stats.ttest_1samp(d, 0).pvalue > p, (k, words)
+    assert base[1][0]["passes"] < of_dmd2[0]["passes"] and f"fewer than its {of_dmd2[0]['passes']:,.0f}" in text
     for i, p in enumerate(("0.03", "0.084")):
         alone = [scipy.stats.ttest_1samp(difference(f"fd_{N}step", i, of_searched), 0).pvalue for N in (1, 2, 4)]
         assert f"{min(alone):.2g}" == p and f"(p {p} alone, or more)" in text
