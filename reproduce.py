@@ -60,7 +60,8 @@ PAPER = json.loads((HERE / "golden" / "paper_tables.json").read_text())
 # label: in the paper.  paper: its values, {column: value}.  start: imf, fm, or None (from scratch).
 # command: None for the start itself; {start} stands for its model.pt, other names in braces for FLAGS.
 # via: a command from that start whose model.pt stands for {via} in the row's own command.
-Row = namedtuple("Row", "label paper start command via", defaults=[None])
+# base: of a control the command that trained as it does, for fewer steps: with latents it goes on from there.
+Row = namedtuple("Row", "label paper start command via base", defaults=[None, None])
 
 # reference: number of the row that the others are compared with.
 Table = namedtuple("Table", "title reference rows")
@@ -182,7 +183,7 @@ DMD2_FROM_CD = "dmd2.py --init {via} --teacher {start}{dmd2}"
 NOT_IN_TABLE_2 = [                                                    # at the end of ours
     Row("Consistency distillation + random masking (Table 3)", dict(fid=4.98), "imf", CD_MASKED),
     Row("SiD", {}, "imf", "sid.py --init {start}"),
-    Row("control: the iMF trained on", {}, None, "consistency.py --loss imf --steps {control}"),
+    Row("control: the iMF trained on", {}, None, "consistency.py --loss imf --steps {control}", base=STARTS["imf"]),
     Row("DMD2 from row 3", {}, "imf", DMD2_FROM_CD, CD),
 ]
 NOT_IN_TABLE_4 = [
@@ -190,8 +191,8 @@ NOT_IN_TABLE_4 = [
     Row("Consistency distillation + random masking", {}, "fm", CD_MASKED),
 ]
 NOT_IN_TABLE_5 = [                                                    # TwinFlow has 2.5 and 2.1 times the passes
-    Row("control: iMF, for the passes of row 3", {}, None, TABLE_5["iMF"] + "{long}"),
-    Row("control: RCGM, for the passes of row 5", {}, None, TABLE_5["RCGM"] + "{rlong}"),
+    Row("control: iMF, for the passes of row 3", {}, None, TABLE_5["iMF"] + "{long}", base=TABLE_5["iMF"]),
+    Row("control: RCGM, for the passes of row 5", {}, None, TABLE_5["RCGM"] + "{rlong}", base=TABLE_5["RCGM"]),
 ]
 
 
@@ -333,6 +334,8 @@ def jobs_of(args, rows, seed):
         if command is None and args.init:
             command = "evaluate.py {start}"
         found[r] = job(args, command, seed, start, via) if command else start
+        if row.base and data_kind(args.data) == "latents":            # of pixels they are minutes
+            found[r] = found[r]._replace(base=job(args, row.base, seed))
     return found
 
 

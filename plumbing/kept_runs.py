@@ -38,7 +38,8 @@ MEASURES_READ = ("--vae", "--inception", "--ref")                     # flags of
 
 # measure: evaluate.py's flags for latents.  start: the Job that has to end first, or None.  counts: numbers of sampling
 # steps; with latents a FID is measured for each.  every: training steps between two measurements; 0: at the end only.
-Job = namedtuple("Job", "folder command measure start counts every", defaults=[(), 0])
+# base: a Job of the same flags and fewer steps, from a copy of whose end this one goes on (of latents, the control's).
+Job = namedtuple("Job", "folder command measure start counts every base", defaults=[(), 0, None])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,18 +215,18 @@ class Stopped(Exception):
 class Runner:
     """Runs jobs as child processes; `stop` ends them, each after saving its step."""
 
-    def __init__(self, args, jobs=()):
-        self.args, self.jobs, self.children, self.stopped = args, jobs, [], False
+    def __init__(self, args):
+        self.args, self.children, self.stopped = args, [], False
 
     def stop(self):
         self.stopped = True
         for child in list(self.children):                             # the workers take theirs out meanwhile
             child.terminate()
 
-    def run(self, job, start=None):
-        """A job, after its start (a future) if that has to be made, unless it is done."""
-        if start:
-            start.result()
+    def run(self, job, before=()):
+        """A job, after what it needs (futures), unless it is done."""
+        for each in before:
+            each.result()
         job.folder.parent.mkdir(parents=True, exist_ok=True)
         with open(beside(job, ".lock"), "w") as held:
             self.take(held)
@@ -243,6 +244,8 @@ class Runner:
                 break
             except BlockingIOError:
                 time.sleep(0.5)
+            except OSError as error:                                  # a Lustre without -o flock
+                raise BadInput(f"{held.name}: this disk has no locks ({error.strerror}); pass another --runs") from None
         if self.stopped:
             raise Stopped
 
@@ -259,8 +262,6 @@ class Runner:
         if trained_on(job, kept):                                     # whatever else has changed: it is not removed
             raise BadInput(f"{job.folder}: has been trained on since, from step {kept.get('step')} to "
                            f"{logged_step(job.folder)}; move it, or pass another --runs")
-        if changed:
-            log.unlink(missing_ok=True)
         names, measured = ", ".join(changed), sorted(job.folder.glob("fid_*"))
         lost = [each for each in measured if not (each / "model.pt").exists()]        # of these the network on its way
         if changed == ["the measure"] and {int(each.name.split("_")[1]) for each in lost} <= {step_of(job)}:
@@ -268,10 +269,11 @@ class Runner:
             for each in measured:
                 (each / "fid.json").unlink(missing_ok=True)
                 shutil.rmtree(each / "features", ignore_errors=True)
-        elif changed and job.measure and job.command[0] != "evaluate.py" and step_of(job):
-            raise BadInput(f"{job.folder}: {names} changed since it was trained; nothing was removed: move it away, "
-                           "or pass another --runs")                  # hours of a GPU
+        elif changed and job.measure and job.command[0] != "evaluate.py" and holds_network(job):     # hours of a GPU
+            raise BadInput(f"{job.folder}: {names} changed since it was trained; nothing was removed: go back to what "
+                           "made it, pass a start with --init, or move it away")
         elif changed and job.folder.exists():
+            log.unlink(missing_ok=True)
             tqdm.write(f"{job.folder.name}: {names} changed since, the kept run is removed and runs again")
             with lock(job.folder / ".lock", "training", "--runs"):    # a pasted command may be at it
                 empty(job.folder)
@@ -293,17 +295,15 @@ class Runner:
         write_atomic(path, json_text(now | ended, indent=1))
 
     def begin(self, job):
-        """Copy a finished run of the same flags and fewer steps: with latents the control begins as the start did."""
-        if not job.measure or job.command[0] == "evaluate.py" or job.folder.exists():
+        """Of a job with a base: copy that one's end, unless it has begun."""
+        if not job.base or holds_network(job):
             return
-        for other in self.jobs:
-            if other != job and but_steps(other) == but_steps(job) and is_done(other):
-                if step_of(other) < self.steps_of(job):
-                    half = job.folder.with_name(job.folder.name + ".copy")
-                    shutil.rmtree(half, ignore_errors=True)           # of a process that was killed
-                    shutil.copytree(other.folder, half, ignore=shutil.ignore_patterns("fid_*", ".lock", "*.png"))
-                    half.rename(job.folder)
-                    return tqdm.write(f"{job.folder.name}: goes on from the end of {other.folder.name}")
+        half = job.folder.with_name(job.folder.name + ".copy")
+        shutil.rmtree(half, ignore_errors=True)                       # of a process that was killed
+        shutil.copytree(job.base.folder, half, ignore=shutil.ignore_patterns("fid_*", ".lock", "*.png"))
+        shutil.rmtree(job.folder, ignore_errors=True)                 # it holds no network
+        half.rename(job.folder)
+        tqdm.write(f"{job.folder.name}: goes on from the end of {job.base.folder.name}")
 
     def call(self, command, log, held):
         """One command to its end, output into the log.
@@ -375,13 +375,9 @@ class Runner:
         return int(re.search(r"--steps +(\d+)", said.stdout)[1])
 
 
-def but_steps(job):
-    """The words of a job's command without --steps and --out and what follows them."""
-    words = list(job.command)
-    for flag in ("--steps", "--out"):
-        if flag in words:
-            del words[words.index(flag):words.index(flag) + 2]
-    return words
+def holds_network(job):
+    """Whether training has left something in a job's folder, also where its model.pt is damaged."""
+    return any(job.folder.glob("**/*.pt"))
 
 
 def keep_network(job, command):
@@ -392,10 +388,11 @@ def keep_network(job, command):
     if command[0] != "evaluate.py" or job.command[0] == "evaluate.py" or Path(command[1]).exists():
         return
     Path(command[1]).parent.mkdir(parents=True, exist_ok=True)
+    network = job.folder / "model.pt"
     try:
-        os.link(job.folder / "model.pt", command[1])
+        os.link(network, command[1])
     except OSError:                                                   # a file system without links
-        shutil.copyfile(job.folder / "model.pt", command[1])
+        write_atomic(command[1], lambda temporary: shutil.copyfile(network, temporary))
 
 
 def empty(folder):
@@ -415,9 +412,10 @@ def step_of(job):
 
 
 def with_starts(jobs):
-    """The jobs and the starts that they need, each once, starts first."""
+    """The jobs and the starts and bases that they need, each once, these first."""
     found = {}
     for each in jobs:
+        found |= dict.fromkeys([each.base] if each.base else [])
         found |= dict.fromkeys(reversed(chain(each)))
     return list(found)
 
@@ -439,14 +437,14 @@ def run_all(args, wanted):
     open_jobs = [j for j in unique if not is_done(j)]
     kept = len(unique) - len(open_jobs)
     print(f"{len(unique)} runs, {kept} kept from before; {args.jobs} at a time, in {args.runs}")
-    runner, futures = Runner(args, unique), {}
+    runner, futures = Runner(args), {}
     pool = concurrent.futures.ThreadPoolExecutor(args.jobs)
     signals = (signal.SIGINT, signal.SIGTERM)                         # a shell's background jobs ignore the first
     before = {s: signal.signal(s, signal.default_int_handler) for s in signals}
     try:
         # Starts first: nothing in the queue waits for what comes after it.
         for j in sorted(open_jobs, key=lambda j: len(chain(j))):
-            futures[j] = pool.submit(runner.run, j, futures.get(j.start))
+            futures[j] = pool.submit(runner.run, j, [futures[each] for each in (j.start, j.base) if each in futures])
         with tqdm(total=len(unique), initial=kept, unit="run", dynamic_ncols=True) as bar:
             failed = follow(futures, bar)
         for j in wanted:

@@ -53,8 +53,11 @@ def collect(job, kind):
     measured = None
     if kind == "latents":
         evaluations = read_fids(job.folder)
-        for path in job.folder.glob("fid_*/fid.json"):
-            measured = read_json(path, "an evaluation").get("label")
+        labels = {read_json(path, "an evaluation").get("label") for path in job.folder.glob("fid_*/fid.json")}
+        if len(labels) > 1:                                           # by hand, without --out
+            raise BadInput(f"{job.folder}: holds FIDs of several kinds ({', '.join(sorted(map(str, labels)))}); remove "
+                           "the fid.json of those that do not belong, and the same command makes them again")
+        measured = next(iter(labels), None)
     elif job.command[0] == "evaluate.py":
         found = read_json(job.folder / "evaluation.json", "an evaluation")
         evaluations = [dict(step=0) | {k: v for k, v in found.items() if k.endswith("step")}]

@@ -475,8 +475,10 @@ torch.save(torch.load({str(inputs / "imf.pt")!r}, weights_only=True) | dict(step
     assert "how it is measured changed since, its network is measured again" in capsys.readouterr().out
 
     (job.folder / "mark").touch()
-    control = job._replace(folder=Path("runs/b"), command=("trains.py", "--steps", "6", "--out", "runs/b"), every=0)
-    assert kept_runs.run_all(stand_ins, [job, control]) == {}
+    control = job._replace(folder=Path("runs/b"), command=("trains.py", "--steps", "6", "--out", "runs/b"), every=0,
+                           base=job)
+    assert kept_runs.with_starts([control]) == [job, control]                            # also where it is asked alone
+    assert kept_runs.run_all(stand_ins, [control]) == {}
     assert "b: goes on from the end of a" in capsys.readouterr().out and (control.folder / "mark").exists()
     assert step_at(control.folder, 6) == 6 and not (control.folder / "fid_000004_2step").exists()
 
@@ -486,6 +488,22 @@ torch.save(torch.load({str(inputs / "imf.pt")!r}, weights_only=True) | dict(step
     failed = kept_runs.run_all(stand_ins, [job])
     assert "trains.py changed since it was trained; nothing was removed" in failed[job]
     assert step_at(job.folder, 2) == 2 and (job.folder / "mark").exists()
+    (job.folder / "model.pt").write_bytes(b"cut")
+    assert "nothing was removed" in kept_runs.run_all(stand_ins, [job])[job] and step_at(job.folder, 2) == 2
+
+    (job.folder / "fid_000002_2step" / "fid.json").write_text('{"label": "FID", "fid": 3.0, "n": 50000}')
+    (job.folder / "fid_000004_2step" / "fid.json").write_text('{"label": "FID10K", "fid": 4.0, "n": 10000}')
+    with pytest.raises(BadInput, match="holds FIDs of several kinds .FID, FID10K."):
+        report.collect(job, "latents")
+
+
+def test_the_control_of_latents_goes_on_from_the_start(inputs):
+    args = arguments("2", "--data", str(inputs / "latents"), "--vae", "V", "--inception", "W", "--ref", "R")
+    rows = {r: reproduce.TABLES["2"].rows[r - 1] for r in (1, 11)}
+    jobs = reproduce.jobs_of(args, rows, 0)
+    assert jobs[11].base == jobs[1] and jobs[11].command[:5] == (*jobs[1].command[:3], "--steps", "404000")
+    assert kept_runs.with_starts([jobs[11]]) == [jobs[1], jobs[11]]
+    assert reproduce.jobs_of(arguments("2"), rows, 0)[11].base is None                    # on digits: half a minute
 
 
 def test_a_copy_of_latents_is_the_same_data(inputs, tmp_path):
