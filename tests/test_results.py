@@ -377,6 +377,16 @@ def test_what_is_said_of_twice_the_steps_is_in_the_numbers():
 
     told_of(dmd2_[4], ours[4], ((1, "9.367 ± 5.217"), (2, "8.362 ± 4.301"), (4, "17.121 ± 5.805")), "0.036")
     told_of(ours[4], masked[4], ((1, "3.091 ± 0.358"), (2, "1.439 ± 0.704"), (4, "1.591 ± 0.450")), "0.0044")
+    weak_ours, weak_masked = (of[f"{name}, weak start"] for name in ("FSF-DMD, M = 2", "CD with masking"))
+    told_of(weak_ours[4], weak_masked[4], ((1, "4.391 ± 2.976"), (2, "1.973 ± 1.355"), (4, "2.176 ± 0.673")), "0.03")
+    assert [e["fd_2step"] for e in weak_ours[0]] == [e["fd_2step"] for e in weak_masked[0]]     # from one start
+    ends = [f"{np.mean([e['fd_2step'] for e in found[4]]):.1f}" for found in (weak_ours, weak_masked)]
+    assert f"{ends[0]} and {ends[1]} at 2 steps. M = 1 is level" in text
+    for number, found in ((FSF, weak_ours), (MASKED, weak_masked)):
+        at_table = [e["fd_2step"] for e in Told(FASHION_2).last[number]]
+        assert [found[2][s]["fd_2step"] for s in (0, 2)] == pytest.approx([at_table[0], at_table[2]], abs=0.4)
+    d = np.array([x["fd_2step"] - y["fd_2step"] for x, y in zip(of["DMD2, weak start"][4], weak_ours[4])])
+    assert f"by {d.mean():.3f} ± {d.std(ddof=1):.3f} at 2 steps; one start of three" in text and d.min() > 0
     means = [f"{np.mean([e['fd_2step'] for e in found]):.1f}" for found in dmd2_[1:]]
     assert f"its mean at 2 steps is {means[0]}, {means[1]}, {means[2]} and {means[3]} after 25, 50, 75 and 100" in text
     weak = of["DMD2, weak start"]

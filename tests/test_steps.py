@@ -107,7 +107,7 @@ class Steps:
             def step(self):
                 params = [p for group in self.param_groups for p in group["params"]]
                 side = "net" if params[0] in set(steps.net.parameters()) else "fake"
-                lr = steps.args.lr if side == "net" else steps.args.fake_lr
+                lr = steps.args.lr if side == "net" else steps.args.fake_lr or steps.args.lr
                 assert [group["lr"] for group in self.param_groups] == pytest.approx([lr, lr / 6]), side
                 steps.check(side, params)
                 super().step()
