@@ -334,7 +334,7 @@ class Runner:
         if not job.measure:
             return [job.command]
         if job.command[0] == "evaluate.py":
-            return self.fids(job, job.command[:-2], 0)
+            return self.fids(job, 0, job.command[:-2])
 
         total = self.steps_of(job)
         pieces = [total]
@@ -346,7 +346,7 @@ class Runner:
         if reached > total:
             raise BadInput(f"{job.folder}: is trained for {reached} steps, expected {total}; remove that folder")
         for at in pieces:
-            measure = self.fids(job, None, at)
+            measure = self.fids(job, at)
             if at < reached:                                          # where its network is not kept, it is gone
                 lines += [command for command in measure if Path(command[1]).exists()]
             # A piece whose FIDs are all there is passed over: the next one trains through it.
@@ -354,14 +354,14 @@ class Runner:
                 lines += [[*job.command, *shown, "--steps", str(at)], *measure]
         return lines
 
-    def fids(self, job, evaluate, at):
-        """The commands still to do that measure a job after `at` training steps (evaluate: None), or as it says."""
+    def fids(self, job, at, evaluate=None):
+        """The commands still to do that measure a job after `at` training steps.  evaluate: of one that has none."""
         lines = []
         for N in job.counts:
             out = job.folder / f"fid_{at:06d}_{N}step"
             if not readable(out / "fid.json"):
-                network = ["evaluate.py", str(out / "model.pt"), "--data", self.args.data]      # see keep_network
-                command = evaluate or network
+                # Its network as `keep_network` leaves it.
+                command = evaluate or ["evaluate.py", str(out / "model.pt"), "--data", self.args.data]
                 steps = [] if "--steps" in command else ["--steps", str(N)]
                 lines.append([*command, *steps, *job.measure, "--out", str(out)])
         return lines
