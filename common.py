@@ -31,101 +31,7 @@ from tqdm import tqdm
 from plumbing.files import BadInput, first_line, is_out_of_memory, no_space
 
 
-class Heard:
-    """stdout or stderr whose reader may be gone, as Ctrl-C ends `| tee log` too, or whose disk is full.
-
-    Neither is a reason to stop: what is not heard is left out, and the run saves.
-    """
-
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-
-    def flush(self):
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-
-def main(train, parse_args):
-    """Run a script: bad input ends in one line and exit code 2."""
-    sys.stderr = Heard(sys.stderr or open(os.devnull, "w"))         # closed by the shell; tqdm needs one
-    if hasattr(sys.stdout, "reconfigure"):                          # None: closed
-        sys.stdout.reconfigure(errors="backslashreplace")           # a terminal that has no +- sign
-        sys.stdout = Heard(sys.stdout)
-    try:
-        train(parse_args())
-    except BadInput as error:
-        leave(f"error: {error}", 2)
-    except KeyboardInterrupt:                                       # outside of a Run, which saves first
-        leave(f"stopped; {again()} to go on", 130)
-    except OSError as error:
-        what = f"{error.filename}: {error.strerror}; repair that"
-        if no_space(error, "."):
-            what = "no space left on the disk; free some"
-        elif error.filename is None:
-            what = f"{error.strerror or first_line(error)}; repair that"
-        leave(f"error: {what} and {again()}", 2)
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            leave("error: out of memory; a smaller --micro_batch or --batch_size, where there is one, needs less", 2)
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):         # /tmp is full, or noexec
-            leave(f"error: torch.compile does not work here ({first_line(error, 160)}); --compile 0 does without", 2)
-        if not is_lost(error):
-            raise
-        leave(f"another process of this run ended; the last state.pt is untouched, {again()} ({first_line(error)})", 1)
-    except SystemExit as stop:                                      # after a signal all processes stop at one step
-        if dist.is_initialized():
-            dist.destroy_process_group()
-            exit_at_once(stop.code)
-        raise
-    if dist.is_initialized():
-        dist.destroy_process_group()
-        exit_at_once(0)
-
-
-def again():
-    """How to go on, in words: --resume no would remove what has been saved."""
-    starts_over = "--resume no" in " ".join(sys.argv).replace("=", " ")
-    return "run the same command again" + (" without --resume no" if starts_over else "")
-
-
-def leave(words, code):
-    """End this process with one line of its own, not one behind a bar."""
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()
-    print(f"{Path(sys.argv[0]).name}: {' '.join(words.splitlines())}", file=sys.stderr, flush=True)
-    if dist.is_initialized():                                       # an orderly end waits for others that may wait too
-        exit_at_once(code)
-    sys.exit(code)
-
-
-def exit_at_once(code):
-    """End one process of several.
-
-    While the interpreter ends by itself, a thread of gloo may free a tensor, which aborts the process
-    (https://github.com/pytorch/pytorch/pull/179291).
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):                        # a reader that is gone
-            stream.flush()
-    os._exit(code)
-
-
-def is_lost(error):
-    """Whether an exception is that of a collective whose other process has died: gloo's has no type of its own."""
-    words = str(error).lower()
-    return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in words or "by peer" in words)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Device and processes
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Device and processes --------------------------------------------------------------------------------------------
 
 def rank():
     number = torchrun_variable("RANK", 0)
@@ -266,9 +172,7 @@ def gradient_norm(net):
     return torch.nn.utils.get_total_norm([p.grad for p in net.parameters() if p.grad is not None])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Randomness and batches
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Randomness and batches ------------------------------------------------------------------------------------------
 
 class Stream:
     """Random numbers of one purpose, on the CPU: numpy's Philox, a counter-based generator.
@@ -353,11 +257,27 @@ def noise_by_index(purpose, seed, indices, shape, jump=0):
     return torch.stack([Stream(purpose, seed, int(i), jump).normal(*shape) for i in indices])
 
 
+# ---- Networks and losses ---------------------------------------------------------------------------------------------
+
 def trainable(flag, *nets):
     """Switch the gradients of the networks' weights on or off; off, gradients still pass through to their inputs."""
     for net in nets:
         for name, p in net.named_parameters():
             p.requires_grad_(flag and name != "pos_embed")          # a fixed table
+
+
+def frozen_copy(net):
+    """A copy that is not trained unless it is told to: EMA, teacher; the fake side begins as one."""
+    return copy.deepcopy(net).requires_grad_(False).eval()
+
+
+def frozen_view(args, net):
+    """A network with the same weights, now and after every update, through which they get no gradient."""
+    view = frozen_copy(net)
+    for of_view, p in zip(view.parameters(), net.parameters()):
+        of_view.data = p.data                                       # the same memory
+    compile_blocks(args, view)                                      # a copy is not compiled
+    return view
 
 
 def accumulate(total, B, **losses):
@@ -366,9 +286,7 @@ def accumulate(total, B, **losses):
         total[name] = total.get(name, 0) + value.detach().float().sum() / B
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# EMA
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- EMA -------------------------------------------------------------------------------------------------------------
 
 def ema_decay(args, n):
     """Decay after n updates.  It warms up: 0.99995 alone would keep 82% of the initial weights after 4,000 steps."""
@@ -386,15 +304,95 @@ def update_ema(ema, net, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
 
 
-def frozen_copy(net):
-    """A copy that is not trained unless it is told to: EMA, teacher; the fake side begins as one."""
-    return copy.deepcopy(net).requires_grad_(False).eval()
+# ---- The end of a process --------------------------------------------------------------------------------------------
+
+class Heard:
+    """stdout or stderr whose reader may be gone, as Ctrl-C ends `| tee log` too, or whose disk is full.
+
+    Neither is a reason to stop: what is not heard is left out, and the run saves.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
 
 
-def frozen_view(args, net):
-    """A network with the same weights, now and after every update, through which they get no gradient."""
-    view = frozen_copy(net)
-    for of_view, p in zip(view.parameters(), net.parameters()):
-        of_view.data = p.data                                       # the same memory
-    compile_blocks(args, view)                                      # a copy is not compiled
-    return view
+def main(train, parse_args):
+    """Run a script: bad input ends in one line and exit code 2."""
+    sys.stderr = Heard(sys.stderr or open(os.devnull, "w"))         # closed by the shell; tqdm needs one
+    if hasattr(sys.stdout, "reconfigure"):                          # None: closed
+        sys.stdout.reconfigure(errors="backslashreplace")           # a terminal that has no +- sign
+        sys.stdout = Heard(sys.stdout)
+    try:
+        train(parse_args())
+    except BadInput as error:
+        leave(f"error: {error}", 2)
+    except KeyboardInterrupt:                                       # outside of a Run, which saves first
+        leave(f"stopped; {again()} to go on", 130)
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}; repair that"
+        if no_space(error, "."):
+            what = "no space left on the disk; free some"
+        elif error.filename is None:
+            what = f"{error.strerror or first_line(error)}; repair that"
+        leave(f"error: {what} and {again()}", 2)
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            leave("error: out of memory; a smaller --micro_batch or --batch_size, where there is one, needs less", 2)
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):         # /tmp is full, or noexec
+            leave(f"error: torch.compile does not work here ({first_line(error, 160)}); --compile 0 does without", 2)
+        if not is_lost(error):
+            raise
+        leave(f"another process of this run ended; the last state.pt is untouched, {again()} ({first_line(error)})", 1)
+    except SystemExit as stop:                                      # after a signal all processes stop at one step
+        if dist.is_initialized():
+            dist.destroy_process_group()
+            exit_at_once(stop.code)
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        exit_at_once(0)
+
+
+def again():
+    """How to go on, in words: --resume no would remove what has been saved."""
+    starts_over = "--resume no" in " ".join(sys.argv).replace("=", " ")
+    return "run the same command again" + (" without --resume no" if starts_over else "")
+
+
+def leave(words, code):
+    """End this process with one line of its own, not one behind a bar."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(f"{Path(sys.argv[0]).name}: {' '.join(words.splitlines())}", file=sys.stderr, flush=True)
+    if dist.is_initialized():                                       # an orderly end waits for others that may wait too
+        exit_at_once(code)
+    sys.exit(code)
+
+
+def exit_at_once(code):
+    """End one process of several.
+
+    While the interpreter ends by itself, a thread of gloo may free a tensor, which aborts the process
+    (https://github.com/pytorch/pytorch/pull/179291).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):                        # a reader that is gone
+            stream.flush()
+    os._exit(code)
+
+
+def is_lost(error):
+    """Whether an exception is that of a collective whose other process has died: gloo's has no type of its own."""
+    words = str(error).lower()
+    return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in words or "by peer" in words)

@@ -42,7 +42,7 @@ from data import load_data
 from evaluate import metric_space
 from model import expand, flow_map, gate_guidance, guided_map, guided_velocity, interpolate, total_derivative
 from normuon import NorMuon, param_groups
-from plumbing.checkpoints import has_state, load_checkpoint, starting_networks
+from plumbing.checkpoints import load_checkpoint, starting_networks
 from plumbing.flags import (checked, flow_map_flags, number, parser, rcgm_flags, refuse, refuse_idle, resolve,
                             teacher_flag)
 from plumbing.run_folder import Run, check_folder, refuse_folder_of_start
@@ -61,7 +61,8 @@ def draw_times(r: Tensor, law: str = "uniform", mask_prob: float = 0.5) -> tuple
         mean, scale = map(float, (law.removeprefix("logitnormal").lstrip(":") or "-0.4,1").split(","))
         r = torch.sigmoid(mean + scale * torch.special.ndtri(r))
     t, s = r.amax(1), r.amin(1)
-    count = (torch.arange(len(r) + 1, dtype=torch.float64) * mask_prob + 1e-9).floor()   # 1e-9: 100 * 0.29 < 29
+    # of the first i rows floor(i p) are masked; 1e-9: 100 * 0.29 < 29
+    count = (torch.arange(len(r) + 1, dtype=torch.float64) * mask_prob + 1e-9).floor()
     return t, torch.where((count.diff() > 0).to(t.device), t, s)
 
 
@@ -80,7 +81,7 @@ def distance(pred: Tensor, target: Tensor, c: float = 1e-3, cosine: bool = True)
     an error where a network lost an axis, [B, H, W], which would broadcast to a difference [B, B, H, W].
     """
     huber = ((pred - target).view_as(pred).flatten(1).pow(2).mean(1) + c ** 2).sqrt() - c
-    return huber + cosine_distance(pred, target) if cosine and pred.shape[1] > 1 else huber
+    return huber + (cosine_distance(pred, target) if cosine and pred.shape[1] > 1 else 0.0)
 
 
 def cosine_distance(pred: Tensor, target: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ def flow_matching_loss(u: Callable, x0: Tensor, eps: Tensor, t: Tensor, cosine: 
     """
     v = u(interpolate(x0, eps, t), t, t)                                                # [B, C, H, W]
     loss = (v - (eps - x0)).view_as(x0).flatten(1).pow(2).mean(1)
-    return loss + cosine_distance(v, eps - x0) if cosine and x0.shape[1] > 1 else loss
+    return loss + (cosine_distance(v, eps - x0) if cosine and x0.shape[1] > 1 else 0.0)
 
 
 def consistency_loss(u: Callable, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, tangent: Tensor, h: float = 0.005,
@@ -354,7 +355,7 @@ def pretrained(args, loss):
     train(own)
     gc.collect()                                                # a compiled network is freed here alone
     found = load_checkpoint(path)["step"]
-    if found != own.steps and not has_state(args):              # a run that goes on has its own weights
+    if found != own.steps:
         raise BadInput(f"{path} has been trained for {found} steps, not {own.steps}: pass --init {path} if you mean it")
     return path
 

@@ -166,10 +166,7 @@ def per_channel(values: list, x: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(values, dtype=x.dtype, device=x.device).view(-1, 1, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pixels: the digits, .npz files and folders of images
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Pixels: the digits, .npz files and folders of images ------------------------------------------------------------
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
     """(images [1797, 1, 8, 8] in [0, 1], labels [1797]): the test part of the UCI ML hand-written digits."""
@@ -393,10 +390,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Latent shards, in LightningDiT's format
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Latent shards, in LightningDiT's format -------------------------------------------------------------------------
 
 def load_latents(folder: str) -> Data:
     """Data of a folder of latent shards with its latents_stats.pt.
@@ -549,10 +543,7 @@ class Latents:
         return normalize(x, self.mean, self.std)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Pictures --------------------------------------------------------------------------------------------------------
 
 def to_images(x: torch.Tensor, meta: dict, vae: torch.nn.Module | None = None) -> np.ndarray:
     """Normalised x [n, C, H, W] -> uint8 [n, H, W, 1 or 3].  meta: Data.meta.

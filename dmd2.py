@@ -48,8 +48,8 @@ from evaluate import metric_space
 from model import DiscriminatorHead, IMFDiT, backward_simulation, expand, guided_map, guided_velocity, interpolate
 from normuon import NorMuon, param_groups
 from plumbing.checkpoints import starting_networks
-from plumbing.flags import (CONSISTENCY_FLAGS, checked, flow_map_flags, health_flag, number, parser, refuse,
-                            refuse_idle, resolve, teacher_flag)
+from plumbing.flags import (checked, flow_map_flags, health_flag, number, parser, refuse, refuse_idle, resolve,
+                            teacher_flag)
 from plumbing.run_folder import Run, check_folder
 from plumbing.watch import begin, finish, health, watch
 
@@ -68,7 +68,7 @@ def dmd_loss(x_hat: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps:
         v_fake, v_teacher = fake(x_tau, tau), teacher(x_tau, tau)
         delta = v_fake - v_teacher                                                      # Eq. 51: x_hat moves along it
         gap = delta.flatten(1).abs().mean(1)                                            # [B], for the log
-        scale = (v_teacher - (eps - x_hat)).flatten(1).abs().mean(1) + 1e-6             # 1e-6: as FastGen, against 0/0
+        scale = (v_teacher - (eps - x_hat)).flatten(1).abs().mean(1) + 1e-6             # 1e-6: against 0/0
         target = x_hat + delta / expand(scale, x_hat)                                   # Eq. 51
     return 0.5 * (x_hat - target).view_as(eps).flatten(1).pow(2).mean(1), gap
 
@@ -130,7 +130,7 @@ PRESETS = {
         save_every=100, eval_every=500, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=15_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2,
-        omega=6.0, guide_to=0.9, cd_guidance="drawn", omega_max=8.0, save_every=500, health_every=500),
+        omega=6.0, guide_to=0.9, omega_max=8.0, save_every=500, health_every=500),
     ("latents", "fm"): dict(
         size="B/1", steps=6_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2,
         omega=6.0, guide_to=0.9, cfg_channels=3, save_every=500, health_every=500),
@@ -144,9 +144,13 @@ PRESETS_OF_CD = {
     ("pixels", "imf"): PRESETS["pixels", "imf"] | dict(lr=3e-3, fake_lr=3e-3),
     ("pixels", "fm"): PRESETS["pixels", "fm"] | dict(lr=3e-3, fake_lr=3e-3),
     ("images", "imf"): PRESETS["images", "imf"] | dict(lr=3e-3, fake_lr=3e-3),
-    ("latents", "imf"): PRESETS["latents", "imf"] | dict(steps=54_000),
+    ("latents", "imf"): PRESETS["latents", "imf"] | dict(steps=54_000, cd_guidance="drawn"),
     ("latents", "fm"): PRESETS["latents", "fm"] | dict(steps=33_000),
 }
+
+# Flags that only L_CD and L_CT read.
+OF_L_CD = ("lam", "cd_guidance", "mask_prob", "time_law", "jvp", "fd_h", "huber_c", "cosine", "label_drop", "omega_max",
+           "omega_law")
 
 
 def parse_args(argv=None):
@@ -184,7 +188,7 @@ def parse_args(argv=None):
         raise BadInput("--init scratch --cd 0: without a teacher nothing would tell the network of the data, "
                        "expected --cd 1")
     if not args.cd:
-        refuse(args, ["lam", "cd_guidance", *CONSISTENCY_FLAGS], "belongs to L_CD, which needs --cd 1")
+        refuse(args, OF_L_CD, "belongs to L_CD, which needs --cd 1")
         args.lam = 1.0                                                                  # Eq. 50-51 alone
     refuse_idle(args)
     args.sampler = "flow_map" if args.cd else "renoised"

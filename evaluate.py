@@ -41,10 +41,7 @@ SAMPLING = ("weights", "steps", "sampler", "shift", "omega", "guide_to", "cfg_ch
 SAMPLERS = ("flow_map", "renoised", "renoised_ddim", "renoised_fixed", "euler")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Samples of a network, their metrics and pictures
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Samples of a network, their metrics and pictures ----------------------------------------------------------------
 
 @torch.no_grad()
 def generate(net: LightningDiT, n: int, shape: tuple[int, ...], steps: int, omega: float = 1.0, guide_to: float = 1.0,
@@ -220,10 +217,7 @@ def decoder(path: str | None, expected: str, device: torch.device) -> VAE | None
     return vae.to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# FID, Inception Score, precision and recall in Inception's features
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- FID, Inception Score, precision and recall in Inception's features ----------------------------------------------
 
 def measure(args: argparse.Namespace) -> None:
     """ref, --from_images, and checkpoints with --inception: features of images, then what is asked of them."""
@@ -330,10 +324,7 @@ def guidance_words(conditioning: str, sampler: str, omega: float, guide_to: floa
     return f"omega {omega} on [0, {guide_to}]" + (f" in {channels} channels" if channels else "")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 def data_of(path: str, checkpoint: dict, otherwise: str) -> Data:
     """The data that a model.pt was trained on.  BadInput, with what to do `otherwise`, if they are not there."""

@@ -24,8 +24,8 @@ deviation of 0.39..0.58; tests/test_methods.py), and the generator collapses.  L
 
     python fsf_dmd.py --init imf --M 2       # digits, 2 CPU cores: 1 to 2 minutes, the iMF it starts from included
 
---init imf      a guidance-conditioned flow map (consistency.py --loss imf, trained first if it is not there); it is its
-                own teacher
+--init imf      a guidance-conditioned flow map (consistency.py --loss imf, trained first if it is not there); a frozen
+                copy of it is the teacher
 --init fm       a velocity network (consistency.py --loss fm), made a flow map by decoupled conditioning; the teacher is
                 the velocity network with CFG of two passes.  --warmup steps of L_CD alone come first (Table 4; B.1)
 --init scratch  no teacher: v_teacher = sg u(x_tau, tau, tau) of the network in training, and L_CD becomes L_CT, the iMF
@@ -66,7 +66,7 @@ def rollout(u: Callable, z: Tensor, M: int, grad: str = "all") -> tuple[Tensor, 
     M < 1, or for another grad.
     """
     if M < 1 or grad not in ("all", "last"):
-        raise ValueError(f"M {M}, grad {grad!r}: expected M >= 1 and all or last")
+        raise ValueError(f"M {M}, grad {grad!r}: expected M >= 1, and grad 'all' or 'last'")
     x_i, U = z.detach(), torch.zeros_like(z)                                            # [B, C, H, W]
     for i in range(M):
         t, s = 1 - i / M, 1 - (i + 1) / M
@@ -99,7 +99,7 @@ def fsf_dmd_loss(z: Tensor, U: Tensor, fake: Callable, teacher: Callable, tau: T
             delta = delta.clamp(-clip, clip)
         q = torch.ones_like(tau)
         if weight == "adaptive":                                            # DMD's normaliser (Eq. 51) in v-space
-            q = 1 / ((v_teacher - (eps - x_hat)).flatten(1).abs().mean(1) + 1e-6)       # 1e-6: as FastGen, against 0/0
+            q = 1 / ((v_teacher - (eps - x_hat)).flatten(1).abs().mean(1) + 1e-6)       # 1e-6: against 0/0
         if cosine_factor:
             q = q * torch.cos(math.pi / 2 * tau)
         target = U - delta

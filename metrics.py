@@ -37,10 +37,7 @@ EVAL_SAMPLES = ((10_000, 5000), (1000, 2000), (0, 500))         # (real images f
 EVAL_SEED = 0                   # noise of the samples; not the training seed, to compare runs on the same noise
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics on features
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Metrics on features ---------------------------------------------------------------------------------------------
 
 def moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean [D] and covariance [D, D] (N - 1) of features [N, D], in float64.
@@ -144,10 +141,7 @@ def precision_recall(real: torch.Tensor, fake: torch.Tensor, k: int = 3, chunk: 
     return precision, recall
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The feature space of a pixel data set
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- The feature space of a pixel data set ---------------------------------------------------------------------------
 
 class Diverged(BadInput):
     """Samples that hold NaN or infinity."""

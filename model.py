@@ -20,7 +20,7 @@ conditionings:
                  scale and [t_min, t_max] the times where it acts (improved MeanFlow), so guidance costs no second pass.
 
 Shapes: B batch, C channels, H x W pixels, P patch size, N = (H/P)(W/P) tokens, D width, n tokens per condition.
-Times t and s are [B] tensors or plain floats.  This file needs only torch; paste it alone.
+t, s: [B] tensors or plain floats.  Eq. n and Table n: of arXiv 2605.19256.  This file needs only torch; paste it alone.
 """
 import math
 from collections.abc import Callable

@@ -53,9 +53,7 @@ from plumbing.run_folder import check_writable
 
 PAPER = json.loads((HERE / "golden" / "paper_tables.json").read_text())
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The rows
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- The rows --------------------------------------------------------------------------------------------------------
 
 # label: in the paper.  paper: its values, {column: value}.  start: imf, fm, or None (from scratch).
 # command: None for the start itself; {start} stands for its model.pt, other names in braces for FLAGS.
@@ -251,9 +249,7 @@ TABLES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Jobs: a row and a seed
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Jobs: a row and a seed ------------------------------------------------------------------------------------------
 
 def job(args, command, seed, start=None, via=None):
     """The run of one command and one seed.  Its folder is named after its arguments."""
@@ -339,10 +335,7 @@ def jobs_of(args, rows, seed):
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     p = Parser(description=__doc__)
@@ -458,7 +451,7 @@ def run(args):
     if max(there.values(), default=0) > args.seeds:
         raise BadInput(f"--seeds {args.seeds}: {folder} holds the table of {max(there.values())}; "
                        "pass as many, or another --out")
-    report.refuse_other_data(folder, args.data, inputs_of(args.data, args.init))
+    report.refuse_other_results(folder, args.data, inputs_of(args.data, args.init))
     data = usable_data(args.data, args.size, args.init)
     if data_kind(args.data) == "latents":
         decoder_for(data, args, torch.device("cpu"))

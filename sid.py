@@ -97,7 +97,7 @@ def sid_loss(x_hat: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps:
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
 # pixels: under 24 a side, as the digits; images: larger, as Fashion-MNIST (RESULTS.md: which were searched); latents:
-# the paper's Table 6, but for lr, which our copy of it has lost: a guess; and for the steps, dmd2.py's from an iMF.
+# Table 6 of arXiv 2605.19256, but for lr, which our copy of it has lost: a guess; and for the steps, dmd2.py's.
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=200, lr=3e-4, fake_lr=3e-3, omega=1.0, guide_to=1.0,
@@ -185,7 +185,7 @@ def train(args):
         """Global batch number `index` and its random numbers, drawn from g (common.Stream)."""
         rows = batch_rows(len(data.x), B, args.seed, index)
         batch = dict(y=data.y[rows])
-        batch["z"] = g.normal(B, args.M, *shape)                # rollout noise: M for Eq. 17
+        batch["z"] = g.normal(B, args.M, *shape)                # rollout noise: of its start and each renoising
         batch["eps_tau"] = g.normal(B, *shape)
         batch["tau"] = draw_tau(g.uniform(B))
         if head:

@@ -35,9 +35,6 @@ from plumbing import kept_runs
 from test_helpers import HERE, METHODS, environment, gaussian_u, gaussian_v, golden, rand, small_net, spread, uniform
 from told import words_of_the_texts
 
-# isort: split
-from test_helpers import Evil, randomize, refusal, run, small_images, state  # noqa: F401  (others take them from here)
-
 # ---- golden numbers of the official implementations ------------------------------------------------------------------
 
 def golden_lightningdit():

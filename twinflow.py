@@ -138,7 +138,7 @@ def train(args):
     data = load_data(args.data)
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 
-    net, _ = starting_networks(args, data, device, pretrained)                  # it teaches itself
+    net = starting_networks(args, data, device, pretrained)[0]                  # it teaches itself: no teacher is kept
     if isinstance(net, IMFDiT):
         raise BadInput(f"--init {args.init}: iMF's own network sees t - s only, so it cannot tell (-t, -t) from "
                        "(t, t); expected a LightningDiT flow map")
@@ -148,7 +148,8 @@ def train(args):
     compile_blocks(args, net, ema, target_net)
     state = dict(net=net, ema=ema, opt=opt, target=target_net)
     features = metric_space(data, args)
-    options = dict(h=args.fd_h, exact=args.jvp == "exact", c=args.huber_c, cosine=args.cosine)
+    rho = dict(c=args.huber_c, cosine=args.cosine)
+    options = dict(h=args.fd_h, exact=args.jvp == "exact", **rho)
     guided = args.omega_max > 1                                                 # omega is drawn, else it is always 1
     fixed = torch.tensor([[args.omega, 0.0, args.guide_to]], device=device)     # (omega, t_min, t_max) where not drawn
 
@@ -201,8 +202,7 @@ def train(args):
                                         **options)
                     else:                                                       # Eq. 66-67
                         loss = guided_rcgm_loss(net, target_net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided,
-                                                args.delta, args.order, args.clamp, c=args.huber_c,
-                                                cosine=args.cosine)
+                                                args.delta, args.order, args.clamp, **rho)
                 (loss.sum() / B).backward()
                 accumulate(total, B, **{args.base: loss})
             sync_gradients(net)

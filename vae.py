@@ -46,10 +46,7 @@ VAES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The autoencoder: LDM's AutoencoderKL, key names as in its checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- The autoencoder: LDM's AutoencoderKL, key names as in its checkpoints -------------------------------------------
 
 class VAE(nn.Module):
     """VAE("vavae") or VAE("sdvae"), or explicit dims as keywords, which override the preset's.
@@ -269,10 +266,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# encode: images -> latent shards, in LightningDiT's format
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- encode: images -> latent shards, in LightningDiT's format -------------------------------------------------------
 
 @torch.no_grad()
 def encode(args: argparse.Namespace) -> None:
@@ -487,10 +481,7 @@ def mean_and_std(count: int, total: torch.Tensor, square: torch.Tensor) -> tuple
     return mean, ((square - count * mean ** 2) / (count - 1)).clamp(min=0).sqrt()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# check and decode
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- check and decode ------------------------------------------------------------------------------------------------
 
 def check(args: argparse.Namespace) -> None:
     """Read a whole folder of latents and say what is in it; BadInput if it is not fit for training."""
@@ -572,10 +563,7 @@ def read_latents(path: Path) -> torch.Tensor:
     return latents
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = Parser(description=__doc__)

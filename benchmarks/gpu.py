@@ -178,10 +178,7 @@ def matrix_rate(args):
     return 2 * n ** 3 / seconds_of(lambda: a @ b, args)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The blocks: args -> dict of numbers
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- The blocks: args -> dict of numbers -----------------------------------------------------------------------------
 
 def runs(args):
     """Every script runs; its losses on the device beside those of fp32 on the CPU.  Several at a time: no timing."""
@@ -465,10 +462,7 @@ BLOCKS = dict(runs=runs, compiled=compiled, waits=waits, cost=cost_table, profil
               throughput=throughput, evidence=evidence)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# gpu.md
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- gpu.md ----------------------------------------------------------------------------------------------------------
 
 def page(folder):
     """The text of gpu.md: of every block that is measured its command, device and numbers."""

@@ -108,10 +108,7 @@ def seconds_of(actions, args):
     return {name: float(np.median(each)) for name, each in times.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The backbone beside the official way to write its block
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- The backbone beside the official way to write its block ---------------------------------------------------------
 
 def straightforward_norm(x, weight):
     """RMSNorm as LLaMA writes it: statistics in float32, cast back, then the gain."""
@@ -207,10 +204,7 @@ def products(args):
     return sum(flops.values()) / sum(found.values())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The parts of a step
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- The parts of a step ---------------------------------------------------------------------------------------------
 
 class Clock:
     """Seconds of parts that call each other; a part does not count what it calls."""

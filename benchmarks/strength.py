@@ -12,7 +12,6 @@ start's own distance at 2 steps.
 Runs are kept, stopped and continued as reproduce.py's.  Leaves README.md, runs.json and strength.png in --out; other
 starts and lambdas of an earlier call into the same --out, with the same data, steps, seeds and code, stay in them.
 """
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -28,7 +27,7 @@ from data import data_kind, preset_kind  # noqa: E402
 from plumbing import report  # noqa: E402
 from plumbing.files import json_text, read_json, write_atomic  # noqa: E402
 from plumbing.flags import Parser, data_source, folder_path, number, result_folder  # noqa: E402
-from plumbing.kept_runs import refuse_torchrun, run_all, sources_of  # noqa: E402
+from plumbing.kept_runs import default_jobs, refuse_torchrun, run_all, sources_of  # noqa: E402
 from reproduce import CD_MASKED, FSF, STARTS, job, usable_data  # noqa: E402
 
 SHOWN = ("fd_1step", "fd_2step", "precision_2step", "recall_2step")
@@ -46,7 +45,7 @@ def parse_args(argv=None):
     p.add_argument("--lam", type=number(float, 0, open_low=True), nargs="+", default=[0.01, 0.05, 0.2],
                    help="lambdas of Eq. 15")
     p.add_argument("--seeds", type=number(int, 1), default=3, help="seeds 0, 1, ...")
-    p.add_argument("--jobs", type=number(int, 1), default=min(8, os.cpu_count() or 1), help="runs at a time")
+    p.add_argument("--jobs", type=number(int, 1), default=default_jobs(), help="runs at a time")
     p.add_argument("--runs", type=folder_path, default="runs/reproduce", help="folder of the runs that are kept")
     p.add_argument("--out", type=result_folder, default="runs/strength", help="folder of the results")
     args = p.parse_args(argv)

@@ -277,7 +277,7 @@ def starting_networks(args, data, device, pretrained, conditioning="in_context",
     if args.init == "scratch":
         say_unlearned("this run", dict(omega_max=args.omega_max), conditioning, args.omega)
         return new_network(args, data, conditioning).to(device).train(), None
-    drawn = getattr(args, "cd_guidance", "fixed") == "drawn" and getattr(args, "cd", 1)     # by L_CD
+    drawn = getattr(args, "cd_guidance", "fixed") == "drawn"        # by L_CD
     asked = max(args.omega, args.omega_max) if drawn else args.omega
     given = None
     if getattr(args, "teacher", None):                              # before pretraining; TwinFlow has no such flag

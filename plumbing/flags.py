@@ -24,10 +24,6 @@ STEPS = 10 ** 9                 # and of every number of a flag that has no othe
 BATCH = 2 ** 20                 # images
 SEED = 2 ** 32 - 1
 
-# Flags that only L_CD and L_CT read.
-CONSISTENCY_FLAGS = {"mask_prob", "time_law", "jvp", "fd_h", "huber_c", "cosine", "label_drop", "omega_max",
-                     "omega_law"}
-
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are BadInput, so that they end like every other one, and whose flags are spelled out."""

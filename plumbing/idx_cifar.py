@@ -60,10 +60,7 @@ def read_idx_or_cifar(folder: str | Path) -> tuple:
     return images, labels - low, test_images, None if test_labels is None else test_labels - low
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# IDX
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- IDX -------------------------------------------------------------------------------------------------------------
 
 def idx_files(folder: str | Path) -> dict:
     """{(set, "train" or "test", "images" or "labels"): path} of a folder; of a file there twice the unpacked one."""
@@ -134,10 +131,7 @@ def read_idx_file(path: Path, ndim: int) -> np.ndarray:
     return np.frombuffer(pixels, np.uint8).reshape(sizes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# CIFAR
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- CIFAR -----------------------------------------------------------------------------------------------------------
 
 def read_cifar(folder: Path) -> tuple:
     there = [name for name, (train, test, _) in CIFAR.items() if any((folder / file).exists() for file in train + test)]

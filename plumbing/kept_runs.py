@@ -42,10 +42,7 @@ MEASURES_READ = ("--vae", "--inception", "--ref")                     # flags of
 Job = namedtuple("Job", "folder command measure start counts every base", defaults=[(), 0, None])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Kept runs
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Kept runs -------------------------------------------------------------------------------------------------------
 
 def chain(job):
     """A job, then its start, then the start of that one, ..."""
@@ -203,10 +200,7 @@ def changes(job):
     return changed
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The runner
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- The runner ------------------------------------------------------------------------------------------------------
 
 class Stopped(Exception):
     """The user asked to stop."""
@@ -310,8 +304,8 @@ class Runner:
 
         The child inherits the lock: it stays held as long as the child lives, even if this process is killed.
         """
-        threads = max(1, (os.cpu_count() or 1) // self.args.jobs)
-        env = dict(os.environ, OMP_NUM_THREADS=str(threads), PYTHONUNBUFFERED="1")
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cores() // self.args.jobs))
+        env = dict(os.environ, OMP_NUM_THREADS=threads, PYTHONUNBUFFERED="1")
         words = [sys.executable, str(HERE / command[0]), *absolute(command)[1:]]      # so that any folder can go on
         with open(log, "ab") as out:
             child = subprocess.Popen(words, stdout=out, stderr=out, env=env, pass_fds=[held])
@@ -426,9 +420,14 @@ def refuse_torchrun():
         raise BadInput("starts its runs itself, one process each; leave torchrun out")
 
 
+def usable_cores():
+    """Cores that this process may use: a cluster's scheduler may give fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def default_jobs():
     """Runs at a time where --jobs does not say: one on a GPU, else one a core, at most 8."""
-    return 1 if torch.cuda.is_available() else min(8, os.cpu_count() or 1)
+    return 1 if torch.cuda.is_available() else min(8, usable_cores())
 
 
 def run_all(args, wanted):
@@ -500,4 +499,4 @@ def logged_step(folder):
 def machine(jobs):
     """Where a run was made, in words."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return f"{device} ({os.cpu_count()} cores, {jobs} runs at a time)"
+    return f"{device} ({usable_cores()} cores, {jobs} runs at a time)"

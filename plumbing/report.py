@@ -29,10 +29,7 @@ METRICS = [
 ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One run
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- One run ---------------------------------------------------------------------------------------------------------
 
 def rounded(evaluation):
     """Of an evaluation every number to 4 digits; null, which json_text writes for what is not finite, is NaN."""
@@ -116,10 +113,7 @@ def read_fids(folder):
     return [evaluations[at] for at in sorted(evaluations)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Statistics over seeds
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Statistics over seeds -------------------------------------------------------------------------------------------
 
 def summary(table_rows, runs):
     """{row number: dict} with each Row's label, the paper's values, its runs by seed, their last and best values.
@@ -203,10 +197,7 @@ def final_value(row, seed, metric):
     return row["seeds"][seed]["evaluations"][-1].get(f"{metric}_{row['N']}step", math.nan)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Markdown
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Markdown --------------------------------------------------------------------------------------------------------
 
 def spread(values, digits, sign=""):
     """mean +- standard deviation, as text; sign="+": a mean above 0 has its sign."""
@@ -311,10 +302,7 @@ def all_metrics(kind, rows):
     return markdown_lines(header, body)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Pictures --------------------------------------------------------------------------------------------------------
 
 def levels_of(table):
     """The numbers of the rows that are drawn as a level, not as a curve: the start itself and the control."""
@@ -439,10 +427,7 @@ def samples(args, rows, jobs, path):
     preview(path, bands, data.meta, decoder_for(data, args, device))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The folder of a table
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- The folder of a table -------------------------------------------------------------------------------------------
 
 def page(head, command, tables, rows):
     """README.md of a table's folder.  head: of its runs.json; command: what made it; tables: `markdown`."""
@@ -499,7 +484,7 @@ def seeds_in(folder):
     return {row["number"]: len(row["seeds"]) for row in stored_runs(folder).get("rows", [])}
 
 
-def refuse_other_data(folder, data, inputs=None):
+def refuse_other_results(folder, data, inputs=None):
     """BadInput if a folder of results is of other data or another start: it is named by the last part of their paths.
 
     inputs: {"data" or "init": [path, hash]}, `kept_runs.inputs_of`; a runs.json of earlier versions holds none.

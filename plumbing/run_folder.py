@@ -176,18 +176,18 @@ def same_data(before, now):
 class Run:
     """One run folder while it is written.
 
-    with Run(args, state, model, data) as run:
+    with Run(args, state, ema, data) as run:
         for step, batch in run.steps(draw):           # from where the folder left off; saves on Ctrl-C, SIGTERM, SIGHUP
             ...
             run.log(total, batch, grad_norm)          # see `accumulate`; refused if not finite
             if run.due(args.save_every): run.save()   # also at the last step
 
     state: {name: network, EMA, optimizer}, everything that resuming needs; None is left out.
-    model: the EMA network that model.pt keeps.
+    ema: the network of averaged weights, which model.pt keeps and evaluations see.
     """
 
-    def __init__(self, args, state, model, data):
-        self.args, self.model, self.data = args, model, data
+    def __init__(self, args, state, ema, data):
+        self.args, self.ema, self.data = args, ema, data
         self.state = {name: part for name, part in state.items() if part is not None}
         self.folder, self.main = Path(args.out), rank() == 0
         self.step, self.evaluations, self.pending = 0, [], []
@@ -314,9 +314,9 @@ class Run:
         """Whether model.pt holds what state.pt holds."""
         try:
             checkpoint = load_checkpoint(self.folder / "model.pt")
-            found, ours = checkpoint["weights"], self.model.state_dict()
+            found, ours = checkpoint["weights"], self.ema.state_dict()
             same = all(torch.equal(v.cpu(), found[name]) for name, v in ours.items())
-            return same and checkpoint["step"] == self.step and checkpoint["config"] == self.model.config
+            return same and checkpoint["step"] == self.step and checkpoint["config"] == self.ema.config
         except Exception:                                           # damaged, or gone
             return False
 
@@ -367,7 +367,7 @@ class Run:
             return step, draw(Stream("step", self.args.seed, step), step)
 
         left = range(self.step, self.args.steps)
-        on_cpu = next(self.model.parameters()).device.type == "cpu"
+        on_cpu = next(self.ema.parameters()).device.type == "cpu"
         for drawn in map(of, left) if on_cpu else ahead(of, left):
             yield drawn
             if self.stopping():
@@ -484,9 +484,9 @@ class Run:
 
     def save_model(self):
         args = {k: v for k, v in vars(self.args).items() if k not in NO_FLAGS}
-        weights = {name: v.cpu() for name, v in self.model.state_dict().items()}        # read on any machine
+        weights = {name: v.cpu() for name, v in self.ema.state_dict().items()}        # read on any machine
         write_atomic(self.folder / "model.pt",
-                     dict(config=self.model.config, weights=weights, data=self.data.meta,
+                     dict(config=self.ema.config, weights=weights, data=self.data.meta,
                           sampler=self.args.sampler, step=self.step, args=args))
 
     def result(self, definition):

@@ -18,16 +18,16 @@ def begin(run, features):
     if features:
         run.measured_by(features.hash)
     if run.step == 0 and run.main and run.args.start != "scratch":
-        run.evaluated(evaluate(run.model, features, run.args))
+        run.evaluated(evaluate(run.ema, features, run.args))
 
 
-def watch(run, features, start=None, panel=None):
-    """The end of a step.  What is due: the evaluation; a picture of the EMA's samples under those of `start` (or of the
-    network of --teacher); panel(run), which draws `health`; state.pt.
+def watch(run, features, teacher=None, panel=None):
+    """The end of a step.  What is due: the evaluation; a picture of the EMA's samples under those of the teacher, which
+    is the start, or the network of --teacher; panel(run), which draws `health`; state.pt.
     """
     args = run.args
     try:
-        measure(run, features, start)
+        measure(run, features, teacher)
     except Diverged:                                                # before a loss or a weight has shown it
         raise BadInput(f"the run has diverged: its samples hold NaN or infinity after step {run.step}; "
                        f"{UNTOUCHED}") from None
@@ -39,17 +39,17 @@ def watch(run, features, start=None, panel=None):
         run.restart_clock()
 
 
-def measure(run, features, start):
+def measure(run, features, teacher):
     """What `watch` has due of samples: the evaluation, a picture."""
     args = run.args
     if run.main and run.due(args.eval_every):
-        run.evaluated(evaluate(run.model, features, args))
-        if run.model.conditioning == "in_context" and getattr(args, "omega_max", 1) > 1:
-            run.write(dict(omega_response=omega_response(run.model, run.data)))
+        run.evaluated(evaluate(run.ema, features, args))
+        if run.ema.conditioning == "in_context" and getattr(args, "omega_max", 1) > 1:
+            run.write(dict(omega_response=omega_response(run.ema, run.data)))
     if run.main and run.due(args.preview_every):
         name = "teacher" if getattr(args, "teacher", None) else "start"
-        nets = [(name, start, default_sampler(start))] if start else []
-        nets.append((f"after {run.step} training steps", run.model, args.sampler))
+        nets = [(name, teacher, default_sampler(teacher))] if teacher else []
+        nets.append((f"after {run.step} training steps", run.ema, args.sampler))
         show(run.folder / f"samples_{run.step:06d}.png", nets, run.data, args)
 
 
@@ -59,7 +59,7 @@ def finish(run, features):
     measured = run.from_first_process(int(last == run.step))
     if run.began == run.step and run.data.kind == "pixels" and not measured:
         if run.main:                                  # stopped at this step before, and --steps asks for no more now
-            run.evaluated(evaluate(run.model, features, run.args))
+            run.evaluated(evaluate(run.ema, features, run.args))
         run.save()
     if not run.main:
         return
@@ -98,9 +98,7 @@ def omega_response(net, data, n=100):
     return ((found * wanted).sum() / (wanted * wanted).sum()).item()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The health panel of a distribution matching run
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The health panel of a distribution matching run -----------------------------------------------------------------
 
 BINS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)                               # of tau
 
@@ -116,7 +114,7 @@ def health(run, generator, v_fake, v_teacher, dm=None, gan=None, n=100):
     gap_0.2 ... gap_1.0      mean |v_fake - v_teacher| at x_hat noised to tau in (0, 0.2], ..., (0.8, 1]
     gan_dm_ratio             median over samples of |d gan / d x_hat| / |d dm / d x_hat|
     """
-    device, shape = next(run.model.parameters()).device, run.data.x.shape[1:]
+    device, shape = next(run.ema.parameters()).device, run.data.x.shape[1:]
     M = getattr(run.args, "M", 1)                                       # TwinFlow has one step
     noise = noise_by_index("health", EVAL_SEED, range(n), (M + 1, *shape)).to(device)
     z, eps = noise[:, :M], noise[:, M]
@@ -160,7 +158,7 @@ def draw_panel(run, pictures, lines):
     pictures: [(caption, x [n, C, H, W])]; lines: the panels' lines of metrics.jsonl.
     """
     import matplotlib.figure  # half a second: only where it is used
-    vae = decoder_for(run.data, run.args, next(run.model.parameters()).device)
+    vae = decoder_for(run.data, run.args, next(run.ema.parameters()).device)
     figure = matplotlib.figure.Figure(figsize=(11, 6.4), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=(1.2, 1))
     for axis, (caption, x) in zip(left.subplots(len(pictures), 1), pictures):

@@ -21,6 +21,7 @@ import cost
 import data
 import evaluate
 import evidence
+import explicit
 import finite_difference
 import fsf_dmd
 import gpu
@@ -33,14 +34,11 @@ import surrogate
 from common import BadInput
 from plumbing import checkpoints, kept_runs
 from plumbing.report import spread
-from test_helpers import HERE, rand, run
+from test_helpers import HERE, rand, read_metrics, run
 from test_helpers import start as begin
 from told import FASHION_2, FASHION_STRONG, KEPT, Told, words_of_the_texts
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the texts say of cost
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- What the texts say of cost --------------------------------------------------------------------------------------
 
 def kept_cost():
     """(runs.json of the kept cost table, its rows by label)."""
@@ -123,10 +121,7 @@ def test_what_is_said_of_cost_is_in_the_numbers():
     assert (f"{added[1] - b:.1f}", f"{b:.1f}", f"{26.5 + added[5]:.1f}") == ("1.1", "3.3", "44.1")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A GPU, memory, the noise of sampling
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- A GPU, memory, the noise of sampling ----------------------------------------------------------------------------
 
 def test_what_is_said_of_a_gpu_is_in_the_numbers():
     text = words_of_the_texts()
@@ -157,8 +152,9 @@ def test_what_is_said_of_a_gpu_is_in_the_numbers():
         f"GAN ({rows['DMD2 1:5, no GAN']['memory_gb']:.1f} without), {rows['SiD']['memory_gb']:.1f} for SiD",
         f"{len(cost['missing'])} of the {len(cost['missing']) + len(rows)} rows were not run",
         f"{two['sec_per_step']:.2f} and {dmd2['sec_per_step']:.2f} s "
-        f"[on an H200](RESULTS.md#on-a-gpu) (torch 2.11); in the paper, on a B200, a quarter",
-        f"1:1 without a GAN takes {seconds['DMD2 1:1, no GAN']:.2f} s, CD with masking "
+        f"[on an H200](RESULTS.md#on-a-gpu); in the paper, on a B200, a quarter",
+        f"Without the GAN it takes {seconds['DMD2 1:5, no GAN']:.2f} s, 1:1 without it "
+        f"{seconds['DMD2 1:1, no GAN']:.2f}, CD with masking "
         f"{seconds['Consistency distillation']:.2f}.",
         f"{rows['FSF-DMD M=2']['passes']:.0f} passes a step, not {rows['Consistency distillation']['passes']:.0f}; "
         f"{two['sec_per_step']:.3f} s, not {seconds['Consistency distillation']:.3f}; {two['memory_gb']:.1f} GB, not "
@@ -220,10 +216,7 @@ def test_what_is_said_of_memory_and_of_sampling_noise_is_in_the_numbers():
     assert f"{noise['fd']:.1f} in distance, {noise['is']:.3f} in IS and {noise['recall']:.3f} in recall" in text
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# benchmarks/surrogate.py
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- benchmarks/surrogate.py -----------------------------------------------------------------------------------------
 
 def test_flow_maps_under_one_name_are_shown_as_mean_and_deviation():
     at = lambda value: {k: dict.fromkeys(surrogate.COSINES, value) for k in ("k1", "k10")}
@@ -291,10 +284,7 @@ def test_what_is_said_of_the_surrogate_is_in_the_numbers():
     assert (f"{guided['over_tau']['k10']['cosine']:.2f}", f"{guided['bins'][-1]['cosine']:.2f}") == ("0.52", "0.64")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# benchmarks/strength.py
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- benchmarks/strength.py ------------------------------------------------------------------------------------------
 
 def test_what_is_said_of_the_strength_of_the_start_is_in_the_numbers():
     text = words_of_the_texts()
@@ -477,10 +467,7 @@ def test_starts_measured_later_join_the_figure_over_starts_if_measured_alike(tmp
     assert call(100, 5.0, steps=100, omega=3.0)[0] == [5.0]                         # another omega: neither
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# benchmarks/step.py and benchmarks/gpu.py
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- benchmarks/step.py and benchmarks/gpu.py ------------------------------------------------------------------------
 
 def test_what_needs_a_gpu_is_listed_with_its_command_until_it_was_run():
     text = (KEPT / "gpu.md").read_text()
@@ -526,10 +513,7 @@ def test_what_is_said_of_a_step_is_in_the_numbers():
         assert words in text, words
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# benchmarks/finite_difference.py
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- benchmarks/finite_difference.py ---------------------------------------------------------------------------------
 
 def test_tf32_is_emulated_as_a_tensor_core_reads_float32():
     one = torch.tensor([1 + 2 ** -10, 1 + 2 ** -11, 1 + 2 ** -12, -1 - 2 ** -11, 3.0])
@@ -592,10 +576,7 @@ def test_the_explicit_fake_network_may_be_imfs_own():
     assert any(not torch.equal(value, before[name]) for name, value in fake.state_dict().items())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# As commands
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- As commands -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_the_surrogate_and_the_rehearsal_for_a_gpu_run(in_home, capsys):
@@ -676,6 +657,27 @@ def test_the_evidence_counts_the_seeds_that_are_done(tmp_path):
 
 
 @pytest.mark.slow
+def test_beside_a_fake_network_everything_else_is_fsf_dmds(in_home):
+    """benchmarks/explicit.py: the same L_CD in both; the fake network begins as the teacher, then learns."""
+    command = ("benchmarks/explicit.py --data toy.npz --start_steps 3 --lam 0.5 --ttur 2 --seeds 2 --runs explicit "
+               "--out explicit/out --flags '--steps 3 --batch_size 16 --log_every 1 --health_every 0 --device cpu'")
+    run(in_home, command)
+    found = json.loads((in_home / "explicit" / "out" / "runs.json").read_text())
+    assert [(row["fake"], row["lam"]) for row in found["rows"]] == [
+        (explicit.OWN, 0.0), (explicit.OWN, 0.5), (explicit.EXPLICIT, 0.5)]
+    assert [row["runs"][0]["passes"] for row in found["rows"]] == [5, 13, 23]
+    for seed in (0, 1):
+        alone, own, beside = ([line for line in read_metrics(in_home, f"explicit/out/runs/{name}-seed{seed}")
+                               if "cd" in line] for name in ("own-lam0", "own-lam0.5", "ttur2-lam0.5"))
+        assert alone[0]["cd"] == own[0]["cd"] == beside[0]["cd"]
+        assert own[0]["gap"] > 0 == beside[0]["gap"] and min(beside[1]["gap"], beside[2]["gap"]) > 0
+    stored = checkpoints.load_checkpoint(in_home / "explicit" / "out" / "runs" / "ttur2-lam0.5-seed0" / "model.pt")
+    assert stored["step"] == 3
+    again = run(in_home, command)                                       # every run is done: nothing is trained
+    assert json.loads((in_home / "explicit" / "out" / "runs.json").read_text()) == found and again
+
+
+@pytest.mark.slow
 def test_the_benchmark_of_a_step_compares_like_with_like(in_home):
     """benchmarks/step.py: its straightforward network is ours, and every part that it names was met."""
     run(in_home, "benchmarks/step.py --size tiny --batch_size 4 --repeats 1 --compile 0 --device cpu --out parts")
@@ -706,7 +708,7 @@ def test_the_evidence_is_stopped_and_leaves_no_process(in_home):
 
 def test_benchmarks_refuse_what_they_would_mix_or_write_over(in_home, tmp_path):
     (tmp_path / "README.md").write_text("precious")
-    for script, words in ((surrogate, ["a=a.pt"]), (strength, []), (step, []), (finite_difference, [])):
+    for script, words in ((surrogate, ["a=a.pt"]), (strength, []), (step, []), (finite_difference, []), (explicit, [])):
         with pytest.raises(BadInput, match="has a README.md and no runs.json"):
             script.parse_args([*words, "--out", str(tmp_path)])
     with pytest.raises(BadInput, match="--lam: 0 is out of range"):

@@ -116,7 +116,7 @@ class HealthRun:
     def __init__(self, folder):
         self.folder = folder
         self.step = 7
-        self.model = torch.nn.Linear(1, 1)
+        self.ema = torch.nn.Linear(1, 1)
         self.args = consistency.parse_args(["--loss", "imf"])
         self.data = load_data("digits")
         self.lines = []

@@ -32,7 +32,7 @@ from metrics import Features
 from model import DiscriminatorHead, LightningDiT, fixed_guidance
 from plumbing import files, kept_runs, passes, report
 from plumbing.checkpoints import load_checkpoint, load_network
-from test_all import HERE, environment, refusal, small_images
+from test_helpers import HERE, environment, refusal, small_images
 
 PAPER = json.loads((HERE / "golden" / "paper_tables.json").read_text())
 
@@ -49,10 +49,7 @@ def arguments(*argv):
     return reproduce.parse_args([*argv, "--list"])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows, commands, statistics
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Rows, commands, statistics --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("data", ["digits", "images", "latents"])
 def test_every_row_is_a_command_that_its_script_accepts(inputs, data, monkeypatch, capsys):
@@ -323,11 +320,11 @@ def test_a_second_start_of_cost_waits_its_turn_and_fewer_seeds_replace_no_table(
     inputs = dict(data=["/a/toy.npz", "01"], init=["/a/net/model.pt", "23"])
     (tmp_path / "table5-digits" / "runs.json").write_text(json.dumps(dict(data="toy.npz", inputs=inputs, rows=[])))
     for same in (dict(data=["/b/toy.npz", "01"]), dict(init=["/a/net/model.pt", "45"], data=["/a/toy.npz", "67"])):
-        report.refuse_other_data(tmp_path / "table5-digits", "../toy.npz", same)
+        report.refuse_other_results(tmp_path / "table5-digits", "../toy.npz", same)
     for name in inputs:
         other = inputs | {name: ["/b/model.pt", "89"]}
         with pytest.raises(BadInput, match=f"holds the results of another --{name} of that name, {inputs[name][0]};"):
-            report.refuse_other_data(tmp_path / "table5-digits", "toy.npz", other)
+            report.refuse_other_results(tmp_path / "table5-digits", "toy.npz", other)
 
 
 def test_failed_runs_replace_no_fuller_table_and_no_fuller_search(monkeypatch, tmp_path):
@@ -427,6 +424,20 @@ def stand_ins(tmp_path, monkeypatch):
     kept_runs.look_again()
     yield argparse.Namespace(jobs=1, runs=tmp_path / "runs", data="latents")
     kept_runs.look_again()
+
+
+def test_runs_share_the_cores_and_a_number_of_threads_that_the_user_set_stays(stand_ins, monkeypatch, tmp_path):
+    (tmp_path / "shows.py").write_text("import os; print(os.environ['OMP_NUM_THREADS'])")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = kept_runs.usable_cores()
+    assert 1 <= cores <= os.cpu_count()
+    for jobs, given, expected in ((1, None, cores), (2, None, max(1, cores // 2)), (1, "3", 3)):
+        if given:
+            monkeypatch.setenv("OMP_NUM_THREADS", given)
+        stand_ins.jobs, log = jobs, tmp_path / f"log{jobs}{given}"
+        with open(tmp_path / "held", "w") as held:
+            kept_runs.Runner(stand_ins).call(["shows.py"], log, held.fileno())
+        assert log.read_text().split() == [str(expected)]
 
 
 def test_a_fid_that_was_stopped_goes_on_and_one_that_is_gone_is_made_again(stand_ins):
@@ -616,10 +627,7 @@ def test_the_samples_of_a_row_are_made_with_its_own_flags(inputs, tmp_path, monk
     assert positional[3:7] == (3, 2.0, 1.0, 0) and flags["sampler"] == "euler" and flags["shift"] == 3.3333
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Real runs
-# ---------------------------------------------------------------------------------------------------------------------
-
+# ---- Real runs -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
 def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs_again(tmp_path):

@@ -4,6 +4,7 @@ The losses are checked in test_methods.py; here, that `train` gives them the net
 """
 import copy
 import importlib
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,8 @@ import model
 import sid
 import twinflow
 from data import load_data
+from hooks import replaced
+from plumbing.run_folder import Run
 from test_helpers import randomize, read_metrics
 
 B = 20
@@ -349,6 +352,28 @@ def test_a_step_of_twinflow(random_starts, monkeypatch, base):
               net=objective)
     assert n.updates == ["net"] * 2
     check_draws(n.turns)
+
+
+def test_twinflow_keeps_no_copy_of_its_start(random_starts):
+    """Its header: nothing is frozen, and no second network is kept."""
+    starts, gone = [], []
+
+    def starting(real):
+        def wrapped(*args):
+            net, teacher = real(*args)
+            starts.append(weakref.ref(teacher))
+            return net, teacher
+        return wrapped
+
+    def logged(real):
+        def wrapped(*args):
+            gone.append(starts[0]() is None)
+            real(*args)
+        return wrapped
+
+    with replaced([(twinflow, "starting_networks", starting), (Run, "log", logged)]):
+        twinflow.train(twinflow.parse_args(f"--base imf --init a.pt {RUN} --out step-twinflow-alone".split()))
+    assert gone == [True, True]
 
 
 # ---- consistency.py --------------------------------------------------------------------------------------------------
