@@ -610,12 +610,15 @@ def losses_of(folder):
     return [{name: line[name] for name in names & line.keys()} for line in lines if "grad_norm" in line]
 
 
-COMPILED = "--data toy.npz --init imf/model.pt --steps 4 --batch_size 16 --compile 1"
+COMPILED = "--data toy.npz --steps 4 --batch_size 16 --compile 1"
+DISTILLED = f"{COMPILED} --init imf/model.pt --health_every 0"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [f"fsf_dmd.py {COMPILED}", f"fsf_dmd.py {COMPILED} --precision bf16",
-                                     f"dmd2.py {COMPILED} --cd 1"])
+@pytest.mark.parametrize("command", [f"fsf_dmd.py {DISTILLED}", f"fsf_dmd.py {DISTILLED} --precision bf16",
+                                     f"dmd2.py {DISTILLED} --cd 1", f"sid.py {DISTILLED}",
+                                     f"twinflow.py {DISTILLED} --base imf", f"twinflow.py {DISTILLED} --base rcgm",
+                                     f"consistency.py {COMPILED} --loss imf --omega_max 4 --mask_prob 0.5"])
 def test_compiled_blocks_break_no_graph_and_are_compiled_in_the_first_step_only(in_home, few_samples, monkeypatch,
                                                                                 command):
     """Counted with a compiler that keeps the graphs as they are."""
@@ -635,7 +638,7 @@ def test_compiled_blocks_break_no_graph_and_are_compiled_in_the_first_step_only(
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_with(self, backend=keep))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    train(f"{command} --health_every 0 --out compiled-{abs(hash(command))}")
+    train(f"{command} --out compiled-{abs(hash(command))}")
     assert steps[0] == 4 and 0 in compiled and not {1, 2, 3} & set(compiled)              # 4: the picture at the end
     assert not torch._dynamo.utils.counters["graph_break"] and not torch._dynamo.utils.counters["unimplemented"]
     torch._dynamo.reset()
