@@ -159,18 +159,21 @@ def same_value(flag, before, now):
     return before == now
 
 
-def same_data(before, now):
-    """Whether two fingerprints are of the same data.  The last bits of mean and std depend on the number of threads."""
-    for name, value in before.items():
-        if name == "source":                                        # check_folder has compared it
+def changed_data(before, now):
+    """What differs between two fingerprints of data, in a word; None: nothing.
+
+    The last bits of mean and std depend on the number of threads.
+    """
+    words = dict(rows="number of images", classes="names of the classes", num_classes="number of classes", vae="VAE")
+    for name in ("shape", "num_classes", "classes", "rows", *before):   # these say most
+        if name == "source" or name not in before:                  # check_folder has compared the source
             continue
-        if name in ("mean", "std"):
-            alike = len(value) == len(now[name])
-            if not alike or not all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(value, now[name])):
-                return False
-        elif now.get(name) != value:
-            return False
-    return True
+        same = now.get(name) == before[name]
+        if name in ("mean", "std") and len(before[name]) == len(now[name]):
+            same = all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(before[name], now[name]))
+        if not same:
+            return words.get(name, name)
+    return None
 
 
 class Run:
@@ -296,8 +299,9 @@ class Run:
         with reading(path, "the state of this run", f"it cannot be resumed, {start_over(self.args)}"):
             refuse_flips(path)
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            if not same_data(saved["data"], self.fingerprint_of_data()):
-                raise BadInput(f"--data {self.data.source}: has changed since {path} was written; "
+            changed = changed_data(saved["data"], self.fingerprint_of_data())
+            if changed:
+                raise BadInput(f"--data {self.data.source}: has changed since {path} was written (its {changed}); "
                                f"{start_over(self.args)}")
             for name, part in self.state.items():
                 part.load_state_dict(saved[name])

@@ -976,14 +976,16 @@ def test_a_run_whose_data_have_changed_is_not_resumed(tmp_path, monkeypatch, cap
     train("consistency.py --loss imf --data set.npz --steps 2 --out run")
     small_images("set.npz", 90)
     said = refusal("consistency.py --loss imf --data set.npz --steps 4 --out run", capsys, monkeypatch)
-    assert "--data set.npz: has changed since run/state.pt was written; --resume no starts over" in said
+    expected = "run/state.pt was written (its number of images); --resume no starts over"
+    assert f"--data set.npz: has changed since {expected}" in said
 
     # Of a start --resume no would say nothing: it is of the run that wants the start.
     train("consistency.py --loss imf --data set.npz --steps 2")
     small_images("set.npz", 60)
     said = refusal("fsf_dmd.py --data set.npz --steps 1 --resume no", capsys, monkeypatch)
     folder = Path("runs/consistency_imf-set-scratch")
-    assert f"has changed since {folder}/state.pt was written; remove {folder}, and the start is trained again" in said
+    expected = f"{folder}/state.pt was written (its number of images); remove {folder}, and the start is trained again"
+    assert f"has changed since {expected}" in said
     whole = (folder / "state.pt").read_bytes()
     cut(folder / "state.pt")
     said = refusal("fsf_dmd.py --data set.npz --steps 1 --resume no", capsys, monkeypatch)
@@ -994,11 +996,12 @@ def test_a_run_whose_data_have_changed_is_not_resumed(tmp_path, monkeypatch, cap
     with np.load("set.npz") as found:
         images, labels = found["images"], found["labels"]
     train("consistency.py --loss imf --data set.npz --steps 2 --out labelled")
-    for changed in (dict(images=images, labels=labels[::-1]),                   # the same images and statistics
-                    dict(images=np.concatenate([images, images]), labels=np.concatenate([labels, labels]))):
+    twice = dict(images=np.concatenate([images, images]), labels=np.concatenate([labels, labels]))
+    for changed, what in ((dict(images=images, labels=labels[::-1]), "labels"),         # the same statistics
+                          (twice, "number of images"), (dict(images=255 - images, labels=labels), "mean")):
         np.savez("set.npz", **changed)
         said = refusal("consistency.py --loss imf --data set.npz --steps 4 --out labelled", capsys, monkeypatch)
-        assert "--data set.npz: has changed since labelled/state.pt was written" in said
+        assert f"--data set.npz: has changed since labelled/state.pt was written (its {what})" in said
 
 
 def test_another_number_of_threads_is_no_other_data(in_home, few_samples):
@@ -1010,9 +1013,11 @@ def test_another_number_of_threads_is_no_other_data(in_home, few_samples):
     torch.save(saved, in_home / "threads" / "state.pt")
     train(f"{IMF} --steps {step + 1} --out threads")
     assert state(in_home, "threads")["step"] == step + 1
-    assert run_folder.same_data(before, before)
-    for name, value in (("std", [1.001 * std for std in before["std"]]), ("mean", before["mean"] * 2), ("rows", 7)):
-        assert not run_folder.same_data(before, before | {name: value})
+    assert run_folder.changed_data(before, before) is None
+    for name, value, what in (("std", [1.001 * std for std in before["std"]], "std"),
+                              ("mean", before["mean"] * 2, "mean"), ("rows", 7, "number of images"),
+                              ("classes", ["a"], "names of the classes")):
+        assert run_folder.changed_data(before, before | {name: value}) == what
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path):
