@@ -209,14 +209,16 @@ class Features:
         self.source = data.source
         self.shape = data.x.shape[1:]
         self.n = samples_for(len(data.x), data.num_classes)
-        self.real = kept(path.with_name(f"real-{digest}-{self.hash}.pt"), len(data.x), lambda: self(data.x)[0])
+        bar = f"features of {data.source}" if len(data.x) > 20_000 else None     # so many take seconds
+        self.real = kept(path.with_name(f"real-{digest}-{self.hash}.pt"), len(data.x), lambda: self(data.x, bar)[0])
         self.real_y = data.y
         self.test = data.test
         self.reference = reference_of(self.real)
 
     @torch.no_grad()
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features = torch.cat([self.net[:-1](rows) for rows in x.float().cpu().split(500)])
+    def __call__(self, x: torch.Tensor, bar: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = tqdm(x.float().cpu().split(500), desc=bar, mininterval=0.5, disable=bar is None)
+        features = torch.cat([self.net[:-1](rows) for rows in parts])
         return features.double(), self.probabilities(features)
 
     def probabilities(self, features: torch.Tensor) -> torch.Tensor:
