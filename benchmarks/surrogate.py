@@ -53,6 +53,8 @@ def parse_args(argv=None):
     p.add_argument("starts", nargs="+",
                    help="NAME=MODEL, flow maps that take guidance as an input; a NAME may stand for several")
     p.add_argument("--omega", type=number(float, 1), nargs="+", default=[1.0], help="guidance scales to look at")
+    p.add_argument("--guide_to", type=number(float, 0, 1), default=1.0,
+                   help="guidance acts at times up to this one (the paper: 0.9)")
     p.add_argument("--steps", type=number(int, 1), default=1000, help="training steps of the explicit fake network")
     p.add_argument("--n", type=number(int, 10), default=2000, help="samples of a measurement")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -86,11 +88,11 @@ def run(args):
 class Generator:
     """The frozen flow map's M-step samples; noise and labels by (purpose, step)."""
 
-    def __init__(self, net, omega, shape, device):
-        self.net, self.omega, self.shape, self.device = net, omega, shape, device
+    def __init__(self, net, omega, guide_to, shape, device):
+        self.net, self.omega, self.guide_to, self.shape, self.device = net, omega, guide_to, shape, device
 
     def guidance(self, x):
-        return fixed_guidance(self.omega, 0.0, 1.0, x)
+        return fixed_guidance(self.omega, 0.0, self.guide_to, x)
 
     @torch.no_grad()
     def sample(self, purpose, step, n, seed=0):
@@ -103,7 +105,7 @@ class Generator:
 
 def look(net, data, omega, args, device):
     """One flow map at one guidance scale -> dict of numbers."""
-    generator = Generator(net, omega, data.x.shape[1:], device)
+    generator = Generator(net, omega, args.guide_to, data.x.shape[1:], device)
     (fake, losses), (second, _) = (train_fake(generator, args.steps, seed) for seed in (0, 1))
     means = torch.stack([data.x[(data.y == c).nonzero()[:, 0]].mean(0) for c in range(data.num_classes)]).to(device)
     x_hat, y, g = generator.sample("surrogate", 0, args.n)
@@ -164,7 +166,7 @@ def train_fake(generator, steps, seed):
 
 def write(args, found, source):
     args.out.mkdir(parents=True, exist_ok=True)
-    head = dict(data=source, M=M, steps=args.steps, n=args.n, lr=LR, torch=torch.__version__)
+    head = dict(data=source, M=M, steps=args.steps, n=args.n, lr=LR, guide_to=args.guide_to, torch=torch.__version__)
     write_atomic(args.out / "runs.json", json_text(dict(head, rows=found), indent=1) + "\n")
     write_atomic(args.out / "surrogate.png", lambda path: figure(found).savefig(path, format="png", dpi=100))
     text = "\n".join(table(found))

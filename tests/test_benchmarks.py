@@ -570,7 +570,7 @@ def test_the_explicit_fake_network_may_be_imfs_own():
     net = model.IMFDiT(input_size=4, in_channels=2, patch_size=2, hidden_size=32, num_heads=2, depth=2, mlp_hidden=64,
                        num_classes=3).requires_grad_(False)
     before = copy.deepcopy(net.state_dict())
-    fake, losses = surrogate.train_fake(surrogate.Generator(net, 1.0, (2, 4, 4), torch.device("cpu")), 1, seed=0)
+    fake, losses = surrogate.train_fake(surrogate.Generator(net, 1.0, 1.0, (2, 4, 4), torch.device("cpu")), 1, seed=0)
     assert len(losses) == 2 and losses[1][1] != losses[0][1]
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert any(not torch.equal(value, before[name]) for name, value in fake.state_dict().items())
@@ -581,7 +581,8 @@ def test_the_explicit_fake_network_may_be_imfs_own():
 @pytest.mark.slow
 def test_the_surrogate_and_the_rehearsal_for_a_gpu_run(in_home, capsys):
     """Both leave their files; the second measures on the CPU, at tiny size, and what is measured is not done again."""
-    run(in_home, "benchmarks/surrogate.py toy=imf/model.pt --omega 1 2 --steps 3 --n 20 --device cpu --out surrogate")
+    run(in_home, "benchmarks/surrogate.py toy=imf/model.pt --omega 1 2 --guide_to 0.9 --steps 3 --n 20 --device cpu "
+                 "--out surrogate")
     rows = json.loads((in_home / "surrogate" / "runs.json").read_text())["rows"]
     assert [row["omega"] for row in rows] == [1, 2] and all(len(row["bins"]) == 5 for row in rows)
     assert all(-1 <= row["over_tau"][k]["cosine"] <= 1 for row in rows for k in ("k1", "k10"))
@@ -744,3 +745,15 @@ def test_the_picture_of_several_networks_shows_what_they_generate(in_home):
         for column in range(3):
             tile = picture[top:top + side, 4 + column * (side + 4):][:, :side]
             assert (tile[::side // shape[1], ::side // shape[2]] == expected[column]).all()
+
+
+def test_how_many_rows_of_imf_are_not_guided_at_the_presets_of_latents():
+    """RESULTS, "Passes that could still be left out": a third of the rows, 6% of 5.5 passes."""
+    preset = consistency.PRESETS["latents", "scratch"]
+    r = torch.rand(200_000, 6, generator=torch.Generator().manual_seed(0))
+    t, s = consistency.draw_times(r[:, :2])
+    guidance = consistency.whole_interval(consistency.draw_guidance(r[:, 2:5], omega_max=preset["omega_max"]), t, s)
+    outside = model.gate_guidance(guidance, t)[:, 0] == 1
+    share = (outside | (r[:, 5] < 0.1)).double().mean().item()          # --label_drop
+    assert 0.32 < share < 0.34 and round(share / 5.5, 2) == 0.06
+    assert (model.shift_time(r[:, 0], 10.0) > preset["guide_to"]).double().mean().item() == pytest.approx(0.53, abs=0.01)
