@@ -58,6 +58,11 @@ def torchrun_variable(name, default):
     return int(text)
 
 
+def usable_cores():
+    """Cores that this process may use: a cluster's scheduler may give fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def barrier():
     """Wait for the other processes, if there are any.  By gloo, which tells of one that is gone; NCCL would wait."""
     if world() > 1:

@@ -26,7 +26,6 @@ reference row is the mean of the paired differences over seeds; * marks p < 0.05
 correction over the rows of the table.  Five seeds see large effects only.
 """
 import json
-import os
 import shlex
 import sys
 from collections import namedtuple
@@ -35,7 +34,7 @@ from pathlib import Path
 import torch
 
 import consistency
-from common import BadInput, main
+from common import BadInput, main, usable_cores
 from data import data_kind, data_name, load_data, preset_kind
 from evaluate import EULER_STEPS, decoder_for
 from fid import read_reference
@@ -506,7 +505,7 @@ def head_of(args, table, jobs):
         network=" ".join(word for word in (args.size, args.precision) if word),
         reference=table.reference,
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        cores=os.cpu_count(),
+        cores=usable_cores(),
         jobs=args.jobs,
         machines=sorted({record(each).get("machine") or machine(args.jobs) for each in jobs}),
         sources=found,

@@ -5,6 +5,7 @@
     python search.py fm                      # from the velocity network (Table 4): 5 methods, 6 runs each
     python search.py scratch                 # Table 5: 6 methods, 6 runs each
     python search.py weak --method SiD       # one method
+    python search.py strong --method "DMD2, beyond"    # past the edge at which its search ended (BEYOND)
     python search.py weak --data /usr/share/datasets/fashion-mnist --seeds 1  # 7 methods, 4 runs each; strong: 7; fm: 3
     python search.py scratch --data /usr/share/datasets/fashion-mnist --seeds 1  # 5 methods, 3 or 4 runs each
 
@@ -18,7 +19,6 @@ the settings.
 Runs are kept, stopped and continued as reproduce.py's.  Leaves search-<data>-<start> in --out: README.md, runs.json.
 """
 import argparse
-import os
 import re
 import shlex
 import sys
@@ -26,7 +26,7 @@ import sys
 import numpy as np
 import torch
 
-from common import BadInput, main
+from common import BadInput, main, usable_cores
 from data import data_name, preset_kind
 from plumbing import report
 from plumbing.files import json_text, write_atomic
@@ -71,6 +71,15 @@ FOUR_OF_RCGM = [
     "--target_ema 0.5 --delta 0.05 --lr 0.024",
     "--target_ema 0.5 --delta 0.05 --lr 0.048",
     "--target_ema 0.99 --delta 0.01 --lr 0.012",
+]
+
+# Past a best setting that was the last one in some direction: that one again, and those beside it.
+PAST_0003 = ["--lr 0.0003 --fake_lr 0.003", "--lr 0.0003 --fake_lr 0.01", "--lr 0.0001 --fake_lr 0.003"]
+PAST_001 = [
+    "--lr 0.001 --fake_lr 0.003",
+    "--lr 0.001 --fake_lr 0.01",
+    "--lr 0.003 --fake_lr 0.003",
+    "--lr 0.003 --fake_lr 0.01",
 ]
 
 SID = "sid.py --init {start}"
@@ -163,13 +172,26 @@ SEARCHES_OF_IMAGES = {
     "fm": (STARTS["fm"], FROM_FM_OF_IMAGES),
     "scratch": (None, FROM_SCRATCH_OF_IMAGES),
 }
+# Of the digits, by --method alone.  FSF-DMD's lambda is not among them: below its smallest lies CD with masking.
+BEYOND = {
+    "weak": {"DMD2, beyond": (DMD2, PAST_0003)},
+    "strong": {
+        "CD, beyond": (CD_MASKED, ["--lr 0.004", "--lr 0.008", "--lr 0.016"]),
+        "DMD2, beyond": (DMD2, PAST_001),
+        "SiD, beyond": (SID, PAST_0003),
+    },
+    "fm": {
+        "CD, beyond": (CD_MASKED, ["--lr 0.0015", "--lr 0.00075"]),
+        "DMD2, beyond": (DMD2, PAST_001),
+    },
+}
 
 
 def parse_args(argv=None):
     p = Parser(description=__doc__)
     p.add_argument("start", choices=list(SEARCHES), help="where the methods start from")
-    names = [name for _, methods in (*SEARCHES.values(), *SEARCHES_OF_IMAGES.values()) for name in methods]
-    p.add_argument("--method", choices=sorted(set(names)), help="this method only")
+    lists = [methods for _, methods in (*SEARCHES.values(), *SEARCHES_OF_IMAGES.values())] + list(BEYOND.values())
+    p.add_argument("--method", choices=sorted({name for each in lists for name in each}), help="this method only")
     p.add_argument("--data", type=data_source, default="digits", help="digits, or other images, as in reproduce.py")
     p.add_argument("--seeds", type=number(int, 1, 2), default=2, help="1: no second seed for the best two of a method")
     p.add_argument("--jobs", type=number(int, 1), help="runs at a time (default: as reproduce.py)")
@@ -188,13 +210,15 @@ def run(args):
     if kind == "latents":
         raise BadInput(f"--data {args.data}: holds latents, expected digits or images")
     start_command, methods = (SEARCHES if kind == "pixels" else SEARCHES_OF_IMAGES)[args.start]
+    if args.method and kind == "pixels":
+        methods = methods | BEYOND.get(args.start, {})
     if args.method and args.method not in methods:
         raise BadInput(f"--method {args.method}: is not searched from {args.start}, expected {', '.join(methods)}")
     if args.method:
         methods = {args.method: methods[args.method]}
     folder = folder_of(args)
     stored = report.stored_runs(folder)
-    report.refuse_other_data(folder, args.data, inputs_of(args.data))
+    report.refuse_other_results(folder, args.data, inputs_of(args.data))
     there = len(stored.get("seeds", []))
     if there > args.seeds:
         raise BadInput(f"--seeds {args.seeds}: {folder} holds the search with {there}; pass as many, or another --out")
@@ -258,7 +282,7 @@ def write(args, rows):
     folder.mkdir(parents=True, exist_ok=True)
     seeds = SEEDS[:args.seeds]
     head = dict(data=args.data, inputs=inputs_of(args.data), start=args.start, seeds=seeds, torch=torch.__version__,
-                cores=os.cpu_count())
+                cores=usable_cores())
     write_atomic(folder / "runs.json", json_text(dict(head, rows=rows), indent=1) + "\n")
     text = "\n".join(lines)
     finals, bold = f", the best two of\na method on seed {SEEDS[1]} too", "the lower mean of the two"

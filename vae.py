@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import functools
 import json
-import os
 import re
 from pathlib import Path
 
@@ -27,7 +26,8 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from common import BadInput, autocast, barrier, main, noise_by_index, pick_device, rank, setup, tf32, world
+from common import (BadInput, autocast, barrier, main, noise_by_index, pick_device, rank, setup, tf32, usable_cores,
+                    world)
 from data import (count_classes, image_files, latents_to_uint8, open_shard, read_image, read_meta, read_stats,
                   say_unread, shards)
 from data import denormalize, load_data, normalize  # noqa: F401  (public names of this file too)
@@ -580,7 +580,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     e.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
                    help="of the encoder; on a GPU fp32 is TF32")
     e.add_argument("--seed", type=number(int, 0, SEED), default=0, help="of the sampled latents")
-    e.add_argument("--workers", type=number(int, 0, 1024), default=min(8, os.cpu_count() or 1),
+    e.add_argument("--workers", type=number(int, 0, 1024), default=min(8, usable_cores()),
                    help="processes that read images")
     e.add_argument("--skip_bad", type=number(int, 0, 1), default=0,
                    help="1: leave unreadable images out and list them")

@@ -1,13 +1,14 @@
-"""FSF-DMD with a fake network in the place of its own velocity: what u(x_tau, tau, 0) loses, everything else equal.
+"""FSF-DMD with a fake network in the place of its own velocity u(x_tau, tau, 0), for as many steps.
 
-    python benchmarks/explicit.py                                   # digits, weak start: 7 runs a seed
-    python benchmarks/explicit.py --data /usr/share/datasets/fashion-mnist --lam 0.003 0.03 --seeds 3
+    python benchmarks/explicit.py                                   # digits, weak start: 5 runs a seed
+    python benchmarks/explicit.py --data /usr/share/datasets/fashion-mnist --seeds 3
 
 From one start a seed: L_CD with random masking alone (lambda 0), then fsf_dmd.py with each lambda, once as it is and
 once with v_fake of Eq. 12 replaced by an explicit fake network, as DMD2 has one: a copy of the start, trained by flow
-matching (Eq. 52) on the generator's samples, --ttur updates a step at --fake_lr, each on samples of its own.  Both see
-the same data, noise, tau and rate, and no GAN, so they differ in the fake velocity alone.  (Table 7's 1:5 + L_CD +
-random masking, no GAN, comes close to it, but has DMD2's rollout, tau and rates.)
+matching (Eq. 52) on the generator's samples, --ttur updates a step at --fake_lr (DMD2's, not searched beside this rate
+of the generator), each on samples of its own.  Both see the same data, noise and tau at the same rate, and no GAN, so
+they differ in the fake velocity alone.  (Table 7's 1:5 + L_CD + random masking, no GAN, comes close to it, but has
+DMD2's rollout, tau and rates.)
 Shown are the paired differences to lambda 0, at 1, 2 and 4 sampling steps.
 A run that was stopped goes on, as fsf_dmd.py's.  Leaves README.md, runs.json and explicit.png in --out.
 """
@@ -16,6 +17,7 @@ import contextlib
 import json
 import shlex
 import sys
+import zlib
 from pathlib import Path
 
 import matplotlib.figure
@@ -25,10 +27,10 @@ from scipy.stats import ttest_1samp
 
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
+import dmd2  # noqa: E402
 import fsf_dmd  # noqa: E402
 from common import BadInput, Stream, batch_rows, frozen_copy, main, trainable  # noqa: E402
 from data import data_kind, data_name, load_data, preset_kind  # noqa: E402
-from dmd2 import fake_loss  # noqa: E402
 from hooks import replaced  # noqa: E402
 from model import guided_map  # noqa: E402
 from normuon import NorMuon, param_groups  # noqa: E402
@@ -44,20 +46,19 @@ SHOWN = ("fd_1step", "fd_2step", "fd_4step", "precision_2step", "recall_2step")
 TITLES = ("distance, 1 step", "2 steps", "4 steps", "precision, 2 steps", "recall, 2 steps")
 PLACES = (1, 1, 1, 3, 3)
 OWN, EXPLICIT = "u(x, tau, 0)", "a fake network"
-FAKE_LR = {"pixels": 3e-3, "images": 3e-3}                              # DMD2's preset
 
 
 def parse_args(argv=None):
     p = Parser(description=__doc__)
     p.add_argument("--data", type=data_source, default="digits", help="as in reproduce.py, of pixels")
     p.add_argument("--start_steps", type=number(int, 1), help="steps of the start, an iMF (default: the preset's)")
-    p.add_argument("--lam", type=number(float, 0, open_low=True), nargs="+", default=[0.01, 0.1, 1.0],
+    p.add_argument("--lam", type=number(float, 0, open_low=True), nargs="+", default=[0.1, 1.0],
                    help="lambdas of Eq. 15")
     p.add_argument("--lam_explicit", type=number(float, 0, open_low=True), nargs="+",
                    help="those beside the fake network (default: the same)")
     p.add_argument("--ttur", type=number(int, 1), default=5, help="updates of the fake network a step")
     p.add_argument("--fake_lr", type=number(float, 0, open_low=True), help="its learning rate (default: DMD2's preset)")
-    p.add_argument("--flags", default="", help="more flags of fsf_dmd.py, for all runs, in one string")
+    p.add_argument("--steps", type=number(int, 1), help="steps of all runs (default: FSF-DMD's preset)")
     p.add_argument("--seeds", type=number(int, 1), default=5, help="seeds 0, 1, ...")
     p.add_argument("--runs", type=folder_path, default="runs/reproduce", help="folder of the starts, which are kept")
     p.add_argument("--out", type=result_folder, default="runs/explicit", help="folder of the results and of the runs")
@@ -72,7 +73,7 @@ def run(args):
     usable_data(args.data)
     if data_kind(args.data) == "latents":
         raise BadInput(f"--data {args.data}: holds latents, expected pixels")
-    args.fake_lr = args.fake_lr or FAKE_LR[preset_kind(args.data)]
+    args.fake_lr = args.fake_lr or dmd2.PRESETS[preset_kind(args.data), "imf"]["fake_lr"]
     arms = [(OWN, 0.0)] + [(OWN, lam) for lam in args.lam] + [(EXPLICIT, lam) for lam in args.lam_explicit]
     length = f" --steps {args.start_steps}" if args.start_steps else ""
     found = argparse.Namespace(data=args.data, init=None, size=None, precision=None, runs=args.runs, start="weak",
@@ -90,10 +91,12 @@ def run(args):
 def one_run(args, start, arm, seed):
     """Train one arm, or go on with it -> dict(passes a step, step, metrics of its last evaluation)."""
     fake, lam = arm
-    folder = args.out / "runs" / f"{'own' if fake == OWN else f'ttur{args.ttur}'}-lam{lam:g}-seed{seed}"
-    words = ["--init", str(start.folder / "model.pt"), "--data", args.data, "--lam", str(lam), "--seed", str(seed)]
-    words += ["--out", str(folder), *shlex.split(args.flags)]
-    parsed = fsf_dmd.parse_args(words)
+    network = start.folder / "model.pt"
+    begun_from = f"{zlib.crc32(network.read_bytes()):08x}"              # of a start that was made anew: other runs
+    name = "own" if fake == OWN else f"ttur{args.ttur}-fake_lr{args.fake_lr:g}"
+    folder = args.out / "runs" / f"{name}-lam{lam:g}-seed{seed}-{begun_from}"
+    words = ["--init", str(network), "--data", args.data, "--lam", str(lam), "--seed", str(seed), "--out", str(folder)]
+    parsed = fsf_dmd.parse_args(words + (["--steps", str(args.steps)] if args.steps else []))
     passes = passes_a_step("fsf_dmd.py", vars(parsed))
     if fake == EXPLICIT:
         passes += args.ttur * (parsed.M + 3)                            # its rollout, forward and backward
@@ -141,7 +144,7 @@ def explicit_fake(args, parsed):
                                                                g.uniform(len(y))))
                 with torch.no_grad():
                     z, U = fsf_dmd.rollout(lambda x, t, s, y=y: guided_map(net, x, t, s, y, fixed), z, parsed.M)
-                loss = fake_loss(lambda x, t, y=y: side["fake"](x, t, y), z - U, t, eps)        # Eq. 52
+                loss = dmd2.fake_loss(lambda x, t, y=y: side["fake"](x, t, y), z - U, t, eps)        # Eq. 52
                 loss.mean().backward()
                 side["opt_fake"].step()
                 side["opt_fake"].zero_grad()
@@ -158,9 +161,9 @@ def explicit_fake(args, parsed):
 def write(args, rows):
     args.out.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "benchmarks/explicit.py", *sys.argv[1:]])
-    stored = dict(data=args.data, start_steps=args.start_steps, ttur=args.ttur, fake_lr=args.fake_lr, flags=args.flags,
-                  torch=torch.__version__, rows=[dict(fake=fake, lam=lam, runs=each)
-                                                 for (fake, lam), each in rows.items()])
+    of_rows = [dict(fake=fake, lam=lam, runs=each) for (fake, lam), each in rows.items()]
+    stored = dict(data=args.data, start_steps=args.start_steps, ttur=args.ttur, fake_lr=args.fake_lr,
+                  torch=torch.__version__, rows=of_rows)
     write_atomic(args.out / "runs.json", json_text(stored, indent=1) + "\n")
     write_atomic(args.out / "explicit.png", lambda path: figure(rows).savefig(path, format="png", dpi=100))
     text = "\n".join(table(rows))

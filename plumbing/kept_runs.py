@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import BadInput, world
+from common import BadInput, usable_cores, world
 from plumbing.checkpoints import load_checkpoint
 from plumbing.files import HERE, files_below, hidden, json_text, listing_hash, lock, read_json, sources, write_atomic
 
@@ -418,11 +418,6 @@ def refuse_torchrun():
     """Each copy would start its own runs, and runs of different seeds could join one group of processes."""
     if world() > 1:
         raise BadInput("starts its runs itself, one process each; leave torchrun out")
-
-
-def usable_cores():
-    """Cores that this process may use: a cluster's scheduler may give fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_jobs():

@@ -1092,7 +1092,7 @@ def test_cd_with_masking_is_lower_than_dmd2_from_all_starts():
              for told, (masked, from_cd) in zip(tables[:5], rows)]
     later = np.mean([each["fd_2step"] for each in run_later("DMD2 from CD's network, strong start")])
     assert [*lower, tables[5].mean_distance(9) < later].count(True) == 4
-    assert "CD with masking alone: from six, and from four." in tables[0].text
+    assert "That of CD with masking is from all six, and from four." in tables[0].text
 
 
 def test_an_imf_that_is_masked_by_half_is_ahead_of_the_distilled_rows_on_digits():
