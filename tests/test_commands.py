@@ -368,12 +368,10 @@ def test_an_omega_that_was_not_learned_is_said(in_home, capsys):
     torch.save(imf | dict(args=dict(loss="imf", omega_max=2, omega=3)), "wide.pt")      # of it omega is the sampler's
     torch.save(imf | dict(args=dict(omega_max=1, omega=3)), "asked.pt")                 # distilled with a fixed omega
 
-    def said(command, drawn=None):
+    def said(command):
         name, _, flags = command.partition(" ")
         script = importlib.import_module(name)
         args = script.parse_args(f"{flags} --data toy.npz --out guess".split())
-        if drawn:
-            args.cd_guidance, args.omega_max = "drawn", drawn                           # as the preset of latents
         checkpoints.starting_networks(args, toy, torch.device("cpu"), None)
         return [line for line in capsys.readouterr().out.splitlines() if "has to guess" in line]
 
@@ -390,7 +388,8 @@ def test_an_omega_that_was_not_learned_is_said(in_home, capsys):
     ):
         lines = said(command)
         assert len(lines) == (words is not None) and (words or "") in "".join(lines), (command, lines)
-    assert not said("dmd2 --init wide.pt --omega 2", drawn=8.0)                         # nothing is drawn without L_CD
+    both, alone = (presets["latents", "imf"] for presets in (dmd2.PRESETS_OF_CD, dmd2.PRESETS))
+    assert both["cd_guidance"] == "drawn" and "cd_guidance" not in alone                # nothing is drawn without L_CD
     checkpoint, flags = checkpoints.load_checkpoint("asked.pt"), dict(guide_to=None, cfg_channels=None, sampler=None)
     for omega, words in ((None, ""), (3.0, ""), (4.0, "asked.pt: was trained with omega up to 3; at omega 4")):
         evaluate.sampling(argparse.Namespace(what="asked.pt", omega=omega, **flags), checkpoint)
