@@ -41,6 +41,7 @@ from plumbing.kept_runs import refuse_torchrun, run_all  # noqa: E402
 from plumbing.passes import passes_a_step  # noqa: E402
 from plumbing.run_folder import Run  # noqa: E402
 from reproduce import STARTS, job, usable_data  # noqa: E402
+from strength import line_of_means  # noqa: E402
 
 SHOWN = ("fd_1step", "fd_2step", "fd_4step", "precision_2step", "recall_2step")
 TITLES = ("distance, 1 step", "2 steps", "4 steps", "precision, 2 steps", "recall, 2 steps")
@@ -208,10 +209,7 @@ def figure(rows):
     for axis, name in zip(drawing.subplots(1, 3), SHOWN[:3], strict=True):
         for i, fake in enumerate((OWN, EXPLICIT)):
             lams = [lam for kind, lam in rows if kind == fake and lam]
-            each = [differences(rows, (fake, lam), name) for lam in lams]
-            errors = [np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0 for values in each]
-            axis.errorbar(lams, [np.mean(values) for values in each], errors, fmt=".-", capsize=2, color=f"C{i}",
-                          label=f"v_fake: {fake}")
+            line_of_means(axis, lams, [differences(rows, (fake, lam), name) for lam in lams], i, f"v_fake: {fake}")
         axis.axhline(0, color="gray", linewidth=0.7)
         axis.set_xscale("log")
         axis.set_title(f"distance minus that of L_CD alone, {name[3]} step{'s' if name[3] != '1' else ''}", fontsize=9)

@@ -157,6 +157,12 @@ def table(rows):
     return report.markdown_lines(["start, steps", "its distance", "after CD", "lambda", *TITLES], body)
 
 
+def line_of_means(axis, at, values, i, label):
+    """In colour i the means of `values`, lists over the seeds, at the places `at`; bars: their standard errors."""
+    errors = [np.std(each, ddof=1) / len(each) ** 0.5 if len(each) > 1 else 0.0 for each in values]
+    axis.errorbar(at, [np.mean(each) for each in values], errors, fmt=".-", capsize=2, color=f"C{i}", label=label)
+
+
 def figure(rows):
     """A panel for each metric: the mean difference against the start's distance, a line a lambda; bars: its error."""
     drawing = matplotlib.figure.Figure(figsize=(13, 3.4), layout="constrained")
@@ -166,10 +172,7 @@ def figure(rows):
         for i, lam in enumerate(lams):
             of_lam = sorted((row for row in rows if row["lam"] == lam), key=lambda row: np.mean(row["start_distance"]))
             at = [np.mean(row["start_distance"]) for row in of_lam]
-            means = [np.mean(row["difference"][name]) for row in of_lam]
-            errors = [np.std(row["difference"][name], ddof=1) / len(row["cd"]) ** 0.5 if len(row["cd"]) > 1 else 0.0
-                      for row in of_lam]
-            axis.errorbar(at, means, errors, fmt=".-", capsize=2, color=f"C{i}", label=f"lambda {lam:g}")
+            line_of_means(axis, at, [row["difference"][name] for row in of_lam], i, f"lambda {lam:g}")
         axis.axhline(0, color="gray", linewidth=0.7)
         if largest[name] > 50:                                          # a seed that is lost would hide all the others
             axis.set_yscale("symlog", linthresh=10)
