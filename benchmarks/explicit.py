@@ -21,6 +21,7 @@ import zlib
 from pathlib import Path
 
 import matplotlib.figure
+import matplotlib.ticker
 import numpy as np
 import torch
 from scipy.stats import ttest_1samp
@@ -211,6 +212,9 @@ def figure(rows):
             lams = [lam for kind, lam in rows if kind == fake and lam]
             line_of_means(axis, lams, [differences(rows, (fake, lam), name) for lam in lams], i, f"v_fake: {fake}")
         axis.axhline(0, color="gray", linewidth=0.7)
+        axis.set_yscale("symlog", linthresh=2)                          # linear within -2 .. 2
+        axis.yaxis.set_major_locator(matplotlib.ticker.FixedLocator([-10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100]))
+        axis.yaxis.set_major_formatter("{x:g}")
         axis.set_xscale("log")
         axis.set_title(f"distance minus that of L_CD alone, {name[3]} step{'s' if name[3] != '1' else ''}", fontsize=9)
         axis.set_xlabel("lambda")
