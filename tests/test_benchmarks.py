@@ -767,3 +767,41 @@ def test_how_many_rows_of_imf_are_not_guided_at_the_presets_of_latents():
     assert 0.32 < share < 0.34 and round(share / 5.5, 2) == 0.06
     beyond = (model.shift_time(r[:, 0], 10.0) > preset["guide_to"]).double().mean().item()
     assert beyond == pytest.approx(0.53, abs=0.01)
+
+
+# ---- benchmarks/explicit.py ------------------------------------------------------------------------------------------
+
+def told_of_explicit(folder):
+    """(rows of results/FOLDER: {(v_fake, lambda): runs}, the texts); table and page follow from the runs."""
+    stored = json.loads((KEPT / folder / "runs.json").read_text())
+    rows = {(row["fake"], row["lam"]): row["runs"] for row in stored["rows"]}
+    table = "\n".join(explicit.table(rows))
+    assert table in (KEPT / folder / "README.md").read_text() and table in (HERE / "RESULTS.md").read_text()
+    return rows, words_of_the_texts()
+
+
+def test_what_is_said_of_a_fake_network_in_the_place_of_the_surrogate_is_in_the_numbers():
+    rows, text = told_of_explicit("explicit-digits")
+    own, beside = (explicit.OWN, 1.0), (explicit.EXPLICIT, 1.0)
+    for arm, name, words in (
+        (own, "fd_2step", "+37.492 ± 5.626 in distance"), (own, "recall_2step", "-0.379 ± 0.032 in recall"),
+        (beside, "recall_2step", "recall by +0.011 ± 0.005, up in all five seeds (p 0.0053)"),
+        (beside, "fd_2step", "-0.916 ± 0.966 at lambda 1, in all five seeds (p 0.1)"),
+        (beside, "fd_4step", "-0.341 ± 0.490 at 4 steps"),
+        (beside, "fd_1step", "at 1 step +2.135 ± 3.787, in four of five"),
+        ((explicit.EXPLICIT, 0.1), "fd_2step", "(-0.072 ± 0.226 at 2 steps)"),
+        ((explicit.OWN, 0.1), "fd_2step", "the surrogate costs +2.397 ± 0.566"),
+    ):
+        found = explicit.differences(rows, arm, name)
+        assert spread(found, 3, "+") in words and words in text, words
+        signs = {np.sign(value) for value in found}
+        assert len(signs) == 1 or "all five" not in words
+        if "(p " in words:
+            assert f"(p {scipy.stats.ttest_1samp(found, 0).pvalue:.2g})" in words
+    assert sum(value > 0 for value in explicit.differences(rows, beside, "fd_1step")) == 4
+    assert max(explicit.differences(rows, own, "recall_2step")) < 0 < min(explicit.differences(rows, own, "fd_2step"))
+    # Lambda 0 is CD with masking of Table 2, run once more.
+    masked = [run["evaluations"][-1] for run in next(
+        row for row in Told("table2-digits-weak").stored["rows"] if row["number"] == 9)["seeds"].values()]
+    for ours, kept in zip(rows[explicit.OWN, 0.0], masked):
+        assert ours["fd_2step"] == pytest.approx(kept["fd_2step"], rel=0.05)

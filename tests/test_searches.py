@@ -265,3 +265,18 @@ def test_presets_of_images_from_scratch_are_the_best_of_their_search():
                   f"{of['FSF-DMD'][0]} with the paper's lambda of 0.01 and k = 1",
                   f"{of['FSF-DMD'][1]} with 0.001 and k = 10 (at 0.032 {of['FSF-DMD'][2]})"):
         assert words in text, words
+
+
+def test_what_was_found_past_the_edge_of_dmd2s_search_is_in_the_numbers():
+    folder = KEPT / "search-digits-strong-DMD2_beyond"
+    rows = json.loads((folder / "runs.json").read_text())["rows"]
+    lines = [report.markdown_line(cells) for cells in search.body(rows)]
+    assert "\n".join(lines) in (folder / "README.md").read_text()
+    assert [row["setting"] for row in rows] == search.BEYOND["strong"]["DMD2, beyond"][1]
+    edge, fake, fast, both = (statistics.mean(row["distance"]) for row in rows)
+    assert len(rows[0]["distance"]) == len(rows[1]["distance"]) == 2 and edge < fake < min(fast, both)
+    first = json.loads((KEPT / "search-digits-strong" / "runs.json").read_text())["rows"]
+    [kept] = [row["distance"] for row in first if (row["method"], row["setting"]) == ("DMD2", rows[0]["setting"])]
+    assert rows[0]["distance"] == pytest.approx(kept, abs=0.05)         # the same runs, with later code
+    assert (f"0.001 and 0.01 has {fake:.1f}, and on seed 100 0.003 and 0.01 {both:.1f}, 0.003 and 0.003 {fast:.1f}."
+            in words_of_the_texts())
