@@ -800,6 +800,14 @@ def test_what_is_said_of_a_fake_network_in_the_place_of_the_surrogate_is_in_the_
             assert f"(p {scipy.stats.ttest_1samp(found, 0).pvalue:.2g})" in words
     assert sum(value > 0 for value in explicit.differences(rows, beside, "fd_1step")) == 4
     assert max(explicit.differences(rows, own, "recall_2step")) < 0 < min(explicit.differences(rows, own, "fd_2step"))
+    lagging = {(row["fake"], row["lam"]): row["runs"] for row in json.loads(
+        (KEPT / "explicit-digits-ttur1" / "runs.json").read_text())["rows"]}
+    for name, words in (("fd_2step", "+129.760 ± 69.138 in distance at 2 steps"),
+                        ("fd_1step", "+273.309 ± 134.337 at 1")):
+        found = explicit.differences(lagging, beside, name)
+        assert spread(found, 3, "+") in words and words in text
+        assert all(a > b > 0 for a, b in zip(found, explicit.differences(rows, own, name), strict=True))
+    assert lagging[own] == rows[own] and lagging[beside][0]["passes"] == 18
     # Lambda 0 is CD with masking of Table 2, run once more.
     masked = [run["evaluations"][-1] for run in next(
         row for row in Told("table2-digits-weak").stored["rows"] if row["number"] == 9)["seeds"].values()]
