@@ -7,8 +7,8 @@ From one start a seed: L_CD with random masking alone (lambda 0), then fsf_dmd.p
 once with v_fake of Eq. 12 replaced by an explicit fake network, as DMD2 has one: a copy of the start, trained by flow
 matching (Eq. 52) on the generator's samples, --ttur updates a step at --fake_lr (DMD2's, not searched beside this rate
 of the generator), each on samples of its own.  Both see the same data, noise and tau at the same rate, and no GAN, so
-they differ in the fake velocity alone.  (Table 7's 1:5 + L_CD + random masking, no GAN, comes close to it, but has
-DMD2's rollout, tau and rates.)
+they differ in what v_fake is (of an EMA's map, or of a network that is trained on the samples) and in its passes.
+(Table 7's 1:5 + L_CD + random masking, no GAN, comes close to it, but has DMD2's rollout, tau and rates.)
 Shown are the paired differences to lambda 0, at 1, 2 and 4 sampling steps.
 A run that was stopped goes on, as fsf_dmd.py's.  Leaves README.md, runs.json and explicit.png in --out.
 """
@@ -105,7 +105,15 @@ def one_run(args, start, arm, seed):
     with explicit_fake(args, parsed) if fake == EXPLICIT else contextlib.nullcontext():
         fsf_dmd.train(parsed)
     last = json.loads((folder / "result.json").read_text())["evaluations"][-1]
-    return dict(seed=seed, passes=passes, step=last["step"], **{name: last[name] for name in SHOWN})
+    return dict(seed=seed, passes=passes, step=last["step"], **logged(folder), **{name: last[name] for name in SHOWN})
+
+
+def logged(folder):
+    """Means over the log of L_CD and of the gap, which moves the samples; their standard deviation at the end."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found = {name: [line[name] for line in lines if name in line] for name in ("cd", "gap", "x_hat_std")}
+    return dict(cd=float(np.mean(found["cd"])), gap=float(np.mean(found["gap"])) if found["gap"] else None,
+                x_hat_std=found["x_hat_std"][-1])
 
 
 @contextlib.contextmanager
@@ -173,8 +181,9 @@ def write(args, rows):
 
 Made by `{command}`, torch {torch.__version__};
 {args.seeds} seeds; the first row as it is, the others as paired differences to it, mean ± standard deviation (p of a
-paired t-test, uncorrected).  The fake network has {args.ttur} updates a step at {args.fake_lr:g}.
-[runs.json](runs.json): of every seed.
+paired t-test, uncorrected).  Updates of the fake network a step: {args.ttur}, at rate {args.fake_lr:g}.
+[runs.json](runs.json): of every seed; cd and gap: means over the log of L_CD and of |v_fake - v_teacher|; x_hat_std:
+standard deviation of the samples at the end.
 
 {text}
 
