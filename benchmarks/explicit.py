@@ -205,7 +205,7 @@ def table(rows):
         for name, places in zip(SHOWN, PLACES, strict=True):
             if lam:
                 values = differences(rows, (fake, lam), name)
-                tested = f" (p {ttest_1samp(values, 0).pvalue:.2g})" if len(values) > 1 and np.std(values) else ""
+                tested = f" (p {ttest_1samp(values, 0).pvalue:.2g})" if len(values) > 2 and np.std(values) else ""
                 cells.append(report.spread(values, places, "+") + tested)
             else:
                 cells.append(report.spread([one[name] for one in each], places))

@@ -835,3 +835,21 @@ def test_what_is_said_of_a_fake_network_in_the_place_of_the_surrogate_is_in_the_
         row for row in Told("table2-digits-weak").stored["rows"] if row["number"] == 9)["seeds"].values()]
     for ours, kept in zip(rows[explicit.OWN, 0.0], masked):
         assert ours["fd_2step"] == pytest.approx(kept["fd_2step"], rel=0.05)
+
+
+def test_what_is_said_of_a_fake_network_on_fashion_mnist_is_in_the_numbers():
+    rows, text = told_of_explicit("explicit-fashion-mnist")
+    own, beside = (explicit.OWN, 0.1), (explicit.EXPLICIT, 0.1)
+    for name in ("fd_1step", "fd_2step", "fd_4step"):
+        assert min(explicit.differences(rows, own, name)) > 0
+    recall = explicit.differences(rows, own, "recall_2step")
+    assert max(recall) < 0 and f"lowers recall (by {-statistics.mean(recall):.3f} in the mean)" in text
+    distance, recall = (explicit.differences(rows, beside, name) for name in ("fd_2step", "recall_2step"))
+    assert f"({spread(distance, 1, '+')} in distance at 2 steps, {spread(recall, 3, '+')} in recall)" in text
+    assert min(distance) < 0 < max(distance)
+
+    kept = json.loads((KEPT / "explicit-fashion-mnist-lambda1" / "runs.json").read_text())["rows"]
+    alone, own, beside = (row["runs"][0] for row in kept)
+    assert f"+{own['fd_2step'] - alone['fd_2step']:.3f} at 2 steps with the surrogate, whose recall falls to " \
+           f"{own['recall_2step']:.3f}, +{beside['fd_2step'] - alone['fd_2step']:.3f} with the fake network, whose " \
+           f"recall is {beside['recall_2step']:.3f} ({alone['recall_2step']:.3f} without the term)" in text
