@@ -275,6 +275,15 @@ def test_what_is_said_of_the_surrogate_is_in_the_numbers():
     words = f"has {over['cosine']:.2f} and {over['surrogate_to_mean']:.2f} at k = 10, and {noisiest:.2f} in the"
     assert f"{words} noisiest fifth" in " ".join(text.split())
 
+    stored = json.loads((KEPT / "surrogate-fashion-mnist-interval" / "runs.json").read_text())
+    [ending], whole = stored["rows"], guided
+    assert (stored["guide_to"], ending["omega"], ending["step"]) == (0.9, 3, 1500)
+    over, all_of = ending["over_tau"]["k10"], whole["over_tau"]["k10"]
+    assert (f"at k = 10 is {over['cosine']:.2f} instead of {all_of['cosine']:.2f}, in the noisiest fifth "
+            f"{ending['bins'][-1]['cosine']:.2f} instead of {whole['bins'][-1]['cosine']:.2f}, and the pull to the "
+            f"class mean is back ({over['surrogate_to_mean']:.2f} instead of {all_of['surrogate_to_mean']:.2f};"
+            ) in " ".join(text.split())
+
     rows = json.loads((KEPT / "surrogate-fashion-mnist-strong" / "runs.json").read_text())["rows"]
     table = "\n".join(surrogate.table(rows))
     assert table in text and table in (KEPT / "surrogate-fashion-mnist-strong" / "README.md").read_text()
