@@ -671,23 +671,22 @@ def test_the_evidence_counts_the_seeds_that_are_done(tmp_path):
 @pytest.mark.slow
 def test_beside_a_fake_network_everything_else_is_fsf_dmds(in_home):
     """benchmarks/explicit.py: the same L_CD in both; the fake network begins as the teacher, then learns."""
-    command = "benchmarks/explicit.py --data toy.npz --start_steps 3 --lam 0.5 --ttur 2 --runs explicit"
-    run(in_home, f"{command} --seeds 2 --steps 1 --out explicit/out")
+    command = "benchmarks/explicit.py --data toy.npz --start_steps 3 --lam 0.5 --ttur 2 --seeds 1 --runs explicit"
+    run(in_home, f"{command} --steps 1 --out explicit/out")
     found = json.loads((in_home / "explicit" / "out" / "runs.json").read_text())
     assert [(row["fake"], row["lam"]) for row in found["rows"]] == [
         (explicit.OWN, 0.0), (explicit.OWN, 0.5), (explicit.EXPLICIT, 0.5)]
     assert [row["runs"][0]["passes"] for row in found["rows"]] == [5, 13, 23]
     names = "own-lam0", "own-lam0.5", "ttur2-fake_lr0.003-lam0.5"
-    for seed in (0, 1):
-        first = []                                                      # the losses of step 1
-        for name in names:
-            [folder] = (in_home / "explicit" / "out" / "runs").glob(f"{name}-seed{seed}-*")
-            first += [line for line in read_metrics(in_home, folder) if "cd" in line]
-        assert first[0]["cd"] == first[1]["cd"] == first[2]["cd"] and first[1]["gap"] > 0 == first[2]["gap"]
+    first = []                                                          # the losses of step 1
+    for name in names:
+        [folder] = (in_home / "explicit" / "out" / "runs").glob(f"{name}-seed0-*")
+        first += [line for line in read_metrics(in_home, folder) if "cd" in line]
+    assert first[0]["cd"] == first[1]["cd"] == first[2]["cd"] and first[1]["gap"] > 0 == first[2]["gap"]
 
     # The fake network is saved with the run: what goes on ends as what was never stopped.
-    run(in_home, f"{command} --seeds 1 --steps 3 --out explicit/out")
-    run(in_home, f"{command} --seeds 1 --steps 3 --out explicit/straight")
+    run(in_home, f"{command} --steps 3 --out explicit/out")
+    run(in_home, f"{command} --steps 3 --out explicit/straight")
     for name in names:
         [one], [other] = ((in_home / "explicit" / out / "runs").glob(f"{name}-seed0-*") for out in ("out", "straight"))
         states = [torch.load(folder / "state.pt", weights_only=True) for folder in (one, other)]
