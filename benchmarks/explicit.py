@@ -42,7 +42,7 @@ from plumbing.kept_runs import refuse_torchrun, run_all  # noqa: E402
 from plumbing.passes import passes_a_step  # noqa: E402
 from plumbing.run_folder import Run  # noqa: E402
 from reproduce import STARTS, job, usable_data  # noqa: E402
-from strength import line_of_means  # noqa: E402
+from strength import frame, line_of_means  # noqa: E402
 
 SHOWN = ("fd_1step", "fd_2step", "fd_4step", "precision_2step", "recall_2step")
 TITLES = ("distance, 1 step", "2 steps", "4 steps", "precision, 2 steps", "recall, 2 steps")
@@ -124,7 +124,7 @@ def explicit_fake(args, parsed):
     def with_fake(starting_networks):
         def wrapped(*rest):
             net, teacher = starting_networks(*rest)
-            side["fake"] = frozen_copy(teacher)                         # of the start, also in a run that goes on
+            side["fake"] = frozen_copy(teacher)                         # the start; a run that goes on loads its own
             trainable(True, side["fake"])
             side["opt_fake"] = NorMuon(param_groups(side["fake"]), lr=args.fake_lr)
             return net, teacher
@@ -220,13 +220,10 @@ def figure(rows):
         for i, fake in enumerate((OWN, EXPLICIT)):
             lams = [lam for kind, lam in rows if kind == fake and lam]
             line_of_means(axis, lams, [differences(rows, (fake, lam), name) for lam in lams], i, f"v_fake: {fake}")
-        axis.axhline(0, color="gray", linewidth=0.7)
+        frame(axis, f"distance minus that of L_CD alone, {name[3]} step{'s' if name[3] != '1' else ''}", "lambda")
         axis.set_yscale("symlog", linthresh=2)                          # linear within -2 .. 2
         axis.yaxis.set_major_locator(matplotlib.ticker.FixedLocator([-10, -5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100]))
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.set_xscale("log")
-        axis.set_title(f"distance minus that of L_CD alone, {name[3]} step{'s' if name[3] != '1' else ''}", fontsize=9)
-        axis.set_xlabel("lambda")
     axis.legend(fontsize=7)
     return drawing
 

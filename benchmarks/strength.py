@@ -163,6 +163,14 @@ def line_of_means(axis, at, values, i, label):
     axis.errorbar(at, [np.mean(each) for each in values], errors, fmt=".-", capsize=2, color=f"C{i}", label=label)
 
 
+def frame(axis, title, xlabel):
+    """Of a panel of differences."""
+    axis.axhline(0, color="gray", linewidth=0.7)
+    axis.set_xscale("log")
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel(xlabel)
+
+
 def figure(rows):
     """A panel for each metric: the mean difference against the start's distance, a line a lambda; bars: its error."""
     drawing = matplotlib.figure.Figure(figsize=(13, 3.4), layout="constrained")
@@ -173,13 +181,10 @@ def figure(rows):
             of_lam = sorted((row for row in rows if row["lam"] == lam), key=lambda row: np.mean(row["start_distance"]))
             at = [np.mean(row["start_distance"]) for row in of_lam]
             line_of_means(axis, at, [row["difference"][name] for row in of_lam], i, f"lambda {lam:g}")
-        axis.axhline(0, color="gray", linewidth=0.7)
+        frame(axis, f"FSF-DMD minus CD: {title}", "distance of the start, 2 steps")
         if largest[name] > 50:                                          # a seed that is lost would hide all the others
             axis.set_yscale("symlog", linthresh=10)
             axis.yaxis.set_major_formatter("{x:g}")
-        axis.set_xscale("log")
-        axis.set_title(f"FSF-DMD minus CD: {title}", fontsize=9)
-        axis.set_xlabel("distance of the start, 2 steps")
     axis.legend(fontsize=7)
     return drawing
 

@@ -671,13 +671,14 @@ def test_the_evidence_counts_the_seeds_that_are_done(tmp_path):
 @pytest.mark.slow
 def test_beside_a_fake_network_everything_else_is_fsf_dmds(in_home):
     """benchmarks/explicit.py: the same L_CD in both; the fake network begins as the teacher, then learns."""
-    command = "benchmarks/explicit.py --data toy.npz --start_steps 3 --lam 0.5 --ttur 2 --seeds 1 --runs explicit"
+    command = "benchmarks/explicit.py --data toy.npz --start_steps 3 --lam 0.5 --ttur 2 --seeds 1 --runs explicit "
+    command += "--lam_explicit 0.25 --fake_lr 0.002"
     run(in_home, f"{command} --steps 1 --out explicit/out")
     found = json.loads((in_home / "explicit" / "out" / "runs.json").read_text())
     assert [(row["fake"], row["lam"]) for row in found["rows"]] == [
-        (explicit.OWN, 0.0), (explicit.OWN, 0.5), (explicit.EXPLICIT, 0.5)]
+        (explicit.OWN, 0.0), (explicit.OWN, 0.5), (explicit.EXPLICIT, 0.25)]
     assert [row["runs"][0]["passes"] for row in found["rows"]] == [5, 13, 23]
-    names = "own-lam0", "own-lam0.5", "ttur2-fake_lr0.003-lam0.5"
+    names = "own-lam0", "own-lam0.5", "ttur2-fake_lr0.002-lam0.25"
     first = []                                                          # the losses of step 1
     for name in names:
         [folder] = (in_home / "explicit" / "out" / "runs").glob(f"{name}-seed0-*")
@@ -692,7 +693,7 @@ def test_beside_a_fake_network_everything_else_is_fsf_dmds(in_home):
         states = [torch.load(folder / "state.pt", weights_only=True) for folder in (one, other)]
         for part in ("net", "ema", *(["fake"] if "fake" in states[0] else [])):
             assert all(torch.equal(value, states[1][part][key]) for key, value in states[0][part].items())
-    assert "fake" in states[0]
+    assert "fake" in states[0] and states[0]["opt_fake"]["param_groups"][0]["lr"] == 0.002
 
 
 @pytest.mark.slow

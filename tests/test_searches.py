@@ -13,6 +13,7 @@ import reproduce
 import search
 import sid
 import twinflow
+from common import BadInput
 from plumbing import report
 from test_helpers import HERE
 from told import KEPT, best_of_search, told_of_search, words_of_the_texts
@@ -265,6 +266,11 @@ def test_presets_of_images_from_scratch_are_the_best_of_their_search():
                   f"{of['FSF-DMD'][0]} with the paper's lambda of 0.01 and k = 1",
                   f"{of['FSF-DMD'][1]} with 0.001 and k = 10 (at 0.032 {of['FSF-DMD'][2]})"):
         assert words in text, words
+
+
+def test_a_method_past_an_edge_is_searched_from_its_start_alone():
+    with pytest.raises(BadInput, match="--method CD, beyond: is not searched from weak, expected CD with masking"):
+        search.run(search.parse_args(["weak", "--method", "CD, beyond"]))
 
 
 def test_what_was_found_past_the_edge_of_dmd2s_search_is_in_the_numbers():
