@@ -452,8 +452,6 @@ def test_killed_and_resumed_is_never_interrupted(in_home, script, capsys):
     resumed, whole = ([{k: v for k, v in line.items() if k not in TIMING} for line in read_metrics(home, o)]
                       for o in (out, f"whole-{out}"))
     assert resumed == whole                                                             # one history, no step twice
-    train(f"{command} --save_every 3 --out {out} --steps {stopped + 3}")
-    assert "is done" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("rollout", ["flow_map", "dmd2"])
@@ -476,8 +474,8 @@ def test_the_health_panel_shows_the_rollout_that_is_trained(in_home, few_samples
 @pytest.mark.slow
 @pytest.mark.parametrize("script", TOY)
 def test_processes_and_micro_batches_change_nothing(in_home, few_samples, script):
-    """Two gloo processes in micro-batches of 8 = one in batches of 32: 1e-5 in float32 after 8 steps."""
-    command, name, home = f"{TOY[script]} --steps 8 --log_every 4 --batch_size 32", script[:-3], in_home
+    """Two gloo processes in micro-batches of 8 = one in batches of 32: 1e-5 in float32 after 4 steps."""
+    command, name, home = f"{TOY[script]} --steps 4 --log_every 2 --batch_size 32", script[:-3], in_home
     train(f"{command} --out one-{name}")
     run(home, f"{command} --out two-{name} --micro_batch 8", processes=2)
     for part in ("net", "ema"):
@@ -488,7 +486,8 @@ def test_processes_and_micro_batches_change_nothing(in_home, few_samples, script
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_says_how_to_go_on(home):
+def test_ctrl_c_saves_and_says_how_to_go_on(in_home, few_samples, capsys):
+    home = in_home
     seen = home / "stopped" / "metrics.jsonl"
 
     def lines():
@@ -506,7 +505,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(home):
         assert f"and saved; run the same command {words}\n" in err and "Traceback" not in err
         assert err.count("stopping after this step, or after the evaluation that is under way\n") == 1
     steps = state(home, "stopped")["step"] + 1
-    assert "resuming at step" in run(home, f"{TOY['fsf_dmd.py']} --out stopped --steps {steps}")
+    train(f"{TOY['fsf_dmd.py']} --out stopped --steps {steps}")
+    assert "resuming at step" in capsys.readouterr().out
 
     # Where nobody hears it, too: Ctrl-C also ends the reader in `2>&1 | tee log`; and with the log on a full disk.
     sinks = [("unread", subprocess.PIPE)]
@@ -561,7 +561,7 @@ def test_the_main_command_leaves_a_picture_a_table_and_a_checkpoint(tmp_path, mo
     net.load_state_dict(checkpoint["weights"])
     x, y = evaluate.generate(net, 200, (1, 8, 8), 2, omega=1.0)
     features = metrics.Features(data.load_data("digits"), tmp_path / "runs" / "cache")
-    assert features.metrics(x, y)["acc"] > 0.6                                          # digits, of the right class
+    assert features.metrics(x, y)["acc"] > 0.8                                          # digits, of the right class
     with Image.open(out / "samples_000003.png") as picture:
         assert picture.size[0] > 300 and len(picture.convert("L").getcolors()) > 50
     monkeypatch.chdir(tmp_path)

@@ -257,7 +257,8 @@ def test_the_classifier_of_few_images_has_learned_them(tmp_path):
     np.savez(tmp_path / "few.npz", images=images, labels=y)
     features = metrics.Features(data.load_data(str(tmp_path / "few.npz")), tmp_path)
     assert features.floor()["acc"] > 0.9 and "too little to measure" not in features.definition()
-    np.savez(tmp_path / "same.npz", images=np.concatenate([images, images]), labels=np.repeat([0, 1], 30))
+    small = images[:, ::6, ::6]
+    np.savez(tmp_path / "same.npz", images=np.concatenate([small, small]), labels=np.repeat([0, 1], 30))
     features = metrics.Features(data.load_data(str(tmp_path / "same.npz")), tmp_path)       # nothing tells them apart
     assert "right on its own training images: too little to measure with" in features.definition()
 

@@ -32,7 +32,7 @@ from metrics import Features
 from model import DiscriminatorHead, LightningDiT, fixed_guidance
 from plumbing import files, kept_runs, passes, report
 from plumbing.checkpoints import load_checkpoint, load_network
-from test_helpers import HERE, environment, refusal, small_images
+from test_helpers import HERE, assert_same, environment, refusal, small_images, state, train
 
 PAPER = json.loads((HERE / "golden" / "paper_tables.json").read_text())
 
@@ -547,6 +547,32 @@ def test_a_script_that_changes_while_another_runs_is_said(stand_ins, tmp_path, c
     assert not (jobs[0].folder / "notes.txt").exists() and (jobs[0].folder / ".lock").stat().st_ino == lock
 
 
+def test_a_changed_script_runs_again_and_what_started_from_it_too(stand_ins, tmp_path, capsys):
+    """Not one that changes while it runs: that run is not done, and nothing starts from it."""
+    edits = "import helper\nif pathlib.Path('edits').exists():\n    open('helper.py', 'a').write('# changed')\n"
+    (tmp_path / "helper.py").touch()
+    (tmp_path / "trains.py").write_text(TRAINS + edits)
+    (tmp_path / "evaluate.py").write_text(MEASURES.replace("fid.json", "evaluation.json"))
+    start = kept_runs.Job(Path("runs/start"), ("trains.py", "--out", "runs/start"), (), None)
+    row = kept_runs.Job(Path("runs/row"), ("evaluate.py", "runs/start/model.pt", "--out", "runs/row"), (), start)
+
+    def run():
+        kept_runs.look_again()
+        return kept_runs.run_all(stand_ins, [start, row]), capsys.readouterr().out
+
+    assert run()[0] == {} and kept_runs.is_done(row)
+    with open("trains.py", "a") as file:
+        file.write("# changed")
+    Path("edits").touch()
+    failed, said = run()
+    assert "start: trains.py changed since, the kept run is removed and runs again" in said
+    assert "start: helper.py changed while it ran" in failed[start] and row in failed and not kept_runs.is_done(row)
+    Path("edits").unlink()
+    failed, said = run()
+    assert failed == {} and "start: helper.py changed since" in said and "changed while" not in said
+    assert "row: helper.py, trains.py changed since" in said and kept_runs.is_done(row)
+
+
 def test_words_that_are_no_paths_are_no_inputs_of_a_run(tmp_path, monkeypatch):
     """Folders that happen to be called scratch or 50000 change no kept run; a reference that changes does."""
     monkeypatch.chdir(tmp_path)
@@ -631,7 +657,7 @@ def test_the_samples_of_a_row_are_made_with_its_own_flags(inputs, tmp_path, monk
 # ---- Real runs -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs_again(tmp_path):
+def test_interrupted_and_restarted_a_table_is_the_same(tmp_path, few_samples, monkeypatch):
     """In a copy of the project, the teacher row of Table 4 on a small image set: a start and its evaluation.
 
     The start has 60 steps there: nothing here asks how well it was trained.
@@ -693,25 +719,11 @@ def test_interrupted_and_restarted_a_table_is_the_same_and_a_changed_script_runs
     assert again.split("Mean ±")[1] == page.split("Mean ±")[1]
     assert json.loads((out / "runs.json").read_text()) == json.loads(stored.replace("../", ""))
 
-    # A script that changed runs again, and what started from it too; not one that changes while it runs.
-    def append(name):
-        with open(tmp_path / name, "a") as file:
-            file.write("# changed\n")
-
-    append("consistency.py")
-    metrics.unlink()
-    third = start()
-    while not metrics.exists() and third.poll() is None:
-        time.sleep(0.05)
-    append("normuon.py")
-    printed, _ = third.communicate(timeout=300)
-    changed = "consistency-lossfm-seed0: consistency.py changed since, the kept run is removed and runs again"
-    assert third.returncode == 2 and changed in printed
-    assert "consistency-lossfm-seed0: normuon.py changed while it ran" in printed
-    printed, _ = start().communicate(timeout=300)
-    assert "consistency-lossfm-seed0: normuon.py changed since" in printed and "changed while" not in printed
-    assert "evaluate-fm-seed0: consistency.py, normuon.py changed since" in printed
-    assert f"| {report.spread([fd], 1)} |" in (out / "README.md").read_text()
+    # And the start is the one that was never interrupted.
+    monkeypatch.chdir(tmp_path)
+    train("consistency.py --loss fm --data toy.npz --steps 60 --seed 0 --out straight")
+    whole, resumed = state(tmp_path, "straight"), state(tmp_path, metrics.parent)
+    assert_same([whole[part] for part in ("net", "ema", "opt")], [resumed[part] for part in ("net", "ema", "opt")])
 
 
 @pytest.mark.slow

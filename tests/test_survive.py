@@ -237,8 +237,10 @@ def test_a_start_over_that_is_killed_can_be_started_over(in_home, few_samples, m
 def test_a_closed_terminal_saves(home):
     """SIGHUP; Ctrl-C and SIGTERM: test_ctrl_c_saves_and_says_how_to_go_on."""
     out, command = "signal", FSF.split()
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)   # under nohup the process would ignore it
     process = start(home, [sys.executable, str(HERE / command[0]), *command[1:], "--steps", "5000", "--log_every", "1",
                            "--out", out])
+    signal.signal(signal.SIGHUP, before)
     until((home / out / "metrics.jsonl").exists, process)
     process.send_signal(signal.SIGHUP)
     _, err = process.communicate(timeout=120)
@@ -262,15 +264,15 @@ def two_processes(folders, command, second=""):
 
 
 @pytest.mark.slow
-def test_processes_that_see_different_folders_are_refused(home, tmp_path):
+def test_processes_that_see_different_folders_are_refused(in_home, few_samples, tmp_path):
     """As on two machines without a shared disk: one would go on, the other begin again."""
-    command = IMF.replace("toy.npz", str(home / "toy.npz"))
-    run(home, f"{command} --steps 2 --out apart")
-    before = state(home, "apart")["step"]
-    for process in two_processes([home, tmp_path], f"{command} --steps 4 --out apart"):
+    command = IMF.replace("toy.npz", str(in_home / "toy.npz"))
+    train(f"{command} --steps 2 --out apart")
+    before = state(in_home, "apart")["step"]
+    for process in two_processes([in_home, tmp_path], f"{command} --steps 4 --out apart"):
         _, err = process.communicate(timeout=120)
         assert process.returncode == 2 and "or see different folders; expected one command for all" in err
-    assert state(home, "apart")["step"] == before == 2
+    assert state(in_home, "apart")["step"] == before == 2
 
 
 @pytest.mark.slow
@@ -283,7 +285,7 @@ def test_processes_that_are_not_of_one_run_are_refused(home, tmp_path):
     np.savez(tmp_path / "toy.npz", images=labels["images"], labels=labels["labels"][::-1])
     there, cd = [home, home], "consistency.py --loss cd --init imf/model.pt --data toy.npz"
     for i, (command, second, folders) in enumerate((
-            (IMF, "--seed 1", there), (IMF, "--save_every 3", there), (IMF, "", [home, tmp_path]),
+            (IMF, "--save_every 3", there), (IMF, "", [home, tmp_path]),
             (f"{cd} --teacher imf/model.pt", "--teacher other.pt", there))):
         for process in two_processes(folders, f"{command} --steps 2 --out mixed{i}", second):
             _, err = process.communicate(timeout=120)
@@ -610,20 +612,24 @@ def test_a_run_that_diverges_is_one_line_and_not_saved(in_home, few_samples, mon
     assert not (out / "state.pt").exists() and not (out / "model.pt").exists()
 
 
-@pytest.mark.slow
-def test_a_second_start_is_refused_and_spares_the_first(in_home, monkeypatch, capsys):
-    words = f"{FSF} --out twice --log_every 1".split()
-    command = [sys.executable, str(HERE / words[0]), *words[1:], "--steps"]
-    first = start(in_home, [*command, "5000"])
-    until((in_home / "twice" / "metrics.jsonl").exists, first)
-    for extra in ("", " --resume no"):
-        said = refusal(f"{FSF} --out twice --steps 5000{extra}", capsys, monkeypatch)
-        assert f"process {first.pid} on " in said and "is training there" in said
-    first.send_signal(signal.SIGINT)
-    first.communicate(timeout=120)
-    assert first.returncode == 130
-    steps = [line["step"] for line in files.read_lines(in_home / "twice" / "metrics.jsonl") if "grad_norm" in line]
-    assert steps == sorted(set(steps)) and state(in_home, "twice")["step"] == steps[-1]
+def test_a_second_start_is_refused_and_spares_the_first(in_home, few_samples, monkeypatch, capsys):
+    """It is tried in the middle of the first one: not a byte of the folder changes, and the first goes on."""
+    real, tried = run_folder.Run.log, []
+
+    def log(run, *rest):
+        real(run, *rest)
+        if run.step == 2:
+            before = contents(run.folder)
+            monkeypatch.setattr(run_folder.Run, "log", real)
+            for extra in ("", " --resume no"):
+                said = refusal(f"{FSF} --out twice --steps 3{extra}", capsys, monkeypatch)
+                assert f"process {os.getpid()} on " in said and "is training there" in said
+                tried.append(contents(run.folder) == before)
+
+    monkeypatch.setattr(run_folder.Run, "log", log)
+    train(f"{FSF} --out twice --log_every 1 --save_every 1 --steps 3")
+    assert tried == [True, True] and [line["step"] for line in lines_of(in_home / "twice")] == [1, 2, 3]
+    assert state(in_home, "twice")["step"] == 3
 
 
 @pytest.mark.slow
