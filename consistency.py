@@ -25,8 +25,8 @@ and rcgm is the same with imf's v as tangent, d/dt [(t-s) u] taken as a backward
     python consistency.py --loss imf              # digits, 2 CPU cores: half a minute; fsf_dmd.py starts from it
     python consistency.py --loss cd --init imf    # the baseline that FSF-DMD is compared with
 
-Cost in forward passes of one network (backward = 2), half of the rows masked: fm 3, ct 5, imf 5.5, cd 5 (from fm 6: CFG
-takes two), rcgm 7, isg 5.  Masked rows (s = t) save imf and cd the 2 passes of du/dt, and imf one for its velocity.
+Cost in forward passes of one network (backward = 2), half of the rows masked: fm 3, ct 5, imf 5.5, cd and isg 5 (from
+fm 6: CFG takes two), rcgm 7.  Masked rows (s = t) save imf and cd the 2 passes of du/dt, and imf one for its velocity.
 """
 import gc
 import shlex
@@ -55,7 +55,7 @@ def draw_times(r: Tensor, law: str = "uniform", mask_prob: float = 0.5) -> tuple
     """Uniform r [B, 2] -> times t, s [B], 0 <= s <= t <= 1: two draws of the law, sorted.  [B, 1]: one, s = t.
 
     law: "uniform", or "logitnormal:MEAN,SCALE" (left out: iMF's -0.4,1).  Masking sets s := t in floor(B mask_prob)
-    rows, evenly spread over the (shuffled) batch, not in a random number of them: shapes never change.
+    rows, evenly spread over the batch, so that shapes never change.  These keep the larger draw, as in iMF's code.
     """
     if law != "uniform":
         mean, scale = map(float, (law.removeprefix("logitnormal").lstrip(":") or "-0.4,1").split(","))

@@ -74,6 +74,7 @@ class Data:
 
 def load_data(source: str) -> Data:
     """Data for --data SOURCE (see the file header).  Raises BadInput for anything missing, unreadable or wrong."""
+    source = str(source)
     test_images = test_labels = classes = None
     if source == "digits":
         images, labels = read_digits()
@@ -426,6 +427,9 @@ def count_classes(labels: torch.Tensor, meta: dict, shown: str) -> int:
     if largest >= classes:
         raise BadInput(f"{shown}: labels go up to {largest}, but meta.json names {classes} classes; "
                        "expected shards and meta.json of one encoding")
+    if not isinstance(n, int) or classes > MAX_CLASSES:
+        raise BadInput(f"{shown}: meta.json has {classes} classes and n {n!r}, expected at most {MAX_CLASSES} classes "
+                       "and a whole number; run `python vae.py encode` again")
     if len(labels) != n:
         raise BadInput(f"{shown}: the shards hold {len(labels)} images, but meta.json says {n}; copy all shards, run "
                        f"`python vae.py encode` again, or, if a part is meant, set n to {len(labels)} there")

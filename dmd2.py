@@ -108,7 +108,7 @@ def ida_(fake: torch.nn.Module, generator: torch.nn.Module, a: float) -> None:
 
 # pixels: under 24 a side, as the digits; images: larger, as Fashion-MNIST (RESULTS.md: which were searched); latents:
 # the paper's Table 6, but for lr, which our copy of it has lost: 6e-4 is a guess; the steps are those of the peak in
-# Table 10 (fm: twice those, 3,000).
+# Table 10 (fm: 6,000, twice those).
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=100, lr=3e-4, fake_lr=3e-3, M=2, lam=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
@@ -253,7 +253,7 @@ def train(args):
         if args.cd_guidance == "drawn" or not teacher:          # without a teacher: the loss of iMF, which draws it
             drawn = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
             batch["guidance"] = whole_interval(drawn, batch["t"], batch["s"])
-        batch["z"] = g.normal(B, args.M, *shape)                # rollout noise: M for Eq. 17, the first for Eq. 18
+        batch["z"] = g.normal(B, args.M, *shape)                # rollout noise: Eq. 17 takes M, Eq. 18 the first
         batch["tau"] = 0.02 + 0.96 * g.uniform(B)               # U(0.02, 0.98), as DMD2
         batch["eps_tau"] = g.normal(B, *shape)
         for name in ("fake", "gen", "real"):

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from common import BadInput, barrier, rank, world
 from data import SMALL_SIDE, images_below, npz_headers, read_npz_arrays, read_rgb, say_unread
 from inception import load_inception
-from metrics import frechet_distance, inception_score, moments, precision_recall, spread
+from metrics import frechet_distance, inception_score, is_covariance, moments, precision_recall, spread
 from plumbing.files import listing_hash, lock, read_json, reading, refuse_flips, write_atomic
 
 WIDTHS = dict(features=2048, logits=1008)                        # of what the network gives
@@ -42,12 +42,15 @@ def image_source(path: str | Path, n: int | None = None, as_trained: bool = Fals
     """(count, images(start, stop) -> uint8 [m, 3, H, W], hash) of a folder of images, or of an .npz with arr_0.
 
     n: take so many, evenly over all of them, as `spread`.  A folder's images are taken in the order of their names and
-    have one size; arr_0 is uint8 [N, H, W, 3].  BadInput for anything else, of a folder when the image is read.
+    have one size; arr_0 is uint8 [N, H, W, 3].  BadInput for anything else, of a folder when the image is read, and if
+    there are fewer than n.
     as_trained: of a folder what training sees (`read_image_folder`), not what the official FID codes see.
     """
     of_npz = str(path).lower().endswith(".npz")
     count, read, digest = npz_source(path) if of_npz else folder_source(path, as_trained)
-    n = min(n or count, count)
+    n = n or count
+    if n > count:
+        raise BadInput(f"--n {n}: {path} holds {count} images")
 
     def images(start, stop):
         return read([i * count // n for i in range(start, min(stop, n))])
@@ -178,9 +181,9 @@ def read_reference(path: str | Path, flag: str = "--ref") -> dict:
     headers = npz_headers(path, shown)
     names = [name for name in ("mu", "sigma", "ref_mu", "ref_sigma", "features") if name in headers]
     there = ", ".join(f"{name} {headers[name][1]} {list(headers[name][0])}" for name in names) or "neither"
-    damaged = BadInput(f"{shown}: expected finite mu [2048] and sigma [2048, 2048], and where it has them features "
-                       f"[n, 2048] of 4 images or more (found {there}); make it again with `python evaluate.py ref`, "
-                       "or fetch it again")
+    damaged = BadInput(f"{shown}: expected finite mu [2048] and sigma [2048, 2048], a covariance, and where it has "
+                       f"them features [n, 2048] of 4 images or more (found {there}); make it again with "
+                       "`python evaluate.py ref`, or fetch it again")
     for name in names:
         shape, dtype = headers[name]
         fits = shape == ((2048,) if name.endswith("mu") else (2048, 2048))
@@ -196,6 +199,8 @@ def read_reference(path: str | Path, flag: str = "--ref") -> dict:
     mu = found.get("mu", found.get("ref_mu"))
     sigma = found.get("sigma", found.get("ref_sigma"))
     if mu is None or sigma is None or not all(np.isfinite(array).all() for array in found.values()):
+        raise damaged
+    if not is_covariance(torch.as_tensor(sigma)):
         raise damaged
     digest = hashlib.sha256(mu.tobytes() + sigma.tobytes()).hexdigest()[:8]
     return dict(mu=mu, sigma=sigma, features=found.get("features"), space=space, hash=digest)

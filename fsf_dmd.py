@@ -218,7 +218,7 @@ def train(args):
         if args.cd_guidance == "drawn" or not teacher:          # without a teacher: the loss of iMF, which draws it
             drawn = draw_guidance(g.uniform(B, 3), args.omega_law, args.omega_max)
             batch["guidance"] = whole_interval(drawn, batch["t"], batch["s"])
-        batch["z"] = g.normal(B, args.M, *shape)                # rollout noise: M for Eq. 17, the first for Eq. 18
+        batch["z"] = g.normal(B, args.M, *shape)                # rollout noise: Eq. 17 takes M, Eq. 18 the first
         batch["tau"] = shift_time(g.uniform(B), args.shift)
         batch["eps_tau"] = g.normal(B, *shape)
         k = g.integers(args.M)                                  # Eq. 17: jumps before the one with gradient

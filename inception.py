@@ -39,6 +39,8 @@ class Inception(nn.Module):
 
     def __init__(self, pipeline: str = "adm"):
         super().__init__()
+        if pipeline not in ("adm", "pytorch_fid"):
+            raise ValueError(f"pipeline {pipeline!r}: expected 'adm' or 'pytorch_fid'")
         self.pipeline = pipeline
         self.Conv2d_1a_3x3 = ConvBN(3, 32, 3, stride=2)
         self.Conv2d_2a_3x3 = ConvBN(32, 32, 3, padding=0)

@@ -61,7 +61,7 @@ def frechet_distance(mu1: torch.Tensor, cov1: torch.Tensor, mu2: torch.Tensor, c
     sum of sqrt(eigenvalues of L^T cov2 L), a symmetric problem, where scipy's sqrtm takes 5 to 15 times longer and can
     turn complex on singular input.  Eigenvalues below rounding count as zero.
 
-    Raises ValueError for shapes that do not fit, NaN or infinity.
+    Raises ValueError for shapes that do not fit, NaN or infinity, and covariances that are none (`is_covariance`).
     """
     mu1, cov1, mu2, cov2 = (torch.as_tensor(a).double() for a in (mu1, cov1, mu2, cov2))
     if mu1.shape != mu2.shape or cov1.shape != cov2.shape or cov1.shape != (len(mu1), len(mu1)):
@@ -69,6 +69,8 @@ def frechet_distance(mu1: torch.Tensor, cov1: torch.Tensor, mu2: torch.Tensor, c
                          f"against {list(mu2.shape)}, {list(cov2.shape)}")
     if not all(a.isfinite().all() for a in (mu1, cov1, mu2, cov2)):
         raise ValueError("frechet_distance: the statistics hold NaN or infinity")
+    if not (is_covariance(cov1) and is_covariance(cov2)):
+        raise ValueError("frechet_distance: a covariance is not symmetric, or has a negative eigenvalue")
     L, failed = torch.linalg.cholesky_ex(cov1)
     if failed:                                                   # singular: few images
         e, V = torch.linalg.eigh(cov1)
@@ -80,16 +82,29 @@ def frechet_distance(mu1: torch.Tensor, cov1: torch.Tensor, mu2: torch.Tensor, c
     return max(0.0, distance.item())
 
 
+def is_covariance(cov: torch.Tensor, tolerance: float = 1e-4) -> bool:
+    """Whether cov [D, D] is symmetric, without negative eigenvalues: up to `tolerance` of its largest variance.
+
+    float32 rounds a covariance of 2,048 features at 1e-6 of that.
+    """
+    cov = torch.as_tensor(cov).double()
+    rounding = tolerance * cov.diagonal().abs().max()
+    if (cov - cov.T).abs().max() > rounding:
+        return False
+    shifted = cov + rounding * torch.eye(len(cov), dtype=cov.dtype)
+    return not cov.any() or not torch.linalg.cholesky_ex(shifted).info
+
+
 def inception_score(probs: torch.Tensor, splits: int = 10, shuffle: bool = True) -> tuple[float, float]:
     """exp of the mean KL(p(y|x) || p(y)), as (mean, population std) over `splits`.  probs [N, classes], rows sum to 1.
 
     shuffle: permute the rows first, as torch-fidelity does (RandomState(2020)); labels sorted by class would wreck a
-    split.  Raises ValueError if a row does not sum to 1, or if there are more splits than rows, or none.
+    split.  Raises ValueError if a row is negative or does not sum to 1, or if there are more splits than rows, or none.
     """
     probs = torch.as_tensor(probs).double()
     if not 1 <= splits <= len(probs):
         raise ValueError(f"inception_score: {splits} splits of {len(probs)} rows, expected 1 to {len(probs)}")
-    if not ((probs.sum(1) - 1).abs() < 1e-3).all():                  # False for nan
+    if not ((probs.sum(1) - 1).abs() < 1e-3).all() or probs.min() < 0:                # False for nan
         raise ValueError("inception_score: rows of probs do not sum to 1; pass probabilities, not logits")
     if shuffle:
         probs = probs[np.random.RandomState(2020).permutation(len(probs))]

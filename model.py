@@ -224,7 +224,7 @@ class RMSNorm(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """A scalar in [0, 1] -> [B, D].  Not times 1000: the fastest feature is cos(t), so d/dt stays O(1)."""
+    """A time -> [B, D].  Not times 1000: the fastest feature is cos(t), so d/dt stays O(1)."""
 
     def __init__(self, dim):
         super().__init__()
@@ -363,8 +363,8 @@ class LightningDiT(nn.Module):
         x [B, C, H, W]; t, s times in [0, 1] (TwinFlow's fake side: negative), [B] or float; y [B] int64 labels,
         num_classes = null; s=None means s = t, the instantaneous velocity; guidance [B, 3] or [1, 3] = (omega >= 1,
         t_min, t_max), in_context only, None = (1, 0, 1), no guidance.
-    Raises ValueError on an unknown size, conditioning or dim, on dims that do not divide, on images of another size, on
-    s with a plain network, on guidance without in_context.
+    Raises ValueError on an unknown size, conditioning or dim, dims that are 0 or do not divide, images of another size,
+    s with a plain network, guidance without in_context.
     n_tokens, token_block: n and k of in_context (the paper's are lost; 16 and 4 give its parameter count).
     `net.config` rebuilds it: LightningDiT(**net.config).  Weights in float32 or float64; bf16 comes by autocast.
     """
@@ -383,8 +383,8 @@ class LightningDiT(nn.Module):
         self.config = dict(size=size, conditioning=conditioning, input_size=input_size, in_channels=in_channels,
                            num_classes=num_classes, qk_norm=qk_norm, mlp_ratio=mlp_ratio, **dims)
         depth, D, heads, patch = dims["depth"], dims["hidden_size"], dims["num_heads"], dims["patch_size"]
-        if input_size % patch or D % (4 * heads):
-            raise ValueError(f"input_size {input_size} must be a multiple of patch_size {patch}, "
+        if min(in_channels, num_classes, depth, D, heads, patch) < 1 or input_size % patch or D % (4 * heads):
+            raise ValueError(f"dims must be positive, input_size {input_size} a multiple of patch_size {patch}, "
                              f"and hidden_size {D} of 4 x num_heads {heads}")
         self.conditioning, self.num_classes = conditioning, num_classes
         self.patch_size, self.in_channels, self.grid = patch, in_channels, input_size // patch

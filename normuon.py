@@ -109,7 +109,9 @@ class NorMuon(torch.optim.Optimizer):
         super().add_param_group(param_group)
         g = self.param_groups[-1]
         in_range = dict(lr=g["lr"] > 0 and math.isfinite(g["lr"]), momentum=0 <= g["momentum"] < 1,
-                        beta2=0 <= g["beta2"] < 1, weight_decay=g["weight_decay"] >= 0)
+                        beta2=0 <= g["beta2"] < 1, weight_decay=g["weight_decay"] >= 0, adam_eps=g["adam_eps"] >= 0,
+                        adam_betas=len(g["adam_betas"]) == 2 and all(0 <= b < 1 for b in g["adam_betas"]),
+                        ns_steps=isinstance(g["ns_steps"], int) and g["ns_steps"] >= 1)
         wrong = [f"{name} {g[name]} is out of range" for name, right in in_range.items() if not right]
         if g["scale"] not in ("aspect", "rms"):
             wrong.append(f"scale {g['scale']!r}, expected 'aspect' or 'rms'")

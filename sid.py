@@ -91,7 +91,7 @@ def sid_loss(x_hat: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps:
     else:
         weight = WEIGHTS[w](tau)
     gap = delta.detach().flatten(1).abs().mean(1)                       # [B], for the log
-    return weight * tau ** 2 * (delta * (residual - alpha * delta)).view_as(eps).flatten(1).sum(1), gap     # generator
+    return weight * tau ** 2 * (delta * (residual - alpha * delta)).view_as(eps).flatten(1).sum(1), gap
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------

@@ -359,7 +359,10 @@ def shard_sums(path: Path) -> tuple[dict, int, list]:
         sums = json.loads(metadata["sums"])
         for name in ("sum", "square"):
             sums[name] = torch.tensor(sums[name], dtype=torch.float64)       # [C]
-        return sums, int(metadata["total_size"]), json.loads(metadata["bad"])
+        n, bad = int(metadata["total_size"]), json.loads(metadata["bad"])
+        if type(sums["count"]) is not int or min(sums["count"], n) < 0 or not isinstance(bad, list):
+            raise ValueError("its sums are no numbers of images")
+        return sums, n, bad
 
 
 def check_claim(out: Path, identity: dict) -> dict | None:

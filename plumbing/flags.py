@@ -104,7 +104,8 @@ def parser(doc, init_help):
     add("--size", default="tiny", choices=list(SIZES),
         help="network size; the preset sets tiny for pixels, small for images of 24 pixels or more, B/1 for latents; "
         "medium: for such images on a GPU, not tuned")
-    add("--ema", type=number(float, 0, 1), default=0.99995, help="EMA decay (0.99995, Table 6)")
+    add("--ema", type=number(float, 0, 1), default=0.99995,
+        help="EMA decay (0.99995, Table 6); warmed up it is reached after 9 / (1 - ema) steps")
     add("--ema_warmup", type=number(int, 0, 1), default=1, help="1: decay min(ema, (1 + n) / (10 + n)); 0: constant")
 
     add = p.add_argument_group("optimisation").add_argument
@@ -192,8 +193,9 @@ def flow_map_flags(p):
         help="law of the two draws sorted into (t, s): uniform or logitnormal:MEAN,SCALE (iMF: -0.4,1)")
     add("--jvp", choices=["fd", "exact"], default="fd",
         help="du/dt by central difference, as the paper, or by torch.func.jvp")
-    add("--fd_h", type=number(float, 0, 0.5, open_low=True), default=0.005, help="h of the central difference")
-    add("--huber_c", type=number(float, 0, open_low=True), default=1e-3,
+    add("--fd_h", type=number(float, 1e-5, 0.5), default=0.005,
+        help="h of the central difference (below 1e-5 it is rounding)")
+    add("--huber_c", type=number(float, 1e-6), default=1e-3,
         help="c of the pseudo-Huber distance sqrt(mean e^2 + c^2) - c")
     add("--cosine", type=number(int, 0, 1), default=1,
         help="1: add 1 - cosine over the channels to the distance (needs two channels or more)")
@@ -287,7 +289,7 @@ def resolve_compile(args, kind):
     """What --compile auto means for a kind of data: 0, 1, or "auto", which is left to the device (compile_blocks)."""
     if getattr(args, "jvp", "fd") == "exact":
         return 0
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():  # what torch.compile makes includes it
+    if not os.path.exists(Path(sysconfig.get_path("include"), "Python.h")):     # what torch.compile makes includes it
         return 0
     if kind == "latents":                                           # on a GPU Triton needs a C compiler
         compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")

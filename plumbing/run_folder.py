@@ -118,7 +118,7 @@ def check_folder(args):
         if network.is_file() and network.resolve() in [path.resolve() for path in own_paths(folder)]:
             raise BadInput(f"--out {folder}: holds --{name} {network}, which this run would write over; {elsewhere}")
     for path in own_paths(folder):
-        if path.exists() and not path.is_file():
+        if os.path.lexists(path) and not path.is_file():        # a link that leads nowhere is no file either
             raise BadInput(f"--out {folder}: {path.name} in it is no file; nothing was touched")
     if folder.is_symlink() and args.resume == "no":
         raise BadInput(f"--out {folder}: is a link, and --resume no does not remove through one; nothing was touched")
@@ -157,6 +157,16 @@ def same_value(flag, before, now):
     if flag in PATHS and isinstance(before, str) and isinstance(now, str):
         return os.path.abspath(before) == os.path.abspath(now)
     return before == now
+
+
+def refuse_odd_history(step, evaluations):
+    """ValueError unless these are what `save` writes: a number of steps, and the metrics [{step, fd_2step, ...}]."""
+    if type(step) is not int or step < 0:
+        raise ValueError(f"its step is {step!r}")
+    for evaluation in evaluations:
+        numbers = [evaluation["step"], *evaluation.values()]
+        if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+            raise ValueError("an evaluation in it holds no finite numbers")
 
 
 def changed_data(before, now):
@@ -268,7 +278,9 @@ class Run:
 
     def say_other_code(self):
         """A line if the run was begun with other code than this: what has been trained is not what this would train."""
-        before = read_json(self.folder / "args.json", "the configuration of a run").get("code", {})     # it is newer
+        before = read_json(self.folder / "args.json", "the configuration of a run").get("code")         # it is newer
+        if not isinstance(before, dict):
+            return
         now = self.args.code
         other = sorted(file for file in before.keys() | now.keys() if before.get(file) != now.get(file))
         if before and now and other:
@@ -299,12 +311,15 @@ class Run:
         with reading(path, "the state of this run", f"it cannot be resumed, {start_over(self.args)}"):
             refuse_flips(path)
             saved = torch.load(path, map_location="cpu", weights_only=True)
+            if not saved["data"]:
+                raise ValueError("it does not say of which data")
             changed = changed_data(saved["data"], self.fingerprint_of_data())
             if changed:
                 raise BadInput(f"--data {self.data.source}: has changed since {path} was written (its {changed}); "
                                f"{start_over(self.args)}")
             for name, part in self.state.items():
                 part.load_state_dict(saved[name])
+            refuse_odd_history(saved["step"], saved["evaluations"])
             self.step, self.evaluations = saved["step"], saved["evaluations"]
             self.classifier = saved.get("classifier")               # not in the files of earlier versions
         self.refuse_divergence(f"{path} holds it: {start_over(self.args)}")

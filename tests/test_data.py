@@ -215,7 +215,7 @@ def test_beside_a_folder_named_digits_the_digits_are_still_scikit_learns(tmp_pat
 def test_a_start_of_other_images_is_said(in_home, capsys):
     """It goes on with these images normalised by their own mean and deviation."""
     checkpoint = checkpoints.load_checkpoint("imf/model.pt")
-    toy = data.load_data("toy.npz")
+    toy = data.load_data(Path("toy.npz"))
     checkpoints.say_other_data("imf/model.pt", checkpoint, toy)
     assert capsys.readouterr().out == ""
     found = dict(np.load("toy.npz"))

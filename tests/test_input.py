@@ -3,6 +3,7 @@
 What is refused ends in one line and exit code 2 and leaves the folder as it was; what is a cache is made again.
 """
 import copy
+import json
 import os
 import shutil
 import typing
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import common
@@ -23,7 +25,7 @@ import model
 import vae
 from plumbing import checkpoints, flags
 from test_data import TINY_VAE
-from test_helpers import refusal, small_net
+from test_helpers import refusal, small_net, train
 
 
 def refuse_all(folder, cases, capsys, monkeypatch):
@@ -115,6 +117,12 @@ def odd_states(good):
             yield f"{own} {value!r:.20}", good | dict(opt=opt | dict(state=opt["state"] | {i: state}))
         state = {k: v for k, v in opt["state"][i].items() if k != own}
         yield f"no {own}", good | dict(opt=opt | dict(state=opt["state"] | {i: state}))
+    for step in (-1, 1.5, "1", None, torch.nan):
+        yield f"step {step}", good | dict(step=step)
+    for evaluations in ("text", None, [1], [{}], [dict(fd_1step=1.0)], [dict(step=0, fd_1step="x")],
+                        [dict(step=0, fd_1step=torch.nan)]):
+        yield f"evaluations {evaluations}", good | dict(evaluations=evaluations)
+    yield "no data", good | dict(data={})
 
 
 @pytest.mark.slow
@@ -131,6 +139,14 @@ def test_odd_states(in_home, monkeypatch, capsys, few_samples):
     (in_home / "odd" / "state.pt").unlink()
     said = refusal(f"{command} --steps 9", capsys, monkeypatch)
     assert "has a model.pt but no state.pt" in said and "--init odd/model.pt" in said
+    args = json.loads((in_home / "odd" / "args.json").read_text())
+    (in_home / "odd" / "args.json").write_text(json.dumps(args | dict(code=None)))      # as of a version without it
+    torch.save(good, "odd/state.pt")
+    train(f"{command} --steps {good['step']}")
+    (in_home / "odd" / "state.pt").unlink()
+    (in_home / "odd" / "state.pt").symlink_to("nowhere")
+    assert "state.pt in it is no file" in refusal(command, capsys, monkeypatch)
+    (in_home / "odd" / "state.pt").unlink()
     (in_home / "odd" / "state.pt").mkdir()
     for resume in ("auto", "no"):
         said = refusal(f"{command} --resume {resume}", capsys, monkeypatch)
@@ -352,6 +368,7 @@ def test_bad_shards(tmp_path, monkeypatch, capsys):
     for i, wrong in enumerate([labels.bool(), labels.float(), labels.to(torch.uint64), labels[:3], labels[:, None],
                                labels.to(torch.uint16)]):
         folder(f"labels{i}", "do not fit together", good | dict(labels=wrong))
+    folder("text", "n '8', expected", meta='{"classes": ["a", "b", "c"], "vae_hash": "", "n": "8"}')
     folder("high", "labels go up to", good | dict(labels=labels + 2 ** 60))
     folder("oblong", "expected [n, C, H, H]", both(z[..., :6]))
     folder("none", "expected [n, C, H, H]", dict(latents=z[:0], latents_flip=z[:0].clone(), labels=labels[:0]))
@@ -407,7 +424,11 @@ def test_an_encoding_is_repaired(tmp_path, monkeypatch, capsys):
     shard = tmp_path / "out" / "latents_rank00_shard001.safetensors"
     content = shard.read_bytes()
     latents = load_file(shard)["latents"].clone()                # not a view of the file
-    for damage in (b"", content[:100], b"\0" * 300):
+    odd = dict(count="9", sum=[1.0] * 4, square=[1.0] * 4)       # a shard whose sums are no numbers
+    with safe_open(shard, "pt") as file:
+        metadata = file.metadata() | dict(sums=json.dumps(odd))
+    save_file(load_file(shard), tmp_path / "odd.safetensors", metadata)
+    for damage in (b"", content[:100], b"\0" * 300, (tmp_path / "odd.safetensors").read_bytes()):
         shard.write_bytes(damage)
         (tmp_path / "out" / ".latents_rank00_shard000.safetensors.ab12.tmp").write_bytes(b"half")
         (tmp_path / "out" / "meta.json").write_text("{")
@@ -451,6 +472,7 @@ def test_bad_references_and_images_for_fid(tmp_path, monkeypatch, capsys):
         dict(mu=mu + np.inf, sigma=sigma), dict(mu=mu, sigma=sigma, features=np.zeros((9, 7))),
         dict(mu=mu, sigma=sigma, features=np.zeros((3, 2048))), dict(mu=mu, sigma=sigma, features=np.zeros(2048)),
         dict(mu=mu, sigma=sigma, features=np.full((9, 2048), np.nan)),
+        dict(mu=mu, sigma=-sigma), dict(mu=mu, sigma=np.triu(np.ones((2048, 2048), "f4"))),     # no covariance
     ]):
         np.savez(f"ref{i}.npz", **arrays)
         cases.append((f"{command} --from_images images.npz --ref ref{i}.npz", "expected finite mu [2048] and sigma"))
@@ -573,6 +595,9 @@ def test_numbers_beyond_any_machine(script, tmp_path, monkeypatch, capsys):
     for flag in ["--lr", *(["--fake_lr"] if script in ("dmd2.py", "sid.py") else []),
                  *([] if script == "sid.py" else ["--huber_c"]), "--omega"]:
         cases.append((f"{script} {flag} 1e39", f"{flag}: 1e39 is out of range"))
+    if script != "sid.py":                                      # rounding alone is left of the difference; c^2 is 0
+        cases += [(f"{script} --fd_h 1e-9", "--fd_h: 1e-9 is out of range"),
+                  (f"{script} --huber_c 1e-30", "--huber_c: 1e-30 is out of range")]
     for flag in ("--init", "--out", "--vae", "--data"):                 # a shell variable that is not set
         cases += [(f"{script} {flag} ''", f"{flag}: has an empty value"), (f"{script} {flag}=", "has an empty value")]
     cases.append((f"{script} --device meta --out o", "--device meta: not usable here"))

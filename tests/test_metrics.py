@@ -95,6 +95,11 @@ def test_frechet_distance_closed_forms():
         frechet_distance(mu, cov, mu[:5], cov[:5, :5])
     with pytest.raises(ValueError, match="NaN"):
         frechet_distance(mu, cov * float("nan"), mu, cov)
+    below = cov - 0.1 * cov.trace() * torch.eye(len(cov))
+    for one, other in ((-cov, cov), (cov, -cov), (cov.triu(), cov), (cov, below)):
+        with pytest.raises(ValueError, match="not symmetric, or has a negative eigenvalue"):
+            frechet_distance(mu, one, mu, other)
+    assert frechet_distance(mu, cov, mu, 0 * cov) == pytest.approx(cov.trace().item())
 
 
 def test_precision_and_recall_are_not_swapped():
@@ -373,6 +378,8 @@ def test_a_reference_holds_features_of_all_classes(tmp_path):
 def golden_inception():
     """(expected outputs, the network with its golden weights, uint8 images [n, 3, H, W])"""
     z, cfg = golden("inception")
+    with pytest.raises(ValueError, match="expected 'adm' or 'pytorch_fid'"):
+        inception.Inception("tf")
     net = inception.Inception()
     keys = {}
     for line in (HERE / "golden" / "inception_keys.txt").read_text().splitlines():
@@ -471,6 +478,7 @@ BAD_FID = [  # arguments of evaluate.py, words of the one line
     (FOLDER, "6 images give no covariance"),
     (f"{FOLDER} --few 1", "003.png: not a readable image"),
     ("--from_images images.npz --inception inception.pth --ref badref.npz --few 1", "expected finite mu [2048]"),
+    (f"{FOLDER.replace('folder', 'images.npz')} --few 1 --n 99", "--n 99: images.npz holds"),
     ("--from_images images.npz --inception inception.pth", "needs --ref"),
     ("--from_images images.npz", "need --inception"),
     ("ref --inception inception.pth", "needs --data"),
