@@ -427,7 +427,7 @@ def count_classes(labels: torch.Tensor, meta: dict, shown: str) -> int:
     if largest >= classes:
         raise BadInput(f"{shown}: labels go up to {largest}, but meta.json names {classes} classes; "
                        "expected shards and meta.json of one encoding")
-    if not isinstance(n, int) or classes > MAX_CLASSES:
+    if not isinstance(n, int) or len(meta.get("classes", ())) > MAX_CLASSES:
         raise BadInput(f"{shown}: meta.json has {classes} classes and n {n!r}, expected at most {MAX_CLASSES} classes "
                        "and a whole number; run `python vae.py encode` again")
     if len(labels) != n:

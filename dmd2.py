@@ -144,6 +144,7 @@ PRESETS_OF_CD = {
     ("pixels", "imf"): PRESETS["pixels", "imf"] | dict(lr=3e-3, fake_lr=3e-3),
     ("pixels", "fm"): PRESETS["pixels", "fm"] | dict(lr=3e-3, fake_lr=3e-3),
     ("images", "imf"): PRESETS["images", "imf"] | dict(lr=3e-3, fake_lr=3e-3),
+    ("images", "fm"): PRESETS["images", "fm"] | dict(lr=3e-3, fake_lr=3e-3),
     ("latents", "imf"): PRESETS["latents", "imf"] | dict(steps=54_000, cd_guidance="drawn"),
     ("latents", "fm"): PRESETS["latents", "fm"] | dict(steps=33_000),
 }

@@ -91,7 +91,7 @@ def is_covariance(cov: torch.Tensor, tolerance: float = 1e-4) -> bool:
     rounding = tolerance * cov.diagonal().abs().max()
     if (cov - cov.T).abs().max() > rounding:
         return False
-    shifted = cov + rounding * torch.eye(len(cov), dtype=cov.dtype)
+    shifted = cov + rounding * torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
     return not cov.any() or not torch.linalg.cholesky_ex(shifted).info
 
 
@@ -105,7 +105,7 @@ def inception_score(probs: torch.Tensor, splits: int = 10, shuffle: bool = True)
     if not 1 <= splits <= len(probs):
         raise ValueError(f"inception_score: {splits} splits of {len(probs)} rows, expected 1 to {len(probs)}")
     if not ((probs.sum(1) - 1).abs() < 1e-3).all() or probs.min() < 0:                # False for nan
-        raise ValueError("inception_score: rows of probs do not sum to 1; pass probabilities, not logits")
+        raise ValueError("inception_score: rows of probs are negative or do not sum to 1; pass probabilities")
     if shuffle:
         probs = probs[np.random.RandomState(2020).permutation(len(probs))]
     scores = []

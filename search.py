@@ -6,8 +6,8 @@
     python search.py scratch                 # Table 5: 6 methods, 6 runs each
     python search.py weak --method SiD       # one method
     python search.py strong --method "DMD2, beyond"    # past the edge at which its search ended (BEYOND)
-    python search.py weak --data /usr/share/datasets/fashion-mnist --seeds 1  # 7 methods, 4 runs each; strong: 7; fm: 3
-    python search.py scratch --data /usr/share/datasets/fashion-mnist --seeds 1  # 5 methods, 3 or 4 runs each
+    python search.py weak --data /usr/share/datasets/fashion-mnist --seeds 1  # 7 methods, 4 runs each; strong: 7; fm: 5
+    python search.py scratch --data /usr/share/datasets/fashion-mnist --seeds 1  # 6 methods, 3 or 4 runs each
 
 Six settings a method from the weak start; four elsewhere, around what the weak search chose, or from scratch around the
 presets.  Of images of 24 pixels or more CD and FSF-DMD have the same number of forward passes; from scratch there are
@@ -125,6 +125,8 @@ FROM_FM_OF_IMAGES = {
     "DMD2":               (DMD2, [TWO_SIDES[i] for i in (1, 2, 4, 5)]),
     "FSF-DMD, M = 2":     (FSF + " --M 2 --lr 0.008",                 # the best of CD's first three rates
                            [f"--lam {lam} --shift 10" for lam in (0.001, 0.01, 0.05, 0.2)]),
+    "DMD2 + L_CD":        (DMD2_CD, FOUR_OF_BOTH_LOSSES),
+    "SiD":                (SID, FOUR_OF_TWO_SIDES),
 }
 FROM_WEAK_OF_IMAGES = {
     "CD with masking":    (CD_MASKED, ["--lr 0.001", "--lr 0.002", "--lr 0.004", "--lr 0.008"]),
@@ -157,6 +159,8 @@ FROM_SCRATCH_OF_IMAGES = {                                            # for half
     "iMF + DMD2":         ("dmd2.py --init scratch --steps 750",      # the preset's rate is iMF's best
                            ["--lam 0.003", "--lam 0.01", "--lam 0.03", "--lam 0.1"]),
     "iMF + TwinFlow":     ("twinflow.py --base imf --steps 750",
+                           ["--lam 0.01", "--lam 0.03", "--lam 0.1", "--lam 0.3"]),
+    "RCGM + TwinFlow":    ("twinflow.py --base rcgm --steps 750",     # at RCGM's best rate
                            ["--lam 0.01", "--lam 0.03", "--lam 0.1", "--lam 0.3"]),
 }
 # start: (the start's command, or None from scratch; its methods)

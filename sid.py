@@ -109,7 +109,7 @@ PRESETS = {
         size="small", steps=188, lr=3e-4, fake_lr=1e-3, omega=1.5, guide_to=1.0,
         save_every=100, eval_every=94, health_every=94),
     ("images", "fm"): dict(
-        size="small", steps=200, lr=1e-4, fake_lr=1e-3, omega=1.5, guide_to=1.0,
+        size="small", steps=200, lr=3e-4, fake_lr=3e-3, omega=1.5, guide_to=1.0,
         save_every=100, eval_every=100, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=15_000, batch_size=128, lr=6e-5, fake_lr=6e-4, ema=0.99995, precision="bf16",

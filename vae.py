@@ -360,7 +360,7 @@ def shard_sums(path: Path) -> tuple[dict, int, list]:
         for name in ("sum", "square"):
             sums[name] = torch.tensor(sums[name], dtype=torch.float64)       # [C]
         n, bad = int(metadata["total_size"]), json.loads(metadata["bad"])
-        if type(sums["count"]) is not int or min(sums["count"], n) < 0 or not isinstance(bad, list):
+        if type(sums["count"]) is not int or min(sums["count"], n) < 1 or not isinstance(bad, list):
             raise ValueError("its sums are no numbers of images")
         return sums, n, bad
 

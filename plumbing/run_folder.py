@@ -163,6 +163,8 @@ def refuse_odd_history(step, evaluations):
     """ValueError unless these are what `save` writes: a number of steps, and the metrics [{step, fd_2step, ...}]."""
     if type(step) is not int or step < 0:
         raise ValueError(f"its step is {step!r}")
+    if not isinstance(evaluations, list):
+        raise ValueError("its evaluations are no list")
     for evaluation in evaluations:
         numbers = [evaluation["step"], *evaluation.values()]
         if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):

@@ -119,7 +119,7 @@ def odd_states(good):
         yield f"no {own}", good | dict(opt=opt | dict(state=opt["state"] | {i: state}))
     for step in (-1, 1.5, "1", None, torch.nan):
         yield f"step {step}", good | dict(step=step)
-    for evaluations in ("text", None, [1], [{}], [dict(fd_1step=1.0)], [dict(step=0, fd_1step="x")],
+    for evaluations in ("text", None, {}, [1], [{}], [dict(fd_1step=1.0)], [dict(step=0, fd_1step="x")],
                         [dict(step=0, fd_1step=torch.nan)]):
         yield f"evaluations {evaluations}", good | dict(evaluations=evaluations)
     yield "no data", good | dict(data={})
@@ -140,7 +140,7 @@ def test_odd_states(in_home, monkeypatch, capsys, few_samples):
     said = refusal(f"{command} --steps 9", capsys, monkeypatch)
     assert "has a model.pt but no state.pt" in said and "--init odd/model.pt" in said
     args = json.loads((in_home / "odd" / "args.json").read_text())
-    (in_home / "odd" / "args.json").write_text(json.dumps(args | dict(code=None)))      # as of a version without it
+    (in_home / "odd" / "args.json").write_text(json.dumps(args | dict(code=None)))      # no hashes of the code
     torch.save(good, "odd/state.pt")
     train(f"{command} --steps {good['step']}")
     (in_home / "odd" / "state.pt").unlink()

@@ -16,7 +16,7 @@ import reproduce
 from data import data_kind
 from plumbing import report
 from test_helpers import HERE
-from told import FASHION_2, FASHION_4, FASHION_STRONG, KEPT, Told, best_of_search, told_of_search, words_of_the_texts
+from told import FASHION_2, FASHION_4, FASHION_STRONG, KEPT, Told, best_of_search, words_of_the_texts
 
 # ---- The files in results/ -------------------------------------------------------------------------------------------
 
@@ -293,7 +293,6 @@ def test_what_is_said_of_fashion_mnist_is_in_the_numbers():
     on_the_way = np.array([[e["fd_2step"] for e in run["evaluations"]] for run in runs])      # [seeds, evaluations]
     assert [f"{each:.1f}" for each in on_the_way.mean(0)] == ["38.9", "46.7", "36.7"]
     assert (on_the_way[:, 1] > on_the_way[:, 0]).all() and (on_the_way[:, 1] > on_the_way[:, 2]).all()
-    told_of_search("weak", "fashion-mnist", seeds=1)
     rows = json.loads((KEPT / "search-fashion-mnist-weak" / "runs.json").read_text())["rows"]
     of_lambda = [f"{row['distance'][0]:.1f}" for row in rows if row["method"].startswith("FSF")]
     assert of_lambda == ["31.5", "31.7", "32.9", "36.4"]

@@ -16,7 +16,7 @@ import twinflow
 from common import BadInput
 from plumbing import report
 from test_helpers import HERE
-from told import KEPT, best_of_search, told_of_search, words_of_the_texts
+from told import KEPT, best_of_search, lines_of_searches, told_of_search, words_of_the_texts
 
 
 def test_the_new_start_of_the_digits_and_its_first_search_are_in_the_text():
@@ -132,7 +132,15 @@ def test_presets_of_images_from_a_velocity_network_are_the_best_of_their_search(
     for row in rows:
         expected = 3359 if row["method"] == "DMD2" else 2250
         assert row["runs"][0]["evaluations"][-1]["passes"] == pytest.approx(expected, rel=0.001)
-    told_of_search("fm", "fashion-mnist", seeds=1)
+    lines = []
+    for name, presets in (("SiD", sid.PRESETS), ("DMD2_L_CD", dmd2.PRESETS_OF_CD)):
+        [(setting, lowest)] = best_of_search(f"fm-{name}", "fashion-mnist", seeds=1).values()
+        preset = presets["images", "fm"]
+        assert setting.endswith(f"--lr {preset['lr']} --fake_lr {preset['fake_lr']}")
+        lines.append(f"{lowest:.1f}")
+    text = words_of_the_texts()
+    assert f"has {lines[0]} at `--lr 0.0003 --fake_lr 0.003` after 2,800 passes, the lowest distance of any" in text
+    assert f"it has {lines[1]} at 0.003 and 0.003, the edge of its search" in text
 
 
 def test_presets_of_images_from_an_imf_are_the_best_of_their_search():
@@ -141,70 +149,46 @@ def test_presets_of_images_from_an_imf_are_the_best_of_their_search():
     assert best["CD with masking"] == f"--lr {cd['lr']}" and fsf["lr"] == cd["lr"]
     assert best["FSF-DMD, M = 2"] == f"--lam {fsf['lam']} --shift {fsf['shift']:.0f}"
     assert best["DMD2"] == f"--lr {both['lr']} --fake_lr {both['fake_lr']}"
-    told_of_search("weak", "fashion-mnist", seeds=1)
     of_sid = sid.PRESETS["images", "imf"]
     [(setting, lowest)] = best_of_search("weak-SiD", "fashion-mnist", seeds=1).values()
     assert setting == f"--lr {of_sid['lr']} --fake_lr {of_sid['fake_lr']}"
-    told_of_search("weak-SiD", "fashion-mnist", seeds=1)
     assert lowest < min(value for _, value in best_of_search("weak", "fashion-mnist", seeds=1).values())
-    rows = json.loads((KEPT / "search-fashion-mnist-weak-SiD" / "runs.json").read_text())["rows"]
-    assert [f"{row['distance'][0]:.1f}" for row in rows] == ["28.7", "26.1", "30.2", "52.2"]
-    told_of_search("weak-DMD2_L_CD", "fashion-mnist", seeds=1)
-    rows = json.loads((KEPT / "search-fashion-mnist-weak-DMD2_L_CD" / "runs.json").read_text())["rows"]
-    slow, slow_1, fast, best_of_both = (f"{row['distance'][0]:.1f}" for row in rows)
-    told = (f"{best_of_both}; 0.1 and the same rates give {fast}, at 0.001 and 0.001 lambda 1 gives {slow_1} "
-            f"and 0.1 {slow}")
-    assert told in words_of_the_texts()
     [(setting, _)] = best_of_search("weak-FSF_DMD_M_1", "fashion-mnist", seeds=1).values()
     assert setting == best["FSF-DMD, M = 2"]
-    rows = json.loads((KEPT / "search-fashion-mnist-weak-FSF_DMD_M_1" / "runs.json").read_text())["rows"]
-    found = [f"{row['distance'][0]:.1f}" for row in rows]
-    told = f"its best too ({found[0]}; 0.003 gives {found[1]}, 0.015 {found[2]}, 0.05 {found[3]};"
-    assert told in words_of_the_texts()
 
 
-def test_what_is_said_of_the_search_from_the_strong_start_of_fashion_mnist_is_in_the_numbers():
-    text, preset = words_of_the_texts(), {}
-    for script in (consistency, dmd2, fsf_dmd, sid):
-        preset[script] = script.PRESETS["images", "imf"]
-    rates = f"--lr {preset[dmd2]['lr']} --fake_lr {preset[dmd2]['fake_lr']}"
-    found = {}                                                        # {method: {setting: distance}}
-    for method in ("CD with masking", "DMD2", "SiD"):
-        name = "strong-" + method.replace(" ", "_")
-        told_of_search(name, "fashion-mnist", seeds=1)
+def test_every_search_on_fashion_mnist_is_in_the_table():
+    assert "\n".join(lines_of_searches()) in (HERE / "RESULTS.md").read_text()
+
+
+def test_what_is_said_of_the_searches_on_fashion_mnist_is_in_the_numbers():
+    text = words_of_the_texts()
+
+    def found(name):
+        """{setting: distance} of a search of one method."""
         rows = json.loads((KEPT / f"search-fashion-mnist-{name}" / "runs.json").read_text())["rows"]
-        found[method] = {row["setting"]: f"{row['distance'][0]:.1f}" for row in rows}
-    cd, both, of_sid = found.values()
+        return {row["setting"]: f"{row['distance'][0]:.1f}" for row in rows}
+
+    weak, of_sid = found("weak"), found("weak-SiD")
+    best, tables = "--lr 0.0003 --fake_lr 0.001", "--lr 0.0001 --fake_lr 0.001"
+    for words in (f"Again the smallest lambda is the best, 0.0003 ({weak['--lam 0.0003 --shift 10']}; the paper's "
+                  f"0.05: {weak['--lam 0.05 --shift 10']}), with M = 1 too",
+                  f"`{best}`, has {of_sid[best]} there, the lowest distance of any method (the table's 0.0001 and "
+                  f"0.001: {of_sid[tables]})"):
+        assert words in text, words
+
+    cd, both, fsf = found("strong-CD_with_masking"), found("strong-DMD2"), found("strong-FSF_DMD_M_2")
+    rates = dmd2.PRESETS["images", "imf"]                             # the table's
+    assert min(both, key=both.get) == f"--lr {rates['lr']} --fake_lr {rates['fake_lr']}"
+    assert fsf_dmd.PRESETS["images", "imf"]["lam"] == 0.0003 and fsf["--lam 0.0003 --shift 10"] == min(fsf.values())
     [row] = json.loads((KEPT / "search-fashion-mnist-strong-CD_with_masking" / "runs.json").read_text())["rows"][:1]
-    words_of_start = f"({row['runs'][0]['evaluations'][0]['fd_2step']:.1f} at 2 steps; the table's 39.7)"
-    assert words_of_start in text
-    assert min(both, key=lambda setting: float(both[setting])) == rates                # the table's
-    words = [f"(the table's 0.004 {cd['--lr 0.004']}, 0.002 {cd['--lr 0.002']}, 0.001 {cd['--lr 0.001']};"]
-    assert preset[consistency]["lr"] == 0.004
-    pairs = [("0.0003", "0.003"), ("0.0003", "0.001"), ("0.0001", "0.001")]
-    rest = [f"{lr} and {fake} {both[f'--lr {lr} --fake_lr {fake}']}" for lr, fake in pairs]
-    words.append(f"the table's ({', '.join(rest)};")
-    pairs = [("0.0003", "0.001"), ("0.0003", "0.003"), ("0.00003", "0.001")]
-    rest = [f"{lr} and {fake} {of_sid[f'--lr {lr} --fake_lr {fake}']}" for lr, fake in pairs]
-    assert (preset[sid]["lr"], preset[sid]["fake_lr"]) == (0.0003, 0.001)
-    words.append(f"(the table's {rest[0]}, {rest[1]}, {rest[2]};")
-    told_of_search("strong-FSF_DMD_M_2", "fashion-mnist", seeds=1)
-    rows = json.loads((KEPT / "search-fashion-mnist-strong-FSF_DMD_M_2" / "runs.json").read_text())["rows"]
-    of_lam = {row["setting"].split()[1]: f"{row['distance'][0]:.1f}" for row in rows}
-    assert list(of_lam) == ["0.0003", "0.003", "0.015", "0.05"] and of_lam["0.0003"] == min(of_lam.values(), key=float)
-    for name in ("strong-FSF_DMD_M_1", "strong-DMD2_L_CD"):
-        told_of_search(name, "fashion-mnist", seeds=1)
-        rows = json.loads((KEPT / f"search-fashion-mnist-{name}" / "runs.json").read_text())["rows"]
-        found[name] = [f"{row['distance'][0]:.1f}" for row in rows]
-    first, second, best, last = found["strong-FSF_DMD_M_1"]
-    words.append(f"--shift 10` {best} (0.003 gives {second}, 0.0003 {first}, 0.05 {last};")
-    slow, slow_1, fast, best = found["strong-DMD2_L_CD"]
-    words.append(f"{best}, the edge of its search (0.1 and the same rates {fast}, at 0.001 and 0.001 lambda 1 gives "
-                 f"{slow_1} and 0.1 {slow};")
-    words.append(f"the table's too (0.003 gives {of_lam['0.003']}, 0.015 {of_lam['0.015']}, 0.05 {of_lam['0.05']};")
-    assert preset[fsf_dmd]["lam"] == 0.0003
-    for each in words:
-        assert each in text, each
+    one, last = found("strong-FSF_DMD_M_1"), found("strong-DMD2_L_CD")
+    for words in (f"({row['runs'][0]['evaluations'][0]['fd_2step']:.1f} at 2 steps; the table's 39.7)",
+                  f"its second best ({cd['--lr 0.004']}; at twice the rate {cd['--lr 0.008']})",
+                  f"with M = 1 is 0.015 ({one['--lam 0.015 --shift 10']}; 0.0003 has {one['--lam 0.0003 --shift 10']})",
+                  f"DMD2 + L_CD has {last['--lam 1 --lr 0.003 --fake_lr 0.003']}, at the edge of its search"):
+        assert words in text, words
+    assert consistency.PRESETS["images", "imf"]["lr"] == 0.004 and cd["--lr 0.004"] == sorted(cd.values())[1]
 
 
 def test_the_searches_that_ended_at_an_edge_are_told():
@@ -230,12 +214,13 @@ def test_the_searches_that_ended_at_an_edge_are_told():
     assert found["DMD2", "--lr", "largest"] == strong | {"digits fm"}
     assert found["SiD", "--lr", "largest"] == {"digits fm"}
     assert found["DMD2, 1:1, no GAN", "--lr", "smallest"] == {"digits weak", "fashion weak", "fashion strong"}
-    assert len(found["DMD2 + L_CD", "--lr", "largest"]) == 5 and len(found["DMD2 + L_CD", "--lam", "largest"]) == 4
+    assert len(found["DMD2 + L_CD", "--lr", "largest"]) == 6 and len(found["DMD2 + L_CD", "--lam", "largest"]) == 5
     assert found["FSF-DMD", "--lam", "smallest"] == {"fashion scratch"}
     told = words_of_the_texts()
     for words in ("(M = 2) at its smallest from five starts of six, and from scratch on Fashion-MNIST",
-                  "at its largest from both strong starts", "of DMD2 1:1 at its smallest from three starts of four",
-                  "at its largest rates from all five, at its largest lambda from four"):
+                  "CD's rate at its largest from both strong starts",
+                  "of DMD2 1:1 at its smallest from three starts of four",
+                  "at its largest rates from all six, at its largest lambda from five"):
         assert words in told, words
 
 
@@ -250,22 +235,18 @@ def test_presets_of_images_from_scratch_are_the_best_of_their_search():
     assert reproduce.FLAGS["imf"][1].endswith(best["iMF"]) and best["iMF"] == best["RCGM"] == f"--lr {preset['lr']}"
     others = [dmd2.PRESETS, twinflow.PRESETS, twinflow.PRESETS_OF_RCGM, consistency.PRESETS_OF_LOSS["rcgm"]]
     assert all(presets["images", "scratch"]["lr"] == preset["lr"] for presets in others)
-    of = {method: [f"{distance:.1f}" for (each, _), distance in found.items() if each == method] for method in best}
     text = words_of_the_texts()
-    for name, script in (("iMF_DMD2", dmd2), ("iMF_TwinFlow", twinflow)):                # searched later, at that rate
+    for name, presets in (("iMF_DMD2", dmd2.PRESETS), ("iMF_TwinFlow", twinflow.PRESETS),
+                          ("RCGM_TwinFlow", twinflow.PRESETS_OF_RCGM)):                 # searched later, at that rate
         folder = KEPT / f"search-fashion-mnist-scratch-{name}"
         rows = json.loads((folder / "runs.json").read_text())["rows"]
         lines = [report.markdown_line(cells) for cells in search.body(rows, 1)]
         assert "\n".join(lines) in (folder / "README.md").read_text() and len(rows) == 4
         least = min(rows, key=lambda row: row["distance"][0])
-        assert least["setting"] == f"--lam {script.PRESETS['images', 'scratch']['lam']}"
-        of[name] = [f"{row['distance'][0]:.1f}" for row in rows]
-    for words in ("iMF + DMD2 has {}, {}, {} and {} with a lambda of 0.003, 0.01, 0.03 and 0.1".format(*of["iMF_DMD2"]),
-                  "iMF + TwinFlow {}, {} and {} with a weight of 0.01, 0.03".format(*of["iMF_TwinFlow"]),
-                  "iMF has {}, {}, {} and {}".format(*of["iMF"]), "RCGM {}, {}, {} and {}".format(*of["RCGM"]),
-                  f"{of['FSF-DMD'][0]} with the paper's lambda of 0.01 and k = 1",
-                  f"{of['FSF-DMD'][1]} with 0.001 and k = 10 (at 0.032 {of['FSF-DMD'][2]})"):
-        assert words in text, words
+        assert least["setting"] == f"--lam {presets['images', 'scratch']['lam']}"
+    smallest, papers = (f"{found['FSF-DMD', f'--lr 0.016 --lam {setting}']:.1f}"
+                        for setting in ("0.001 --shift 10", "0.01 --shift 1"))
+    assert f"the smallest ({smallest}; the paper's 0.01 and k = 1: {papers})" in text
 
 
 def test_a_method_past_an_edge_is_searched_from_its_start_alone():
@@ -286,3 +267,19 @@ def test_what_was_found_past_the_edge_of_dmd2s_search_is_in_the_numbers():
     assert rows[0]["distance"] == pytest.approx(kept, abs=0.1)          # the same setting, with later code
     assert (f"0.001 and 0.01 has {fake:.1f}, and on seed 100 0.003 and 0.01 {both:.1f}, 0.003 and 0.003 {fast:.1f}."
             in words_of_the_texts())
+
+
+def test_what_was_found_past_other_edges_on_digits_is_in_the_numbers():
+    def means(name):
+        rows = json.loads((KEPT / f"search-digits-{name}" / "runs.json").read_text())["rows"]
+        return [f"{statistics.mean(row['distance']):.1f}" for row in rows]
+
+    edge, fast, *_ = means("fm-DMD2_beyond")
+    best, below = means("fm-CD_beyond")
+    tables, twice, _ = means("strong-CD_beyond")
+    papers, fake, _ = means("strong-SiD_beyond")
+    for words in (f"it has [{fast} instead of {edge}](results/search-digits-fm-DMD2_beyond",
+                  f"{twice} at twice the rate, {tables} at the best of the search",
+                  f"(results/search-digits-fm-CD_beyond/README.md) {below}, at it {best})",
+                  f"(results/search-digits-strong-SiD_beyond/README.md): {fake}, at 0.003 {papers})"):
+        assert words in words_of_the_texts(), words

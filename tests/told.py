@@ -97,3 +97,27 @@ def told_of_search(start, data="digits", seeds=2):
     text = words_of_the_texts()
     for method, (setting, distance) in best_of_search(start, data, seeds).items():
         assert f"{method} `{setting}` {distance:.1f}" in text, method
+
+
+def lines_of_searches(data="fashion-mnist"):
+    """The table of all searches on a data set: a line a method and start, its settings in the order of their runs."""
+    lines = ["| start | method | flags | distance at 2 steps of each setting |", "|---|---|---|---|"]
+    for start, (_, methods) in search.SEARCHES_OF_IMAGES.items():
+        found = {}                                                    # {method: (its folder, its rows)}
+        for path in KEPT.glob(f"search-{data}-{start}*/runs.json"):
+            for row in json.loads(path.read_text())["rows"]:
+                found.setdefault(row["method"], (path.parent.name, []))[1].append(row)
+        assert found.keys() == methods.keys(), start
+        for method, (_, settings) in methods.items():
+            folder, rows = found[method]
+            assert [row["setting"] for row in rows] == settings
+            least, cells = min(row["distance"][0] for row in rows), []
+            for row in rows:
+                words = row["setting"].split()
+                distance = f"{row['distance'][0]:.1f}" if row["distance"][0] < 1e4 else "diverged"
+                cell = f"{' / '.join(words[1::2])}: {distance}"
+                cells.append(f"**{cell}**" if row["distance"][0] == least else cell)
+            flags = " ".join(words[::2])
+            lines.append(report.markdown_line([start, f"[{method}](results/{folder}/README.md)", f"`{flags}`",
+                                               ", ".join(cells)]))
+    return lines
