@@ -82,13 +82,13 @@ def frechet_distance(mu1: torch.Tensor, cov1: torch.Tensor, mu2: torch.Tensor, c
     return max(0.0, distance.item())
 
 
-def is_covariance(cov: torch.Tensor, tolerance: float = 1e-4) -> bool:
-    """Whether cov [D, D] is symmetric, without negative eigenvalues: up to `tolerance` of its largest variance.
+def is_covariance(cov: torch.Tensor) -> bool:
+    """Whether cov [D, D] is symmetric, without negative eigenvalues: up to 1e-4 of its largest variance.
 
     float32 rounds a covariance of 2,048 features at 1e-6 of that.
     """
     cov = torch.as_tensor(cov).double()
-    rounding = tolerance * cov.diagonal().abs().max()
+    rounding = 1e-4 * cov.diagonal().abs().max()
     if (cov - cov.T).abs().max() > rounding:
         return False
     shifted = cov + rounding * torch.eye(len(cov), dtype=cov.dtype, device=cov.device)

@@ -182,7 +182,9 @@ def test_what_is_said_of_a_gpu_is_in_the_numbers():
         f"TFLOP/s in that run), DMD2 {dmd2['share_of_matrix_rate']:.0%}",
         f"{parts['matrix products']:.0%} are matrix products, "
         f"{parts['elementwise'] + parts['reductions']:.0%} elementwise",
-        f"{parts['attention']:.0%} attention, and for {parts['idle']:.0%} the card waits",
+        f"{parts['attention']:.0%} attention, and for {parts['idle']:.0%} the card waits "
+        "(the profiler is a part of that: by the step of the table it is at most "
+        f"{1 - busy / two['sec_per_step']:.0%})",
         f"it would be at {two['share_of_matrix_rate'] * two['sec_per_step'] / busy:.0%}",
         f"FSF-DMD took {before['FSF-DMD M=2']['sec_per_step']:.3f} s and DMD2 {before['DMD2 1:5']['sec_per_step']:.3f}",
         f"by {ways['float32']['relative_error']:.4f} in float32, by {ways['TF32']['relative_error']:.3f} in TF32",

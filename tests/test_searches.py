@@ -138,7 +138,11 @@ def test_presets_of_images_from_a_velocity_network_are_the_best_of_their_search(
         preset = presets["images", "fm"]
         assert setting.endswith(f"--lr {preset['lr']} --fake_lr {preset['fake_lr']}")
         lines.append(f"{lowest:.1f}")
-    text = words_of_the_texts()
+    text, starts = words_of_the_texts(), []
+    for name in ("fm-DMD2_L_CD", "fm"):
+        [row, *_] = json.loads((KEPT / f"search-fashion-mnist-{name}" / "runs.json").read_text())["rows"]
+        starts.append(f"{row['runs'][0]['evaluations'][0]['fd_2step']:.1f}")
+    assert "({} at 2 steps; {} before)".format(*starts) in text
     assert f"has {lines[0]} at `--lr 0.0003 --fake_lr 0.003` after 2,800 passes, the lowest distance of any" in text
     assert f"it has {lines[1]} at 0.003 and 0.003, the edge of its search" in text
 
