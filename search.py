@@ -32,7 +32,7 @@ from plumbing import report
 from plumbing.files import json_text, write_atomic
 from plumbing.flags import Parser, data_source, folder_path, number
 from plumbing.kept_runs import default_jobs, inputs_of, is_done, refuse_torchrun, run_all
-from reproduce import CD_MASKED, DMD2, DMD2_CD, FSF, STARTS, job, usable_data
+from reproduce import CD, CD_MASKED, DMD2, DMD2_CD, FSF, STARTS, job, usable_data
 
 SEEDS = (100, 101)
 FINALISTS = 2                                                         # of each method, that run on the second seed too
@@ -176,7 +176,7 @@ SEARCHES_OF_IMAGES = {
     "fm": (STARTS["fm"], FROM_FM_OF_IMAGES),
     "scratch": (None, FROM_SCRATCH_OF_IMAGES),
 }
-# Of the digits, by --method alone.  FSF-DMD's lambda is not among them: below its smallest lies CD with masking.
+# By --method alone.  FSF-DMD's lambda is not among them: below its smallest lies CD with masking.
 BEYOND = {
     "weak": {"DMD2, beyond": (DMD2, PAST_0003)},
     "strong": {
@@ -189,12 +189,16 @@ BEYOND = {
         "DMD2, beyond": (DMD2, PAST_001),
     },
 }
+BEYOND_OF_IMAGES = {
+    "fm": {"CD without masking": (CD, FROM_FM_OF_IMAGES["CD with masking"][1])},
+}
 
 
 def parse_args(argv=None):
     p = Parser(description=__doc__)
     p.add_argument("start", choices=list(SEARCHES), help="where the methods start from")
-    lists = [methods for _, methods in (*SEARCHES.values(), *SEARCHES_OF_IMAGES.values())] + list(BEYOND.values())
+    lists = [methods for _, methods in (*SEARCHES.values(), *SEARCHES_OF_IMAGES.values())]
+    lists += [*BEYOND.values(), *BEYOND_OF_IMAGES.values()]
     p.add_argument("--method", choices=sorted({name for each in lists for name in each}), help="this method only")
     p.add_argument("--data", type=data_source, default="digits", help="digits, or other images, as in reproduce.py")
     p.add_argument("--seeds", type=number(int, 1, 2), default=2, help="1: no second seed for the best two of a method")
@@ -214,8 +218,8 @@ def run(args):
     if kind == "latents":
         raise BadInput(f"--data {args.data}: holds latents, expected digits or images")
     start_command, methods = (SEARCHES if kind == "pixels" else SEARCHES_OF_IMAGES)[args.start]
-    if args.method and kind == "pixels":
-        methods = methods | BEYOND.get(args.start, {})
+    if args.method:
+        methods = methods | (BEYOND if kind == "pixels" else BEYOND_OF_IMAGES).get(args.start, {})
     if args.method and args.method not in methods:
         raise BadInput(f"--method {args.method}: is not searched from {args.start}, expected {', '.join(methods)}")
     if args.method:
