@@ -383,7 +383,8 @@ class LightningDiT(nn.Module):
         self.config = dict(size=size, conditioning=conditioning, input_size=input_size, in_channels=in_channels,
                            num_classes=num_classes, qk_norm=qk_norm, mlp_ratio=mlp_ratio, **dims)
         depth, D, heads, patch = dims["depth"], dims["hidden_size"], dims["num_heads"], dims["patch_size"]
-        if min(in_channels, num_classes, depth, D, heads, patch) < 1 or input_size % patch or D % (4 * heads):
+        sizes = (input_size, in_channels, num_classes, mlp_ratio, depth, D, heads, patch)
+        if min(sizes) <= 0 or input_size % patch or D % (4 * heads):
             raise ValueError(f"dims must be positive, input_size {input_size} a multiple of patch_size {patch}, "
                              f"and hidden_size {D} of 4 x num_heads {heads}")
         self.conditioning, self.num_classes = conditioning, num_classes
@@ -554,8 +555,7 @@ class IMFBlock(nn.Module):
 class IMFDiT(nn.Module):
     """u(x, t, s | y, omega, t_min, t_max) of the official iMF weights.
 
-    The call is LightningDiT's; the network sees t - s, not t.  Its auxiliary v-head is left out: the instantaneous
-    velocity is u(x, t, t).
+    The call is LightningDiT's; the network sees t - s, not t.  Its auxiliary v-head is left out: u(x, t, t) serves.
     """
     conditioning = "in_context"
 

@@ -71,6 +71,10 @@ def param_groups(*models: torch.nn.Module, hidden=in_blocks) -> list[dict]:
     return [dict(params=muon, muon=True), dict(params=adam, muon=False)]
 
 
+def is_pair(value):
+    return isinstance(value, (tuple, list)) and len(value) == 2
+
+
 class NorMuon(torch.optim.Optimizer):
     """NorMuon(param_groups(net), lr=6e-4).
 
@@ -110,7 +114,7 @@ class NorMuon(torch.optim.Optimizer):
         g = self.param_groups[-1]
         in_range = dict(lr=g["lr"] > 0 and math.isfinite(g["lr"]), momentum=0 <= g["momentum"] < 1,
                         beta2=0 <= g["beta2"] < 1, weight_decay=g["weight_decay"] >= 0, adam_eps=g["adam_eps"] >= 0,
-                        adam_betas=len(g["adam_betas"]) == 2 and all(0 <= b < 1 for b in g["adam_betas"]),
+                        adam_betas=is_pair(g["adam_betas"]) and all(0 <= b < 1 for b in g["adam_betas"]),
                         ns_steps=isinstance(g["ns_steps"], int) and g["ns_steps"] >= 1)
         wrong = [f"{name} {g[name]} is out of range" for name, right in in_range.items() if not right]
         if g["scale"] not in ("aspect", "rms"):

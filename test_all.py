@@ -318,7 +318,9 @@ def test_initial_output_is_zero_and_patches_go_back_where_they_came_from():
     (dict(deph=3), "unknown dims"),
     (dict(depth=0), "dims must be positive"),
     (dict(num_heads=0), "dims must be positive"),
-], ids=["size", "conditioning", "input_size", "dims", "depth", "heads"])
+    (dict(input_size=0), "dims must be positive"),
+    (dict(mlp_ratio=0), "dims must be positive"),
+], ids=["size", "conditioning", "input_size", "dims", "depth", "heads", "no_pixels", "no_mlp"])
 def test_a_network_that_cannot_be_is_refused(bad, words):
     with pytest.raises(ValueError, match=words):
         model.LightningDiT(**bad)
@@ -410,7 +412,7 @@ def test_normuon_scales_batches_and_states():
         direction = normuon.newton_schulz(opt.state[p]["momentum"][None])[0]
     assert torch.cosine_similarity((before - p).flatten(), direction.flatten(), dim=0) > 0.9
     for bad in (dict(lr=0), dict(lr=float("nan")), dict(momentum=1.0), dict(scale="adam"), dict(adam_betas=(2, 2)),
-                dict(adam_betas=(0.9,)), dict(adam_eps=-1), dict(ns_steps=0), dict(ns_steps=2.5)):
+                dict(adam_betas=(0.9,)), dict(adam_betas=0.9), dict(adam_eps=-1), dict(ns_steps=0), dict(ns_steps=2.5)):
         with pytest.raises(ValueError, match="NorMuon"):
             normuon.NorMuon([p], **bad)
     with pytest.raises(ValueError, match="matrices only"):

@@ -119,7 +119,7 @@ def check_folder(args):
             raise BadInput(f"--out {folder}: holds --{name} {network}, which this run would write over; {elsewhere}")
     for path in own_paths(folder):
         if os.path.lexists(path) and not path.is_file():        # a link that leads nowhere is no file either
-            raise BadInput(f"--out {folder}: {path.name} in it is no file; nothing was touched")
+            raise BadInput(f"--out {folder}: {path.name} in it is no file; move it away, or pass another --out")
     if folder.is_symlink() and args.resume == "no":
         raise BadInput(f"--out {folder}: is a link, and --resume no does not remove through one; nothing was touched")
     path = folder / "args.json"

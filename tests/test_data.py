@@ -169,6 +169,17 @@ def test_images_that_do_not_fit_into_the_memory_are_refused(tmp_path, monkeypatc
     assert len(data.load_data(str(tmp_path)).x) == 2
 
 
+def test_labels_and_meta_json_name_a_sane_number_of_classes():
+    most = data.MAX_CLASSES
+    data.refuse_labels(torch.tensor([0, most - 1]), "x.npz")
+    with pytest.raises(common.BadInput, match="up to 100000, expected 0 .. classes - 1 of at most 100000 classes"):
+        data.refuse_labels(torch.tensor([0, most]), "x.npz")
+    assert data.count_classes(torch.tensor([0]), dict(classes=["a"] * most), "latents") == most
+    for meta in (dict(classes=["a"] * (most + 1)), dict(classes=["a"], n=1.0), dict(classes=["a"], n="1")):
+        with pytest.raises(common.BadInput, match="expected at most 100000 classes and a whole number"):
+            data.count_classes(torch.tensor([0]), meta, "latents")
+
+
 def test_labels_of_one_byte_are_counted():
     for dtype, most in ((torch.uint8, 255), (torch.int8, 127)):
         labels = torch.arange(most + 1).to(dtype)

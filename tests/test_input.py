@@ -150,7 +150,7 @@ def test_odd_states(in_home, monkeypatch, capsys, few_samples):
     (in_home / "odd" / "state.pt").mkdir()
     for resume in ("auto", "no"):
         said = refusal(f"{command} --resume {resume}", capsys, monkeypatch)
-        assert "state.pt in it is no file; nothing was touched" in said
+        assert "state.pt in it is no file; move it away, or pass another --out" in said
     assert (in_home / "odd" / "model.pt").exists() and (in_home / "odd" / "metrics.jsonl").exists()
     shutil.rmtree("odd")
     capsys.readouterr()
