@@ -360,6 +360,7 @@ def page(found, command):
     """README.md of the folder.  command: what made it."""
     rate = f"{found['flop_per_second_modelled']:.0e}".replace("+", "")
     B, counted = PAPER_BATCH, found["counted"]
+    outdated = f"\n{outdated_line(found)}\n" if found.get("outdated") else ""
     return f"""# What one step costs
 
 Made by `{command}` on {found['device']}, torch {found['torch']}.
@@ -370,7 +371,16 @@ at {rate} FLOP/s. CD and L_CD have random masking, the presets'; the paper's row
 [runs.json](runs.json) holds the numbers unrounded.
 
 {markdown(found)}
-"""
+{outdated}"""
+
+
+def outdated_line(found):
+    """What benchmarks/gpu.py says of rows that stay in a table although the code has changed since."""
+    labels_of = {}
+    for label, why in found["outdated"].items():
+        labels_of.setdefault(why, []).append(label)
+    parts = [f"{', '.join(labels)} ({why})" for why, labels in labels_of.items()]
+    return f"Of code that has changed since: {'; '.join(parts)}."
 
 
 def kept_rows(path):

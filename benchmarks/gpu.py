@@ -6,13 +6,16 @@
 
     runs         every script on digits, fp32 and bf16, compiled and not; losses beside the CPU's, step by step
     compiled     two steps of FSF-DMD and DMD2 at the paper's size, compiled beside eager: the same losses?
-    waits        calls within a step that hold up the CPU until the GPU is done, of every script: there should be none
+    waits        calls within a step that hold up the CPU until the GPU is done, of every script, on digits and on
+                 latents in bf16: there should be none
     cost         cost.py: seconds, memory and FLOPs of a step of every method at the paper's setting, and the share of
-                 the bf16 matrix rate that is measured beside it (Table 10); rows that are missing come first
+                 the bf16 matrix rate that is measured beside it (Table 10); rows that are missing, or were measured
+                 with other code, come first
     profile      where a step of FSF-DMD (M = 2) goes: attention, matrix products, elementwise, reductions, copies,
-                 idle; and the finite difference, the optimizer, the EMA
+                 idle (of a step that is not profiled); and the finite difference, the optimizer, the EMA
     difference   du/dt in bf16, with and without the float32 evaluations, against torch.func.jvp: error and time
-    throughput   images a second of 2-step sampling, VAE decoding and Inception features; minutes of a 50K FID
+    throughput   images a second of 2-step sampling, VAE decoding (batches, layouts) and Inception features; minutes of
+                 a 50K FID
     evidence     Table 2 on Fashion-MNIST from the strong start, five seeds of a larger network (reproduce.py --size
                  medium, 8 runs at a time); where --minutes stop it, the table of the seeds that are done
 
@@ -21,6 +24,7 @@ block that fails does not end the others.
 """
 import concurrent.futures
 import functools
+import hashlib
 import importlib
 import os
 import platform
@@ -52,7 +56,7 @@ from hooks import Done, after_each_step, replaced  # noqa: E402
 from inception import Inception  # noqa: E402
 from model import LightningDiT, fixed_guidance, total_derivative  # noqa: E402
 from normuon import NorMuon  # noqa: E402
-from plumbing.files import json_text, read_json, read_lines, write_atomic  # noqa: E402
+from plumbing.files import json_text, read_json, read_lines, sources, write_atomic  # noqa: E402
 from plumbing.flags import Parser, data_source, folder_path, number  # noqa: E402
 from plumbing.report import markdown_lines  # noqa: E402
 from vae import VAE  # noqa: E402
@@ -72,6 +76,7 @@ SETTINGS = {
     "bf16 compiled": "--precision bf16 --compile 1",
 }
 COMPARED = 20                   # steps whose losses are compared with the CPU's
+SECONDS = dict(runs=180, compiled=120, waits=60, profile=100, difference=20, throughput=40)     # about, on an H200
 
 # Rows of cost.py, those of the paper's claim first: FSF-DMD, DMD2, CD, ...
 ORDER = "3 7 1 2 6 5 16 15 10 18 4 8 9 19 12 14 11 13 17 20 21".split()
@@ -119,18 +124,20 @@ def parse_args(argv=None):
 
 
 def run(args):
-    folder, failed = args.out / "gpu", []
+    folder, failed, some_begun = args.out / "gpu", [], False
     folder.mkdir(parents=True, exist_ok=True)
     args.ends = time.perf_counter() + (60 * args.minutes or float("inf"))
     for name in args.block:
         path = folder / f"{name}.json"
-        if path.exists() and not args.again and not read_json(path, "what was measured before").get("missing"):
+        if path.exists() and not args.again and not unfinished(name, path):
             print(f"{name}: measured before, in {path}")
             continue
         begun = time.perf_counter()
-        if begun > args.ends:
-            print(f"{name}: not begun, {args.minutes:g} minutes are over; the same command goes on")
+        left = args.ends - begun
+        if left < 0 or some_begun and left < SECONDS.get(name, 0):
+            print(f"{name}: not begun, it would not end within {args.minutes:g} minutes; the same command goes on")
             continue
+        some_begun = True
         try:
             found = BLOCKS[name](args)
         except Exception:                                       # the time of the others is short
@@ -147,6 +154,24 @@ def run(args):
         print(f"{name}: {time.perf_counter() - begun:.0f} s, {path}")
     if failed:
         raise BadInput(f"failed: {', '.join(failed)}; what they raised is above")
+
+
+def unfinished(name, path):
+    """Whether a block that was measured has something left: rows that are missing, or are of code that has changed."""
+    found = read_json(path, "what was measured before")
+    return bool(found.get("missing") or name == "cost" and changed_rows(found))
+
+
+def changed_rows(found):
+    """Labels of cost's rows whose code has changed since they were measured, as far as that was kept."""
+    now = {label: code_of(command) for label, _, command in cost.COST}
+    return [row["label"] for row in found["rows"] if found.get("code", {}).get(row["label"]) != now[row["label"]]]
+
+
+def code_of(command):
+    """One short hash of all files that a row of cost.py executes."""
+    files = {name: text for name, text in sources(shlex.split(command)[0]).items() if name != "torch"}
+    return hashlib.sha256(json_text(files).encode()).hexdigest()[:12]
 
 
 def device_name(args):
@@ -172,9 +197,14 @@ def seconds_of(action, args, repeats=10):
 
 
 def matrix_rate(args):
-    """FLOP/s of square matrix products in bf16."""
+    """FLOP/s of square matrix products in bf16, after a second of them: a card that is cool runs faster than it can go
+    on."""
     n = 256 if args.rehearse else 8192
     a, b = (torch.randn(n, n, device=args.device, dtype=torch.bfloat16) for _ in range(2))
+    begun = time.perf_counter()
+    while not args.rehearse and time.perf_counter() - begun < 1:
+        a @ b
+        torch.cuda.synchronize()
     return 2 * n ** 3 / seconds_of(lambda: a @ b, args)
 
 
@@ -238,10 +268,17 @@ def waits(args):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         script("consistency.py --loss imf --device cpu --steps 20 --out start", folder)
-        for name, command in SCRIPTS.items():
-            file, *flags = shlex.split(command.replace("START", shlex.quote(f"{folder}/start/model.pt")))
+        data = cost.random_inputs(folder, "tiny")
+        cases = [(name, "digits", command) for name, command in SCRIPTS.items()]
+        cases += [(name, "latents, bf16", command) for name, command in SCRIPTS.items()]
+        for name, kind, command in cases:
+            start = folder / ("start/model.pt" if kind == "digits" else "imf.pt")
+            file, *flags = shlex.split(command.replace("START", shlex.quote(str(start))))
             module = importlib.import_module(Path(file).stem)
-            flags += ["--device", args.device.type, "--out", f"{folder}/{name}", "--log_every", "100"]
+            if kind != "digits":
+                flags += ["--data", str(data), "--precision", "bf16", "--batch_size", "8", "--compile", "0"]
+                flags += ["--size", "tiny"] if "--init" not in flags else []
+            flags += ["--device", args.device.type, "--out", f"{folder}/{name}-{kind[:6]}", "--log_every", "100"]
             with warnings.catch_warnings(record=True) as caught, after_each_step(look):
                 warnings.simplefilter("always")
                 try:
@@ -251,7 +288,7 @@ def waits(args):
                         torch.cuda.set_sync_debug_mode("default")
             waited = [w for w in caught if "called a synchronizing" in str(w.message)]
             places = sorted({f"{Path(w.filename).name}:{w.lineno}" for w in waited})
-            rows.append(dict(script=name, waits_at=", ".join(places) or "-"))
+            rows.append(dict(script=name, data=kind, waits_at=", ".join(places) or "-"))
     return dict(steps=end - begin, rows=rows)
 
 
@@ -295,35 +332,42 @@ def cost_table(args):
     earlier = read_json(path, "what was measured before") if path.exists() else {}
     here = earlier.get("device") == device_name(args) and earlier["torch"] == torch.__version__
     known = {row["label"]: row for row in earlier["rows"]} if here else {}
+    changed, outdated = (changed_rows(earlier), earlier.get("outdated", {})) if here else ([], {})
     if args.again:                                              # cost.py keeps its rows too
         (args.out / "gpu" / "rows" / "cost.json").unlink(missing_ok=True)
     wanted = ["1"] if args.rehearse else ORDER
-    absent = [number for number in wanted if labels[int(number) - 1] in earlier.get("missing", ())]
+    absent = [number for number in wanted if here and labels[int(number) - 1] in earlier["missing"]]
+    other_code = [number for number in wanted if labels[int(number) - 1] in changed]
+    other_code.sort(key=lambda number: labels[int(number) - 1] not in outdated)
     if not args.again:
-        wanted = absent or wanted
+        wanted = absent + other_code or wanted
     measured = cost.parse_args([*flags, "--row", *wanted])
     table = cost.folder_of(measured) / "runs.json"
     before = read_json(table, "what cost.py measured") if table.exists() else {}
     cost.run(measured)
     found, today = read_json(table, "what cost.py measured"), time.strftime("%Y-%m-%d")
-    rows = {}
+    rows, code = {}, {}
     for row in found["rows"]:
         if row["sec_per_step"] == known.get(row["label"], {}).get("sec_per_step"):
             continue                                            # not measured today
         flops = 1e9 * (found["batch"] * row["gflop_per_image"] + row["gflop_optimizer"])
         rows[row["label"]] = {k: row[k] for k in ("label", "passes", "sec_per_step", "memory_gb", "paper_sec_per_step")}
         rows[row["label"]] |= dict(share_of_matrix_rate=flops / row["sec_per_step"] / rate, date=today)
+        code[row["label"]] = code_of(row["command"])
+    outdated = {label: why for label, why in outdated.items() if label not in rows}
     if here:
         for label, row in known.items():
             rows.setdefault(label, row | dict(date=row.get("date", earlier["date"])))
+            code.setdefault(label, earlier.get("code", {}).get(label))
         whole = {row["label"]: row for row in [*before.get("rows", ()), *found["rows"]]}
-        found["rows"] = [whole[label] for label in labels if label in whole]
+        found |= dict(rows=[whole[label] for label in labels if label in whole], outdated=outdated)
         write_atomic(table, json_text(found, indent=1))
         write_atomic(table.with_name("README.md"), cost.page(found, measured.command))
     kept = dict(before=earlier["before"]) if "before" in earlier else {}                # what the texts compare with
     return dict(batch=found["batch"], precision=found["precision"], matrix_rate=rate,
                 rows=[rows[label] for label in labels if label in rows],
-                missing=[label for label in labels if label not in rows], **kept)
+                missing=[label for label in labels if label not in rows], code=code, outdated=outdated,
+                **kept)
 
 
 def parts_timed(args, spans):
@@ -347,7 +391,10 @@ def parts_timed(args, spans):
 
 
 def profiled(args):
-    """The kernels of a step of FSF-DMD after warm-up, by kind: means over five steps, in which nothing waits."""
+    """The kernels of a step of FSF-DMD after warm-up, by kind: means over five steps, in which nothing waits.
+
+    The five steps before these are timed without the profiler, which slows a step: `idle` is what their kernels leave.
+    """
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         cost.random_inputs(folder, args.size)
@@ -358,40 +405,41 @@ def profiled(args):
         # Of the GPU alone: with the calls behind its kernels the CPU falls behind, and the GPU waits.
         activity = ProfilerActivity.CPU if args.rehearse else ProfilerActivity.CUDA
         profiler, steps, first = profile(activities=[activity]), 5, 1 if args.rehearse else 12
-        begun, spans = [0.0], []
+        marks, spans, own_spans = [], [], []                    # marks: of the clock, begin and end twice
 
         def look(run):
+            if run.step not in (first, first + steps, first + 2 * steps):
+                return
+            wait(args)
+            marks.append(time.perf_counter())
             if run.step == first:
-                wait(args)
                 spans.clear()
-                profiler.start()
-                begun[0] = time.perf_counter()
             if run.step == first + steps:
-                wait(args)
-                begun[0] = (time.perf_counter() - begun[0]) / steps
+                own_spans.extend(spans)
+                profiler.start()
+                marks.append(time.perf_counter())
+            if run.step == first + 2 * steps:
                 profiler.stop()
                 raise Done
 
         with after_each_step(look), parts_timed(args, spans):
             fsf_dmd.train(fsf_dmd.parse_args(flags))
-    kinds, other = dict.fromkeys([kind for kind, _ in KINDS], 0.0), {}
+    step, profiled_step = ((end - begin) / steps for begin, end in (marks[:2], marks[2:]))
+    kinds, kernels = dict.fromkeys([kind for kind, _ in KINDS] + ["other"], 0.0), []
     for event in profiler.key_averages():
         if event.is_user_annotation or (event.device_type != DeviceType.CUDA and not args.rehearse):
             continue
         spent = (event.self_cpu_time_total if args.rehearse else event.self_device_time_total) / 1e6 / steps
-        kind = next((kind for kind, names in KINDS if re.search(names, event.key, re.I)), None)
-        if kind:
-            kinds[kind] += spent
-        elif spent:
-            other[event.key] = spent
-    kinds["other"] = sum(other.values())
-    kinds["idle"] = max(0.0, begun[0] - sum(kinds.values()))
-    largest = dict(sorted(other.items(), key=lambda item: -item[1])[:5])
+        kind = next((kind for kind, names in KINDS if re.search(names, event.key, re.I)), "other")
+        kinds[kind] += spent
+        kernels.append(dict(seconds=spent, calls=event.count / steps, kind=kind, name=event.key[:200]))
+    kinds["idle"] = max(0.0, step - sum(kinds.values()))
+    largest = sorted(kernels, key=lambda kernel: -kernel["seconds"])[:30]
     parts = {f"seconds_of_{part}": 0.0 for _, _, part in PARTS}
-    for name, start, end in spans:
+    for name, start, end in own_spans:
         spent = end - start if args.rehearse else start.elapsed_time(end) / 1000
         parts[f"seconds_of_{name}"] += spent / steps
-    return dict(step_seconds=begun[0], seconds_of=kinds, largest_of_other=largest, **parts)
+    return dict(step_seconds=step, profiled_step_seconds=profiled_step, seconds_of=kinds, largest=largest, **parts)
 
 
 def wait(args):
@@ -454,9 +502,26 @@ def throughput(args):
         }
         rows += [dict(stage=name, arithmetic=arithmetic, images_per_second=rate) for name, rate in stages.items()]
         seconds[arithmetic] = [50_000 / rate for rate in stages.values()]
+    rows += [dict(stage=f"VAE decoding, {name}", arithmetic="TF32", images_per_second=rate)
+             for name, rate in other_decoding(vae, z, args)]
     as_evaluated = [*seconds["TF32"][:2], seconds["float32"][2]]        # evaluate.py has the features in float32
     return dict(rows=rows, minutes_of_fid=sum(as_evaluated) / 60,
                 minutes_of_fid_float32=sum(seconds["float32"]) / 60)
+
+
+def other_decoding(vae, z, args):
+    """[(name, images a second)] of decoding in other batches and layouts than a FID does, and with cuDNN's search."""
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        vae.to(memory_format=layout)
+        for searched in (False, True):
+            torch.backends.cudnn.benchmark = searched
+            for n in (len(z), 6 * len(z)):
+                some = z.repeat(n // len(z), 1, 1, 1).contiguous(memory_format=layout)
+                name = f"{n} at a time, {str(layout).removeprefix('torch.')}, cudnn.benchmark {searched}"
+                found.append((name, n / seconds_of(lambda some=some: vae.decode(some), args)))
+    torch.backends.cudnn.benchmark = False
+    return found
 
 
 BLOCKS = dict(runs=runs, compiled=compiled, waits=waits, cost=cost_table, profile=profiled, difference=difference,
@@ -482,6 +547,8 @@ def page(folder):
         lines += [*markdown_lines(list(rows[0]), body), ""]
         if found.get("missing"):
             lines += ["Not run here: " + ", ".join(found["missing"]) + ".", ""]
+        if found.get("outdated"):
+            lines += [cost.outdated_line(found), ""]
         if found.get("table"):
             lines += [f"[The whole table]({found['table']}/README.md).", ""]
         more = {k: v for k, v in found.items() if isinstance(v, (int, float)) and k != "seconds"}

@@ -608,6 +608,7 @@ def test_the_surrogate_and_the_rehearsal_for_a_gpu_run(in_home, capsys):
     found = json.loads((in_home / "gpu" / "gpu" / "profile.json").read_text())
     parts = [found[f"seconds_of_{part}"] for _, _, part in gpu.PARTS]
     assert len(parts) == 3 and min(parts) > 0 and sum(parts) < found["step_seconds"]
+    assert found["profiled_step_seconds"] > 0 and len(found["largest"]) == 30
 
     # Again, in this process; cost.py takes SIGTERM for itself.
     on_term = signal.getsignal(signal.SIGTERM)
@@ -622,23 +623,31 @@ def test_the_surrogate_and_the_rehearsal_for_a_gpu_run(in_home, capsys):
     assert "measured before" in again("") and "## difference" in (in_home / "gpu" / "gpu.md").read_text()
     # Of the cost one row is measured: the block is not done, and the row is kept under a name that no block has.
     kept = (in_home / "gpu" / "gpu" / "rows" / "cost.json").read_text()
-    assert [name.split(": ", 1)[1] for name in json.loads(kept)] == ["imf: Consistency distillation"]
+    label = "imf: Consistency distillation"
+    assert [name.split(": ", 1)[1] for name in json.loads(kept)] == [label]
     # A row of an earlier day stays where it is not measured again, with its date, in the table of cost.py too.
     cost_of, table = in_home / "gpu" / "gpu" / "cost.json", in_home / "gpu" / "cost-cpu-tiny" / "runs.json"
     for path, date in ((cost_of, "2026-01-02"), (table, None)):
         stored = json.loads(path.read_text())
         stored["rows"].append(dict(stored["rows"][0], label="FM", sec_per_step=7.0, date=date))
-        path.write_text(json.dumps(stored | dict(before="kept")))
+        path.write_text(json.dumps(stored | dict(before="kept", outdated={"FM": "why", label: "measured again"})))
     assert "measured before" not in again("--again 1")
     measured = json.loads((in_home / "gpu" / "gpu" / "rows" / "cost.json").read_text())
     assert measured.keys() == json.loads(kept).keys() and measured != json.loads(kept)
     again("--block cost")                                           # measured before: a row keeps the date of its day
     stored = json.loads(cost_of.read_text())
-    assert [row["label"] for row in stored["rows"]] == ["imf: Consistency distillation", "FM"]
+    assert [row["label"] for row in stored["rows"]] == [label, "FM"]
     assert [row["date"] for row in stored["rows"]][1] == "2026-01-02" < stored["rows"][0]["date"]
     assert stored["before"] == "kept" and "FM" not in stored["missing"] and len(stored["missing"]) == 19
     assert [row["sec_per_step"] for row in json.loads(table.read_text())["rows"]][1:] == [7.0]
     assert "| FM | " in table.with_name("README.md").read_text()
+    assert stored["outdated"] == {"FM": "why"}
+    for page in (table.with_name("README.md"), in_home / "gpu" / "gpu.md"):
+        assert "Of code that has changed since: FM (why)." in page.read_text()
+    # A row is of other code than today's where that was kept, or where nothing was.
+    assert gpu.changed_rows(stored) == ["FM"] and gpu.unfinished("cost", cost_of)
+    stored["code"] = {label: "other", "FM": gpu.code_of("consistency.py")}
+    assert gpu.changed_rows(stored) == [label]
 
 
 def test_a_block_that_fails_does_not_end_the_others_and_no_block_is_begun_late(in_home, capsys):
@@ -652,7 +661,8 @@ def test_a_block_that_fails_does_not_end_the_others_and_no_block_is_begun_late(i
     assert (in_home / "broken" / "gpu" / "difference.json").exists()
     args = gpu.parse_args("--rehearse 1 --block difference --again 1 --minutes 1e-9 --out broken".split())
     gpu.run(args)
-    assert "difference: not begun, 1e-09 minutes are over; the same command goes on" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "difference: not begun, it would not end within 1e-09 minutes; the same command goes on" in said
 
 
 def test_the_evidence_counts_the_seeds_that_are_done(tmp_path):
