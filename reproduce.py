@@ -79,6 +79,7 @@ FLAGS = {
     "long":   (" --steps 1100", " --steps 3680 --eval_every 736", " --steps 982000"),
     "rlong":  (" --steps 1040", " --steps 3210 --eval_every 642", " --steps 857000"),
     "m1":     (" --lam 0.01", " --steps 225", ""),
+    "cd_fm":  ("", " --lr 0.002", ""),
     # LightningDiT: timestep shift 0.3
     "euler":  ("", "", " --steps 250 --shift 3.3333"),
     "fm_all": ("", "", " --cfg_channels 0"),
@@ -105,6 +106,7 @@ CONTROL = {
 }
 
 CD = "consistency.py --loss cd --init {start} --mask_prob 0{cd}"
+CD_FM = CD + "{cd_fm}"
 CD_MASKED = "consistency.py --loss cd --init {start}{cd}"
 FSF = "fsf_dmd.py --init {start}{fsf}"
 DMD2 = "dmd2.py --init {start}{dmd2}"
@@ -135,7 +137,7 @@ TABLE_3 = {
 TABLE_4 = {
     "Teacher velocity network":                "evaluate.py {start}{euler}{fm_all}",
     "+ 3-channel CFG":                         "evaluate.py {start}{euler}{fm_few}",
-    "Consistency distillation":                CD,
+    "Consistency distillation":                CD_FM,
     "DMD2 (TTUR 1:5)":                         DMD2,
     "DMD2 + L_CD (TTUR 1:5)":                  DMD2_CD + " --mask_prob 0",
     "FSF-DMD":                                 FSF,
@@ -184,7 +186,7 @@ NOT_IN_TABLE_2 = [                                                    # at the e
     Row("DMD2 from row 3", {}, "imf", DMD2_FROM_CD, CD),
 ]
 NOT_IN_TABLE_4 = [
-    Row("DMD2 from row 3", {}, "fm", DMD2_FROM_CD, CD),
+    Row("DMD2 from row 3", {}, "fm", DMD2_FROM_CD, CD_FM),
     Row("Consistency distillation + random masking", {}, "fm", CD_MASKED),
 ]
 NOT_IN_TABLE_5 = [                                                    # TwinFlow has 2.5 and 2.1 times the passes

@@ -215,6 +215,7 @@ def test_the_searches_that_ended_at_an_edge_are_told():
     assert len(found["FSF-DMD, M = 2", "--lam", "smallest"]) == 5
     assert found["CD with masking", "--lr", "largest"] == strong
     assert found["CD with masking", "--lr", "smallest"] == {"digits fm"}
+    assert found["CD without masking", "--lr", "smallest"] == {"fashion fm"}
     assert found["DMD2", "--lr", "largest"] == strong | {"digits fm"}
     assert found["SiD", "--lr", "largest"] == {"digits fm"}
     assert found["DMD2, 1:1, no GAN", "--lr", "smallest"] == {"digits weak", "fashion weak", "fashion strong"}
@@ -226,6 +227,14 @@ def test_the_searches_that_ended_at_an_edge_are_told():
                   "of DMD2 1:1 at its smallest from three starts of four",
                   "at its largest rates from all six, at its largest lambda from five"):
         assert words in told, words
+
+
+def test_cd_without_masking_has_the_best_rate_of_its_search_from_a_velocity_network():
+    """Row 3 of Table 4 on images."""
+    rows = json.loads((KEPT / "search-fashion-mnist-fm-CD_without_masking" / "runs.json").read_text())["rows"]
+    best = min(rows, key=lambda row: row["distance"][0])
+    assert len(rows) == 4 and reproduce.FLAGS["cd_fm"][1].strip() == best["setting"]
+    assert all("--mask_prob 0 " in row["command"] for row in rows)
 
 
 def test_presets_of_images_from_scratch_are_the_best_of_their_search():

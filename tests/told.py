@@ -103,6 +103,7 @@ def lines_of_searches(data="fashion-mnist"):
     """The table of all searches on a data set: a line a method and start, its settings in the order of their runs."""
     lines = ["| start | method | flags | distance at 2 steps of each setting |", "|---|---|---|---|"]
     for start, (_, methods) in search.SEARCHES_OF_IMAGES.items():
+        methods = methods | search.BEYOND_OF_IMAGES.get(start, {})
         found = {}                                                    # {method: (its folder, its rows)}
         for path in KEPT.glob(f"search-{data}-{start}*/runs.json"):
             for row in json.loads(path.read_text())["rows"]:
