@@ -46,7 +46,7 @@ def world():
 
 
 def processes_here():
-    """Of this run, on this machine."""
+    """Number of processes of this run on this machine."""
     return torchrun_variable("LOCAL_WORLD_SIZE", 1) if os.environ.get("LOCAL_WORLD_SIZE") else world()
 
 
@@ -228,7 +228,8 @@ def micro_batches(batch, args, device):
 
     batch: dict of [B, ...] tensors, on the CPU or there already.  From pinned memory a copy to the GPU does not wait
     for the kernels before it: the CPU draws the numbers of the next step while the GPU is at this one.
-    Of times t and s in it the rows with s < t are added as `moving`: counting them on the GPU would wait for it.
+    Where the batch has times t and s, `moving` is added: the rows with s < t.  They are found here, on the CPU: a
+    GPU's nonzero() would make the CPU wait for it.
     """
     B = args.batch_size
     low, high = rank() * B // world(), (rank() + 1) * B // world()
@@ -311,10 +312,10 @@ def update_ema(ema, net, decay):
 
 # ---- The end of a process --------------------------------------------------------------------------------------------
 
-class Heard:
-    """stdout or stderr whose reader may be gone, as Ctrl-C ends `| tee log` too, or whose disk is full.
+class TolerantStream:
+    """stdout or stderr that never raises: its reader may be gone (Ctrl-C ends `| tee log` too), or its disk full.
 
-    Neither is a reason to stop: what is not heard is left out, and the run saves.
+    What cannot be written is left out, so that the run goes on and saves.
     """
 
     def __init__(self, stream):
@@ -334,10 +335,10 @@ class Heard:
 
 def main(train, parse_args):
     """Run a script: bad input ends in one line and exit code 2."""
-    sys.stderr = Heard(sys.stderr or open(os.devnull, "w"))         # closed by the shell; tqdm needs one
+    sys.stderr = TolerantStream(sys.stderr or open(os.devnull, "w"))         # closed by the shell; tqdm needs one
     if hasattr(sys.stdout, "reconfigure"):                          # None: closed
         sys.stdout.reconfigure(errors="backslashreplace")           # a terminal that has no +- sign
-        sys.stdout = Heard(sys.stdout)
+        sys.stdout = TolerantStream(sys.stdout)
     try:
         train(parse_args())
     except BadInput as error:

@@ -77,15 +77,15 @@ def draw_guidance(r: Tensor, law: str = "loguniform", omega_max: float = 8.0) ->
 def distance(pred: Tensor, target: Tensor, c: float = 1e-3, cosine: bool = True) -> Tensor:
     """rho of each sample [B]: pseudo-Huber sqrt(mean e^2 + c^2) - c, plus the mean over positions of 1 - cosine.
 
-    pred, target [B, C, ...]; the cosine over channels needs C >= 2 and is left out otherwise.  view_as, in all losses:
-    an error where a network lost an axis, [B, H, W], which would broadcast to a difference [B, B, H, W].
+    pred, target [B, C, ...]; the cosine over channels needs C >= 2 and is left out otherwise.  view_as, here and in all
+    losses, raises an error where a network returned [B, H, W] for [B, 1, H, W]: the difference would be [B, B, H, W].
     """
     huber = ((pred - target).view_as(pred).flatten(1).pow(2).mean(1) + c ** 2).sqrt() - c
     return huber + (cosine_distance(pred, target) if cosine and pred.shape[1] > 1 else 0.0)
 
 
 def cosine_distance(pred: Tensor, target: Tensor) -> Tensor:
-    """1 - cosine over channels, mean over positions -> [B].  eps bounds its slope at 0, a new network's output: 100."""
+    """1 - cosine over channels, mean over positions -> [B].  By eps its slope at 0, a new network's output, is 100."""
     return (1 - F.cosine_similarity(pred, target, dim=1, eps=1e-2)).view(len(pred), -1).mean(1)
 
 
@@ -124,14 +124,14 @@ def regression(pred: Tensor, target: Tensor, c: float = 1e-3, cosine: bool = Tru
 @torch.no_grad()
 def derivative_where_needed(net: Callable, x_t: Tensor, t: Tensor, s: Tensor, y: Tensor, guidance: Tensor,
                             tangent: Tensor, h: float = 0.005, exact: bool = False,
-                            rows: Tensor | None = None) -> Tensor:
+                            moving: Tensor | None = None) -> Tensor:
     """d/dt of net(x_t, t, y, s, guidance) [B, C, H, W] in the rows with s < t; 0 in others: their factor t - s is 0."""
-    rows = (s < t).nonzero()[:, 0] if rows is None else rows
+    moving = (s < t).nonzero()[:, 0] if moving is None else moving
     du_dt = torch.zeros_like(x_t)
-    if len(rows):
-        y, guidance = y[rows], guidance[rows]
-        du_dt[rows] = total_derivative(lambda x, t, s: net(x, t, y, s, guidance), x_t[rows], t[rows], s[rows],
-                                       tangent[rows], h, exact)
+    if len(moving):
+        y, guidance = y[moving], guidance[moving]
+        du_dt[moving] = total_derivative(lambda x, t, s: net(x, t, y, s, guidance), x_t[moving], t[moving], s[moving],
+                                       tangent[moving], h, exact)
     return du_dt
 
 
@@ -156,30 +156,30 @@ def whole_interval(guidance: Tensor, t: Tensor, s: Tensor) -> Tensor:
 
 
 def imf_loss(net: Callable, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, y: Tensor, guidance: Tensor,
-             guided: bool = True, h: float = 0.005, exact: bool = False, rows: Tensor | None = None, **rho) -> Tensor:
+             guided: bool = True, h: float = 0.005, exact: bool = False, moving: Tensor | None = None, **rho) -> Tensor:
     """Improved MeanFlow of each sample -> [B]: Eq. 6 with the predicted tangent, guidance as a condition.
 
     net: see guided_target.  y [B], null where dropped; guidance [B, 3]; guided=False: every omega is 1, which saves a
-    pass; h, exact: see total_derivative; rows: those with s < t, None: counted here; rho: options of `regression`.
+    pass; h, exact: see total_derivative; moving: the rows with s < t, None: found here; rho: options of `regression`.
     The V form of iMF, u + (t-s) sg(du/dt) against sg(v_g), has this gradient exactly, but for the cosine of rho.
     """
     guidance = whole_interval(guidance, t, s)
-    rows = (s < t).nonzero()[:, 0] if rows is None else rows
+    moving = (s < t).nonzero()[:, 0] if moving is None else moving
     x_t, v = interpolate(x0, eps, t), eps - x0                                          # [B, C, H, W]
     pred = net(x_t, t, y, s, guidance)
     with torch.no_grad():
         v_cond = pred.clone()                                                           # where s = t it is pred
-        if len(rows):
-            v_cond[rows] = net(x_t[rows], t[rows], y[rows], None, gate_guidance(guidance[rows], t[rows]))
+        if len(moving):
+            v_cond[moving] = net(x_t[moving], t[moving], y[moving], None, gate_guidance(guidance[moving], t[moving]))
         if guided:
             v = guided_target(net, x_t, v, v_cond, t, y, guidance)
-    du_dt = derivative_where_needed(net, x_t, t, s, y, guidance, v_cond, h, exact, rows)
+    du_dt = derivative_where_needed(net, x_t, t, s, y, guidance, v_cond, h, exact, moving)
     return regression(pred, v - expand(t - s, v) * du_dt, **rho)
 
 
 def distillation_loss(net: Callable, teacher: Callable, x0: Tensor, eps: Tensor, t: Tensor, s: Tensor, y: Tensor,
                       guidance: Tensor, channels: int | None = None, h: float = 0.005, exact: bool = False,
-                      rows: Tensor | None = None, **rho) -> Tensor:
+                      moving: Tensor | None = None, **rho) -> Tensor:
     """Consistency distillation of each sample -> [B]: Eq. 16 from a frozen guided teacher (model.guided_velocity).
 
     net: a LightningDiT flow map; y [B], null where dropped; guidance [B, 3]; the rest as in imf_loss.
@@ -189,7 +189,7 @@ def distillation_loss(net: Callable, teacher: Callable, x0: Tensor, eps: Tensor,
         v = guided_velocity(teacher, x_t, t, y, guidance, channels)
     guidance = torch.where((s == t)[:, None], gate_guidance(guidance, t), guidance)     # s = t: the guidance of v
     du_dt = derivative_where_needed(lambda x, t, y, s, guidance: guided_map(net, x, t, s, y, guidance), x_t, t, s, y,
-                                    guidance, v, h, exact, rows)
+                                    guidance, v, h, exact, moving)
     return regression(guided_map(net, x_t, t, s, y, guidance), v - expand(t - s, v) * du_dt, **rho)
 
 
@@ -248,23 +248,21 @@ def isg_loss(u: Callable, teacher: Callable, x_t: Tensor, t: Tensor, s: Tensor, 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
-# pixels: under 24 a side, as the digits; images: larger, as Fashion-MNIST (RESULTS.md: which were searched); latents:
-# the paper's Table 6, but for lr, which our copy of it has lost: 6e-4 is a guess; CD's steps go past its best.
+# pixels: under 24 a side, as the digits.  images: 24 or more, as Fashion-MNIST.  RESULTS.md says which were searched.
+# latents: the paper's Table 6.  Its lr is lost in our copy: 6e-4 is a guess.  CD's steps go past its best.
 PRESETS = {
     ("pixels", "scratch"): dict(                    # mostly s = t: the velocity, which teaches, is ahead of the map
-        size="tiny", steps=400, lr=6e-3, mask_prob=0.9, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=100, eval_every=200),
+        size="tiny", steps=400, lr=6e-3, mask_prob=0.9, omega=1.0, guide_to=1.0, omega_max=1.0, eval_every=200),
     ("pixels", "imf"): dict(
-        size="tiny", steps=200, lr=2e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=100, eval_every=100),
+        size="tiny", steps=200, lr=2e-3, omega=1.0, guide_to=1.0, omega_max=1.0, eval_every=100),
     ("pixels", "fm"): dict(
-        size="tiny", steps=200, lr=1.5e-3, omega=1.0, guide_to=1.0, omega_max=1.0, save_every=100, eval_every=100),
+        size="tiny", steps=200, lr=1.5e-3, omega=1.0, guide_to=1.0, omega_max=1.0, eval_every=100),
     ("images", "scratch"): dict(
-        size="small", steps=1500, lr=4e-3, mask_prob=0.9, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100,
-        eval_every=500),
+        size="small", steps=1500, lr=4e-3, mask_prob=0.9, omega=1.5, guide_to=1.0, omega_max=4.0, eval_every=500),
     ("images", "imf"): dict(                        # 2,250 forward passes, as FSF-DMD
-        size="small", steps=450, lr=4e-3, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100, eval_every=150),
+        size="small", steps=450, lr=4e-3, omega=1.5, guide_to=1.0, omega_max=4.0, eval_every=150),
     ("images", "fm"): dict(                         # 2,250 forward passes, as FSF-DMD
-        size="small", steps=375, lr=8e-3, omega=1.5, guide_to=1.0, omega_max=4.0, save_every=100, eval_every=125),
+        size="small", steps=375, lr=8e-3, omega=1.5, guide_to=1.0, omega_max=4.0, eval_every=125),
     ("latents", "scratch"): dict(
         size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
         omega=6.0, guide_to=0.9, omega_max=8.0, save_every=5_000, eval_every=5_000, preview_every=5_000),
@@ -278,9 +276,9 @@ PRESETS = {
 PRESETS_OF_LOSS = {                                  # from scratch, two losses have rows of their own
     "fm": {
         ("pixels", "scratch"): dict(
-            size="tiny", steps=400, lr=1.2e-2, cosine=0, omega=1.0, guide_to=1.0, save_every=100, eval_every=0),
+            size="tiny", steps=400, lr=1.2e-2, cosine=0, omega=1.0, guide_to=1.0),
         ("images", "scratch"): dict(
-            size="small", steps=3000, lr=4e-3, cosine=0, omega=1.5, guide_to=1.0, save_every=100),
+            size="small", steps=3000, lr=4e-3, cosine=0, omega=1.5, guide_to=1.0),
         ("latents", "scratch"): dict(                                                   # LightningDiT's recipe
             size="B/1", steps=400_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16",
             time_law="logitnormal:0,1", cosine=1, omega=6.0, guide_to=0.9, cfg_channels=3, save_every=5_000,
@@ -289,10 +287,10 @@ PRESETS_OF_LOSS = {                                  # from scratch, two losses 
     "rcgm": {
         ("pixels", "scratch"): dict(
             size="tiny", steps=400, lr=2.4e-2, target_ema=0.5, delta=0.05, omega=1.0, guide_to=1.0, omega_max=1.0,
-            save_every=100, eval_every=100),
+            eval_every=100),
         ("images", "scratch"): dict(
             size="small", steps=1500, lr=1.6e-2, target_ema=0.5, delta=0.05, omega=1.5, guide_to=1.0, omega_max=4.0,
-            save_every=100, eval_every=500),
+            eval_every=500),
     },
 }
 CONDITIONING = dict(fm="plain", ct="decoupled", imf="in_context", rcgm="in_context")    # from scratch
@@ -415,14 +413,14 @@ def train(args):
                     if args.loss == "fm":                                       # Eq. 1
                         loss = flow_matching_loss(u(b.y_drop), b.x0, b.eps, b.t, args.cosine)
                     elif args.loss == "imf":                                    # Eq. 6
-                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, rows=b.moving,
+                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, moving=b.moving,
                                         **options)
                     elif args.loss == "ct":                                     # Eq. 6 without guidance
                         x_t, v = interpolate(b.x0, b.eps, b.t), b.eps - b.x0
                         loss = consistency_loss(u(b.y_drop), x_t, b.t, b.s, v, v, **options)
                     elif args.loss == "cd":                                     # Eq. 16
                         loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
-                                                 channels, rows=b.moving, **options)  # moving: s < t
+                                                 channels, moving=b.moving, **options)
                     elif args.loss == "rcgm":                                   # Eq. 66-67
                         loss = guided_rcgm_loss(net, target_net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided,
                                                 args.delta, args.order, args.clamp, **rho)

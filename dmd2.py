@@ -10,7 +10,7 @@ Lee, Park, arXiv 2605.19256 (its equations: [n]): Table 2 rows 4-6, Table 3 row 
     perturb      x_tau = (1 - tau) sg x_hat + tau eps,  tau ~ U(0.02, 0.98)
     generator    || x_hat - sg( x_hat + (v_fake - v_teacher) / mean |v_teacher - (eps - x_hat)| ) ||^2 / 2    [50-51]
                  + lambda_G softplus(-D(x_hat noised))                                                        [53-54]
-    fake side    || v_fake(x_t, t) - (eps - sg x_hat) ||^2
+    fake side    || v_fake(x_t, t) - (eps - sg x_hat) ||^2,  x_t = (1 - t) sg x_hat + t eps,  t ~ U(0, 1)
                  + lambda_D [ softplus(D(fake)) + softplus(-D(real)) ]                                        [52-54]
     --ida A      after a generator update: fake <- A fake + (1 - A) generator                                 [60]
     --cd 1       the generator's loss becomes L_CD + lambda (all of the above) (rCM)                          [59]
@@ -106,28 +106,28 @@ def ida_(fake: torch.nn.Module, generator: torch.nn.Module, a: float) -> None:
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
-# pixels: under 24 a side, as the digits; images: larger, as Fashion-MNIST (RESULTS.md: which were searched); latents:
-# the paper's Table 6, but for lr, which our copy of it has lost: 6e-4 is a guess; the steps are those of the peak in
+# pixels: under 24 a side, as the digits.  images: 24 or more, as Fashion-MNIST.  RESULTS.md says which were searched.
+# latents: the paper's Table 6.  Its lr is lost in our copy: 6e-4 is a guess.  The steps are those of the peak in
 # Table 10 (fm: 6,000, twice those).
 PRESETS = {
     ("pixels", "imf"): dict(
-        size="tiny", steps=100, lr=3e-4, fake_lr=3e-3, M=2, lam=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=100, eval_every=100, health_every=100),
+        size="tiny", steps=100, lr=3e-4, fake_lr=3e-3, M=2, omega=1.0, guide_to=1.0, omega_max=1.0,
+        eval_every=100, health_every=100),
     ("pixels", "fm"): dict(
-        size="tiny", steps=100, lr=1e-3, fake_lr=3e-3, M=2, lam=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=100, eval_every=100, health_every=100),
+        size="tiny", steps=100, lr=1e-3, fake_lr=3e-3, M=2, omega=1.0, guide_to=1.0, omega_max=1.0,
+        eval_every=100, health_every=100),
     ("pixels", "scratch"): dict(
         size="tiny", steps=400, lr=1.2e-2, M=1, cd=1, ttur=1, lam=0.03, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=100, eval_every=100, health_every=100),
+        eval_every=100, health_every=100),
     ("images", "imf"): dict(
-        size="small", steps=50, lr=1e-3, fake_lr=3e-3, M=2, lam=1.0, omega=1.5, guide_to=1.0, omega_max=4.0,
-        save_every=100, eval_every=25, health_every=25),
+        size="small", steps=50, lr=1e-3, fake_lr=3e-3, M=2, omega=1.5, guide_to=1.0, omega_max=4.0,
+        eval_every=25, health_every=25),
     ("images", "fm"): dict(
-        size="small", steps=50, lr=1e-3, fake_lr=3e-3, M=2, lam=1.0, omega=1.5, guide_to=1.0, omega_max=4.0,
-        save_every=100, eval_every=25, health_every=25),
+        size="small", steps=50, lr=1e-3, fake_lr=3e-3, M=2, omega=1.5, guide_to=1.0, omega_max=4.0,
+        eval_every=25, health_every=25),
     ("images", "scratch"): dict(
         size="small", steps=1500, lr=1.6e-2, M=1, cd=1, ttur=1, lam=0.01, omega=1.5, guide_to=1.0, omega_max=4.0,
-        save_every=100, eval_every=500, health_every=100),
+        eval_every=500, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=15_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2,
         omega=6.0, guide_to=0.9, omega_max=8.0, save_every=500, health_every=500),
@@ -141,10 +141,10 @@ PRESETS = {
 
 # DMD2 + L_CD (--cd 1): the rates of its own searches; latents: the steps of its own peak in Table 10.
 PRESETS_OF_CD = {
-    ("pixels", "imf"): PRESETS["pixels", "imf"] | dict(lr=3e-3, fake_lr=3e-3),
-    ("pixels", "fm"): PRESETS["pixels", "fm"] | dict(lr=3e-3, fake_lr=3e-3),
-    ("images", "imf"): PRESETS["images", "imf"] | dict(lr=3e-3, fake_lr=3e-3),
-    ("images", "fm"): PRESETS["images", "fm"] | dict(lr=3e-3, fake_lr=3e-3),
+    ("pixels", "imf"): PRESETS["pixels", "imf"] | dict(lr=3e-3, fake_lr=3e-3, lam=1.0),
+    ("pixels", "fm"): PRESETS["pixels", "fm"] | dict(lr=3e-3, fake_lr=3e-3, lam=1.0),
+    ("images", "imf"): PRESETS["images", "imf"] | dict(lr=3e-3, fake_lr=3e-3, lam=1.0),
+    ("images", "fm"): PRESETS["images", "fm"] | dict(lr=3e-3, fake_lr=3e-3, lam=1.0),
     ("latents", "imf"): PRESETS["latents", "imf"] | dict(steps=54_000, cd_guidance="drawn"),
     ("latents", "fm"): PRESETS["latents", "fm"] | dict(steps=33_000),
 }
@@ -199,7 +199,10 @@ def parse_args(argv=None):
 # ---- training --------------------------------------------------------------------------------------------------------
 
 def new_fake_side(args, net, device):
-    """-> (fake network, a copy of the start; discriminator head, or None; list of those that exist; their optimizer)"""
+    """The fake side -> (fake, head, [fake, head], their optimizer).
+
+    fake: a trainable copy of the student.  head: the discriminator's; None with --lambda_g 0, and the list is [fake].
+    """
     if args.lambda_g and isinstance(net, IMFDiT):
         raise BadInput(f"--init {args.init}: the discriminator reads a LightningDiT; with iMF's own network pass "
                        "--lambda_g 0")
@@ -303,9 +306,9 @@ def train(args):
                     with autocast(args, device):
                         if teacher:                                             # Eq. 16
                             loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
-                                                     channels, rows=b.moving, **options)  # moving: s < t
+                                                     channels, moving=b.moving, **options)
                         else:                                                   # Eq. 6, 24
-                            loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, rows=b.moving,
+                            loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, moving=b.moving,
                                             **options)
                     (loss.sum() / B).backward()
                     accumulate(total, B, cd=loss)

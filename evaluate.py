@@ -29,7 +29,7 @@ from metrics import EVAL_SEED, METRICS, Features, refuse_diverged
 from model import LightningDiT, backward_simulation, euler_sample, fixed_guidance, guided_map, guided_velocity, sample
 from plumbing.checkpoints import (load_checkpoint, load_network, other_images, refuse_not_finite, say_unlearned,
                                   weights_hash)
-from plumbing.files import json_text, reading, refuse_flips, write_atomic
+from plumbing.files import json_text, reading, check_bytes, write_atomic
 from plumbing.flags import BATCH, SEED, STEPS, Parser, data_source, folder_path, number
 from plumbing.run_folder import check_writable
 from vae import VAE, load_vae
@@ -205,7 +205,7 @@ def decoder_for(data: Data, args: argparse.Namespace, device: torch.device) -> V
 
 @lru_cache(maxsize=1)
 def decoder(path: str | None, expected: str, device: torch.device) -> VAE | None:
-    """The VAE of --vae on the device, or None without the flag.  BadInput if it is another than made the latents.
+    """The VAE of --vae on the device, or None without the flag.  BadInput if it is not the one that made the latents.
 
     expected: hash of that one's weights, or "" where it is not known.
     """
@@ -289,7 +289,8 @@ def samples_as_images(args: argparse.Namespace, device: torch.device) -> tuple[C
     restate, own = restated(checkpoint, data), checkpoint["data"]
     statistics = (list(own["mean"]), list(own["std"])) if own else (list(data.mean), list(data.std))
     scale = hashlib.sha256(repr(statistics).encode()).hexdigest()[:6]
-    what = (f"{args.what} ({args.weights} weights {weights_hash(net)}), {steps} steps ({named(sampler, args.shift)}), "
+    what = (f"{args.what} ({args.weights} weights {weights_hash(net)}), {steps} steps "
+            f"({sampler_name(sampler, args.shift)}), "
             f"{guidance_words(net.conditioning, sampler, omega, guide_to, channels)}, classes in turn, noise by index, "
             f"seed {args.seed}, statistics {scale}, uint8 {rounding}{', in TF32' if device.type == 'cuda' else ''}")
 
@@ -309,7 +310,7 @@ def refuse_shift(args: argparse.Namespace, sampler: str) -> None:
         raise BadInput("--shift: belongs to --sampler euler; leave that out")
 
 
-def named(sampler: str, shift: float) -> str:
+def sampler_name(sampler: str, shift: float) -> str:
     return sampler if shift == 1 else f"{sampler}, shift {shift}"
 
 
@@ -356,7 +357,7 @@ def load_for_sampling(args: argparse.Namespace) -> tuple[LightningDiT, dict, Dat
             raise BadInput(f"--weights raw: {path} is not there, "
                            "expected the run folder's state.pt beside the model.pt")
         with reading(path, f"the state.pt of the run that made {args.what}", "--weights ema takes the model.pt"):
-            refuse_flips(path)
+            check_bytes(path)
             net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["net"])
         refuse_not_finite(path, net.state_dict())
     return net, checkpoint, data
@@ -456,18 +457,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.inception and args.what != "ref" and not args.ref:
         raise BadInput("--inception: needs --ref, the statistics to compare with "
                        "(python evaluate.py ref makes them of images)")
-    idle, why = (), ""
+    idle = {}                                                    # why: flags that do nothing
     if args.what == "ref":
-        idle, why = (*SAMPLING, "ref"), "ref is of real images"
+        idle["ref is of real images; leave that out"] = (*SAMPLING, "ref")
     elif args.from_images:
-        idle, why = (*SAMPLING, "data"), "--from_images samples no network"
+        idle["--from_images samples no network; leave that out"] = (*SAMPLING, "data")
     elif args.grid:
-        idle, why = ("inception", "n"), "grid makes the picture alone"
-    refused = [(idle, f"{why}; leave that out")]
+        idle["grid makes the picture alone; leave that out"] = ("inception", "n")
     if not args.inception:
-        of_inception = ("ref", "pipeline", "few", "batch_size")
-        refused.append((of_inception, "need --inception, the weights of FID's network"))
-    for flags, why in refused:
+        idle["need --inception, the weights of FID's network"] = ("ref", "pipeline", "few", "batch_size")
+    for why, flags in idle.items():
         given = [f"--{flag}" for flag in flags if getattr(args, flag) != p.get_default(flag)]
         if given:
             raise BadInput(f"{', '.join(given)}: {why}")
@@ -505,7 +504,7 @@ def measure_without_inception(args: argparse.Namespace) -> None:
         guidance = guidance_words(net.conditioning, args.sampler, args.omega, args.guide_to, args.cfg_channels)
         which = f"{args.weights.upper()} weights {weights_hash(net)}"
         definition = (f"{features.definition(args.n, args.seed, which)}; "
-                      f"sampler {named(args.sampler, args.shift)}, {guidance}, torch {torch.__version__}")
+                      f"sampler {sampler_name(args.sampler, args.shift)}, {guidance}, torch {torch.__version__}")
         print(definition)
         write_atomic(out / "evaluation.json", json_text(metrics | dict(definition=definition), indent=1))
     show(out / "samples.png", [(name, net, args.sampler)], data, args, args.steps, args.seed, restate,

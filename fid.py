@@ -18,7 +18,7 @@ from common import BadInput, barrier, rank, world
 from data import SMALL_SIDE, images_below, npz_headers, read_npz_arrays, read_rgb, say_unread
 from inception import load_inception
 from metrics import frechet_distance, inception_score, is_covariance, moments, precision_recall, spread
-from plumbing.files import listing_hash, lock, read_json, reading, refuse_flips, write_atomic
+from plumbing.files import check_bytes, listing_hash, lock, read_json, reading, write_atomic
 
 WIDTHS = dict(features=2048, logits=1008)                        # of what the network gives
 
@@ -42,8 +42,8 @@ def image_source(path: str | Path, n: int | None = None, as_trained: bool = Fals
     """(count, images(start, stop) -> uint8 [m, 3, H, W], hash) of a folder of images, or of an .npz with arr_0.
 
     n: take so many, evenly over all of them, as `spread`.  A folder's images are taken in the order of their names and
-    have one size; arr_0 is uint8 [N, H, W, 3].  BadInput for anything else, of a folder when the image is read, and if
-    there are fewer than n.
+    have one size; arr_0 is uint8 [N, H, W, 3].  BadInput for anything else, and for fewer than n images; a file of a
+    folder is checked when it is read.
     as_trained: of a folder what training sees (`read_image_folder`), not what the official FID codes see.
     """
     of_npz = str(path).lower().endswith(".npz")
@@ -59,7 +59,7 @@ def image_source(path: str | Path, n: int | None = None, as_trained: bool = Fals
 
 
 def npz_source(path: str | Path) -> tuple[int, Callable, str]:
-    """(count, read(indices) -> uint8 [m, 3, H, W], hash), as that of a folder."""
+    """(count, read(indices) -> uint8 [m, 3, H, W], hash) of an .npz with arr_0."""
     headers = npz_headers(path, str(path))
     if "arr_0" not in headers:
         found = ", ".join(headers) or "none"
@@ -77,6 +77,7 @@ def npz_source(path: str | Path) -> tuple[int, Callable, str]:
 
 
 def folder_source(path: str | Path, as_trained: bool) -> tuple[int, Callable, str]:
+    """The same of a folder of images.  as_trained: see image_source."""
     files = images_below(path)
     if not files:
         raise BadInput(f"{path}: holds no images, expected a folder of them or an .npz with arr_0")
@@ -85,7 +86,8 @@ def folder_source(path: str | Path, as_trained: bool) -> tuple[int, Callable, st
         say_unread(path)
         files = of_classes
     width, height = read_rgb(files[0]).size
-    open_image = functools.partial(read_rgb, on_white=as_trained and width <= SMALL_SIDE)    # larger: as vae.py encode
+    # Larger images are read as vae.py encode reads them.
+    open_image = functools.partial(read_rgb, on_white=as_trained and width <= SMALL_SIDE)
 
     def read(indices):
         wanted, arrays = [files[i] for i in indices], []         # arrays: uint8 [H, W, 3]
@@ -98,7 +100,7 @@ def folder_source(path: str | Path, as_trained: bool) -> tuple[int, Callable, st
             arrays.append(np.array(image))
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
 
-    return len(files), read, listing_hash(files, path)[:8]      # features are kept by it
+    return len(files), read, listing_hash(files, path)[:8]      # by which kept features are found
 
 
 @torch.no_grad()
@@ -128,8 +130,9 @@ def collect(network: Callable, images: Callable, n: int, folder: Path, identity:
         if rank() > 0:
             return {}
         found = {}
-        for start in range(0, n, batch):                         # into one tensor: of a million images there is no
-            part = read_part(folder / f"features_{start:06d}.pt", min(batch, n - start))    # room for them twice
+        # Into tensors made once: of a million images there is no room for the parts and for their concatenation.
+        for start in range(0, n, batch):
+            part = read_part(folder / f"features_{start:06d}.pt", min(batch, n - start))
             if part is None:
                 raise BadInput(f"{folder}: its files do not fit together; delete that folder and run the command again")
             for name, value in part.items():
@@ -161,7 +164,7 @@ def read_part(path: Path, rows: int) -> dict | None:
     """The features of one batch of so many rows, or None where they are missing, damaged or others."""
     try:
         with reading(path, "a file of features"):
-            refuse_flips(path)
+            check_bytes(path)
             part = torch.load(path, weights_only=True)
             for name, width in WIDTHS.items():
                 if part[name].shape != (rows, width):

@@ -20,7 +20,8 @@ at which the generator's own path from x_tau ends.  u(x, t, s): average velocity
 || . ||^2 is the mean over elements: the value of lambda depends on it.  t = 0 is data, t = 1 noise; sg: no gradient.
 
 One sample is not the mean, so L_FSF alone does not have the data as its fixed point: it contracts (on N(0, 1) to a
-deviation of 0.39..0.58; tests/test_methods.py), and the generator collapses.  L_CD prevents this.
+deviation of 0.39..0.58; tests/test_methods.py), and the generator collapses.  L_CD stops the collapse; with a large
+lambda the samples still contract.
 
     python fsf_dmd.py --init imf --M 2       # digits, 2 CPU cores: 1 to 2 minutes, the iMF it starts from included
 
@@ -108,27 +109,27 @@ def fsf_dmd_loss(z: Tensor, U: Tensor, fake: Callable, teacher: Callable, tau: T
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
-# pixels: under 24 a side, as the digits; images: larger, as Fashion-MNIST (RESULTS.md: which were searched); latents:
-# the paper's Table 6, but for lr, which our copy of it has lost: 6e-4 is a guess.
+# pixels: under 24 a side, as the digits.  images: 24 or more, as Fashion-MNIST.  RESULTS.md says which were searched.
+# latents: the paper's Table 6.  Its lr is lost in our copy: 6e-4 is a guess.
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=200, lr=2e-3, M=2, lam=0.01, shift=10.0, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=100, eval_every=100, health_every=100),
+        eval_every=100, health_every=100),
     ("pixels", "fm"): dict(
         size="tiny", steps=200, warmup=100, lr=1.5e-3, M=2, lam=0.001, shift=10.0, omega=1.0, guide_to=1.0,
-        omega_max=1.0, save_every=100, eval_every=100, health_every=100),
+        omega_max=1.0, eval_every=100, health_every=100),
     ("pixels", "scratch"): dict(
         size="tiny", steps=400, lr=1.2e-2, M=1, lam=0.01, shift=1.0, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=100, eval_every=100, health_every=100),
+        eval_every=100, health_every=100),
     ("images", "imf"): dict(
         size="small", steps=174, lr=4e-3, M=2, lam=0.0003, shift=10.0, omega=1.5, guide_to=1.0, omega_max=4.0,
-        save_every=100, eval_every=87, health_every=87),
+        eval_every=87, health_every=87),
     ("images", "fm"): dict(
         size="small", steps=210, warmup=100, lr=8e-3, M=2, lam=0.001, shift=10.0, omega=1.5, guide_to=1.0,
-        omega_max=4.0, save_every=100, eval_every=105, health_every=105),
+        omega_max=4.0, eval_every=105, health_every=105),
     ("images", "scratch"): dict(
         size="small", steps=1500, lr=1.6e-2, M=1, lam=0.001, shift=10.0, omega=1.5, guide_to=1.0, omega_max=4.0,
-        save_every=100, eval_every=500, health_every=100),
+        eval_every=500, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=4_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", M=2, lam=0.05, shift=10.0,
         omega=6.0, guide_to=0.9, cd_guidance="drawn", omega_max=8.0, save_every=500, health_every=500),
@@ -256,9 +257,9 @@ def train(args):
                 with autocast(args, device):
                     if teacher:                                                 # Eq. 16
                         loss = distillation_loss(net, teacher, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance,
-                                                 channels, rows=b.moving, **options)  # moving: s < t
+                                                 channels, moving=b.moving, **options)
                     else:                                                       # Eq. 6, 24
-                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, rows=b.moving,
+                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, moving=b.moving,
                                         **options)
                 (loss.sum() / B).backward()
                 accumulate(total, B, cd=loss)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from common import BadInput
 from plumbing.checkpoints import read_weights, weights_hash
-from plumbing.files import refuse_flips, write_atomic
+from plumbing.files import check_bytes, write_atomic
 
 OF_RESULTS = Path(__file__).resolve().parent / "results" / "classifiers"     # those behind the tables in results/
 METRICS = ("fd", "is", "precision", "recall", "acc")
@@ -225,7 +225,8 @@ class Features:
         self.shape = data.x.shape[1:]
         self.n = samples_for(len(data.x), data.num_classes)
         bar = f"features of {data.source}" if len(data.x) > 20_000 else None     # so many take seconds
-        self.real = kept(path.with_name(f"real-{digest}-{self.hash}.pt"), len(data.x), lambda: self(data.x, bar)[0])
+        real = path.with_name(f"real-{digest}-{self.hash}.pt")
+        self.real = load_or_compute(real, len(data.x), lambda: self(data.x, bar)[0])
         self.real_y = data.y
         self.test = data.test
         self.reference = reference_of(self.real)
@@ -296,10 +297,10 @@ def compare(real: Reference, fake: torch.Tensor, probs: torch.Tensor, y: torch.T
     }
 
 
-def kept(path: Path, n: int, compute: Callable) -> torch.Tensor:
+def load_or_compute(path: Path, n: int, compute: Callable) -> torch.Tensor:
     """Features [n, 64] from a file, or computed, and kept there if they are many.  A damaged file counts as none."""
     with contextlib.suppress(Exception):                            # missing or damaged
-        refuse_flips(path)
+        check_bytes(path)
         found = read_weights(path).get("features")
         if found is not None and found.shape == (n, 64) and found.dtype == torch.float64 and found.isfinite().all():
             return found
@@ -340,7 +341,7 @@ def classifier(data) -> nn.Sequential:
 def load_classifier(net: nn.Sequential, path: Path) -> bool:
     """Whether `path` holds finite weights of this network, which are then in it: a damaged cache is made again."""
     with contextlib.suppress(Exception):                         # missing or damaged
-        refuse_flips(path)
+        check_bytes(path)
         state, own = read_weights(path), net.state_dict()
         fits = state.keys() == own.keys() and all(state[k].shape == own[k].shape for k in own)
         if fits and all(value.isfinite().all() for value in state.values()):
@@ -350,12 +351,12 @@ def load_classifier(net: nn.Sequential, path: Path) -> bool:
 
 
 def digest_of(data) -> str:
-    """By which images a classifier is found."""
+    """Hash of the images and labels, by which their classifier is found."""
     return hashlib.sha256(data.x.numpy().tobytes() + data.y.numpy().tobytes()).hexdigest()[:12]
 
 
 def recipe() -> str:
-    """Of the code that makes a classifier, so that a cache of older code is not taken."""
+    """Hash of the code that makes a classifier: a cache of older code is not taken."""
     text = inspect.getsource(classifier) + inspect.getsource(train_classifier)
     return hashlib.sha256(text.encode()).hexdigest()[:6]
 

@@ -120,7 +120,7 @@ def sample(u: Callable, eps: Tensor, y: Tensor, steps: int) -> Tensor:
     """Few-step sampler: x <- f(x, t_i, t_{i+1}) on the uniform grid t_i = 1 - i / steps, deterministic.
 
     u: callable (x, t, y, s), y before s as in a network's forward: a decoupled or in_context LightningDiT.
-    eps [B, C, H, W] noise, y [B] labels -> samples at t = 0, without guidance but for what u adds (`guided_map`).
+    eps [B, C, H, W] noise, y [B] labels -> samples at t = 0, unguided unless u is guided (`guided_map`).
     """
     x, grid = eps, torch.linspace(1, 0, steps + 1, device=eps.device)
     for t, s in zip(grid[:-1], grid[1:]):
@@ -494,7 +494,7 @@ class DDTBlock(nn.Module):
 
 
 class DiscriminatorHead(nn.Module):
-    """FSF-DMD's discriminator for DMD2 (App. B.1): two DDT blocks and a class token over a trunk's features.
+    """DMD2's discriminator in the FSF-DMD paper (App. B.1): two DDT blocks and a class token over a trunk's features.
 
     21.28M parameters at B/1.  forward(trunk, x, t, y) -> logits [B, 1].  trunk: a LightningDiT, read after its first
     `until` blocks (5 of 12 at B/1).  As in DDT the decoder starts from its own embedding of x; the trunk's tokens are

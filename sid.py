@@ -1,6 +1,6 @@
 """SiD: score identity distillation of flow matching models.
 
-A fake network as in DMD2, but the gradient of a Fisher divergence.
+It has a fake network as DMD2 has, but its generator descends a Fisher divergence, not the KL divergence.
 
 Papers: Zhou et al., "Score Distillation of Flow Matching Models", arXiv 2509.25127 (SiD-DiT); "Score identity
 Distillation", arXiv 2404.04057 (SiD); "Adversarial Score identity Distillation", arXiv 2410.14919 (the optional GAN).
@@ -96,21 +96,17 @@ def sid_loss(x_hat: Tensor, fake: Callable, teacher: Callable, tau: Tensor, eps:
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
-# pixels: under 24 a side, as the digits; images: larger, as Fashion-MNIST (RESULTS.md: which were searched); latents:
-# Table 6 of arXiv 2605.19256, but for lr, which our copy of it has lost: a guess; and for the steps, dmd2.py's.
+# pixels: under 24 a side, as the digits.  images: 24 or more, as Fashion-MNIST.  RESULTS.md says which were searched.
+# latents: Table 6 of arXiv 2605.19256.  Its lr is lost in our copy: ours is a guess.  The steps are dmd2.py's (imf).
 PRESETS = {
     ("pixels", "imf"): dict(
-        size="tiny", steps=200, lr=3e-4, fake_lr=3e-3, omega=1.0, guide_to=1.0,
-        save_every=100, eval_every=100, health_every=100),
+        size="tiny", steps=200, lr=3e-4, fake_lr=3e-3, omega=1.0, guide_to=1.0, eval_every=100, health_every=100),
     ("pixels", "fm"): dict(
-        size="tiny", steps=200, lr=1e-3, fake_lr=3e-3, omega=1.0, guide_to=1.0,
-        save_every=100, eval_every=100, health_every=100),
+        size="tiny", steps=200, lr=1e-3, fake_lr=3e-3, omega=1.0, guide_to=1.0, eval_every=100, health_every=100),
     ("images", "imf"): dict(
-        size="small", steps=188, lr=3e-4, fake_lr=1e-3, omega=1.5, guide_to=1.0,
-        save_every=100, eval_every=94, health_every=94),
+        size="small", steps=188, lr=3e-4, fake_lr=1e-3, omega=1.5, guide_to=1.0, eval_every=94, health_every=94),
     ("images", "fm"): dict(
-        size="small", steps=200, lr=3e-4, fake_lr=3e-3, omega=1.5, guide_to=1.0,
-        save_every=100, eval_every=100, health_every=100),
+        size="small", steps=200, lr=3e-4, fake_lr=3e-3, omega=1.5, guide_to=1.0, eval_every=100, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=15_000, batch_size=128, lr=6e-5, fake_lr=6e-4, ema=0.99995, precision="bf16",
         omega=6.0, guide_to=0.9, save_every=500, health_every=500),
@@ -209,9 +205,8 @@ def train(args):
 
     with Run(args, state, ema, data) as run:
         begin(run, features)
-        for step, drawn in run.steps(draw):
+        for step, (k, fake_batch, batch) in run.steps(draw):
             total = {}
-            k, fake_batch, batch = drawn
 
             # -- fake turn: the generator is fixed
             trainable(True, *fake_side)

@@ -11,6 +11,7 @@ equations: [n]), Table 5 "iMF + TwinFlow" and "RCGM + TwinFlow".
                  || u(z, 1, 0) - sg( u(z, 1, 0) - clamp(delta, -1, 1) ) ||^2                                    [65]
     total        L_base + lambda_adv L_adv + lambda L_rectify
 
+t, tau ~ U(0, 1), eps: fresh noise in each term.
 || . ||^2 is the mean over elements: the value of lambda depends on it.  t = 0 is data, t = 1 noise; sg: no gradient.
 
 u(x, -t, -t) is the velocity of the generated samples: flow matching trains it as dmd2.py trains its fake network, but
@@ -54,7 +55,7 @@ def twinflow_losses(u: Callable, fake: Callable, teacher: Callable, z: Tensor, t
     [B, C, H, W] independent noise; t, tau [B] in [0, 1].  Means over elements.  clip > 0 clamps v_fake - v_teacher to
     [-clip, clip] (TwinFlow's tutorial does not, its large-scale code and the paper have 1).
     """
-    # In z's precision, if u's is bf16: there a small gap would be lost in U - target.
+    # u of a network of yours may be bf16 under autocast: in z's precision U - target does not lose a small gap.
     U = u(z, 1.0, 0.0).to(z.dtype)                                                      # [B, C, H, W]
     x_hat = (z - U).detach()
     error = fake(interpolate(x_hat, eps_t, t), t) - (eps_t - x_hat)
@@ -72,21 +73,21 @@ def twinflow_losses(u: Callable, fake: Callable, teacher: Callable, z: Tensor, t
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 
-# pixels: under 24 a side, as the digits; images: larger, as Fashion-MNIST (RESULTS.md: which were searched); latents:
-# the paper's Table 6, but for lr, which our copy of it has lost: 6e-4 is a guess; and for the steps from an iMF.
+# pixels: under 24 a side, as the digits.  images: 24 or more, as Fashion-MNIST.  RESULTS.md says which were searched.
+# latents: the paper's Table 6.  Its lr is lost in our copy: 6e-4 is a guess, and so are the steps from an iMF.
 PRESETS = {
     ("pixels", "imf"): dict(
         size="tiny", steps=200, lr=3e-3, lam=0.1, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=100, eval_every=100, health_every=100),
+        eval_every=100, health_every=100),
     ("pixels", "scratch"): dict(
         size="tiny", steps=400, lr=1.2e-2, lam=0.03, lam_adv=0.1, omega=1.0, guide_to=1.0, omega_max=1.0,
-        save_every=100, eval_every=100, health_every=100),
+        eval_every=100, health_every=100),
     ("images", "imf"): dict(
         size="small", steps=300, lr=2e-3, lam=0.1, lam_adv=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
-        save_every=100, eval_every=150, health_every=150),
+        eval_every=150, health_every=150),
     ("images", "scratch"): dict(
         size="small", steps=1500, lr=1.6e-2, lam=0.03, lam_adv=0.1, omega=1.5, guide_to=1.0, omega_max=4.0,
-        save_every=100, eval_every=500, health_every=100),
+        eval_every=500, health_every=100),
     ("latents", "imf"): dict(
         size="B/1", steps=40_000, batch_size=128, lr=6e-4, ema=0.99995, precision="bf16", lam=0.1, lam_adv=0.1,
         omega=6.0, guide_to=0.9, omega_max=8.0, save_every=500, health_every=500),
@@ -95,7 +96,7 @@ PRESETS = {
         omega=6.0, guide_to=0.9, omega_max=8.0, save_every=5_000, health_every=5_000),
 }
 
-# RCGM from scratch has the learning rate, the delta and the target's memory that consistency.py --loss rcgm has.
+# From scratch RCGM has the lr, delta and target_ema of consistency.py --loss rcgm; lam is from a search of its own.
 PRESETS_OF_RCGM = {
     ("pixels", "scratch"): PRESETS["pixels", "scratch"] | dict(lr=2.4e-2, target_ema=0.5, delta=0.05, lam=0.1),
     ("images", "scratch"): PRESETS["images", "scratch"] | dict(target_ema=0.5, delta=0.05, lam=0.1),
@@ -198,7 +199,7 @@ def train(args):
 
                 with autocast(args, device):
                     if args.base == "imf":                                      # Eq. 6
-                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, rows=b.moving,
+                        loss = imf_loss(net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided, moving=b.moving,
                                         **options)
                     else:                                                       # Eq. 66-67
                         loss = guided_rcgm_loss(net, target_net, b.x0, b.eps, b.t, b.s, b.y_drop, b.guidance, guided,

@@ -331,7 +331,7 @@ def encode_shards(out: Path, vae: VAE, name: str, files: list, args: argparse.Na
 
 
 def hash_of(files: list, rows: range, folder: str) -> str:
-    """Of the names, sizes and labels of files [(path, label)] at `rows`."""
+    """Hash of the names, sizes and labels of files [(path, label)] at `rows`."""
     listing = listing_hash([files[i][0] for i in rows], folder, times=False)
     labels = [files[i][1] for i in rows]
     return hashlib.sha256(f"{listing} {labels}".encode()).hexdigest()[:12]
@@ -374,8 +374,9 @@ def check_claim(out: Path, identity: dict) -> dict | None:
     if saved.exists():
         before = read_json(saved, "the encode.json of this command", repair="choose another --out")
         free = set()
-        if not (out / "meta.json").exists():                     # stopped, at a bad image perhaps: it may be repaired,
-            free = {"n", "files", "skip_bad"}                    # removed or skipped; a shard knows its own files
+        # Stopped early, perhaps at a bad image, which may be repaired, removed or skipped: a shard knows its own files.
+        if not (out / "meta.json").exists():
+            free = {"n", "files", "skip_bad"}
         differ = [f"{k} {v} (there) {identity.get(k)} (here)" for k, v in before.items()
                   if identity.get(k) != v and k not in free]
         if differ:
@@ -472,8 +473,8 @@ def is_finished(out: Path, stats: dict, meta: dict) -> bool:
     """Whether the folder has these statistics and this meta.json already."""
     try:
         mean, std = read_stats(out, stats["mean"].numel())
-        return (mean, std) == (stats["mean"].flatten().tolist(), stats["std"].flatten().tolist()) and \
-            read_json(out / "meta.json", "a meta.json") == meta
+        same = mean == stats["mean"].flatten().tolist() and std == stats["std"].flatten().tolist()
+        return same and read_json(out / "meta.json", "a meta.json") == meta
     except BadInput:
         return False
 

@@ -111,7 +111,9 @@ def one_run(args, start, arm, seed):
 def logged(folder):
     """Means over the log of L_CD and of the gap, which moves the samples; their standard deviation at the end."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = {name: [line[name] for line in lines if name in line] for name in ("cd", "gap", "x_hat_std")}
+    found = {}
+    for name in ("cd", "gap", "x_hat_std"):
+        found[name] = [line[name] for line in lines if name in line]
     return dict(cd=float(np.mean(found["cd"])), gap=float(np.mean(found["gap"])) if found["gap"] else None,
                 x_hat_std=found["x_hat_std"][-1])
 

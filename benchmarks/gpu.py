@@ -543,7 +543,9 @@ def page(folder):
         lines += [f"## {name}", "", f"{found['device']}, torch {found['torch']}, {found['date']}, "
                   f"`{found['command']}`{spent}.", ""]
         rows = found.get("rows") or [dict(kind=kind, seconds=spent) for kind, spent in found["seconds_of"].items()]
-        body = [[f"{value:.4g}" if isinstance(value, float) else value for value in row.values()] for row in rows]
+        body = []
+        for row in rows:
+            body.append([f"{value:.4g}" if isinstance(value, float) else value for value in row.values()])
         lines += [*markdown_lines(list(rows[0]), body), ""]
         if found.get("missing"):
             lines += ["Not run here: " + ", ".join(found["missing"]) + ".", ""]

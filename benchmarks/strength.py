@@ -174,7 +174,9 @@ def frame(axis, title, xlabel):
 def figure(rows):
     """A panel for each metric: the mean difference against the start's distance, a line a lambda; bars: its error."""
     drawing = matplotlib.figure.Figure(figsize=(13, 3.4), layout="constrained")
-    largest = {name: max(abs(np.mean(row["difference"][name])) for row in rows) for name in SHOWN}
+    largest = {}
+    for name in SHOWN:
+        largest[name] = max(abs(np.mean(row["difference"][name])) for row in rows)
     lams = list(dict.fromkeys(row["lam"] for row in rows))
     for axis, name, title in zip(drawing.subplots(1, len(SHOWN)), SHOWN, TITLES):
         for i, lam in enumerate(lams):

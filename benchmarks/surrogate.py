@@ -209,7 +209,10 @@ def table(found):
 
 def bins_of(rows, name):
     """A number of every bin of tau, [number of flow maps, number of bins]."""
-    return np.array([[each[name] for each in row["bins"]] for row in rows])
+    found = []
+    for row in rows:
+        found.append([each[name] for each in row["bins"]])
+    return np.array(found)
 
 
 def figure(found):

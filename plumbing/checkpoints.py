@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from model import CONDITIONINGS, SIZES, LightningDiT, build, load_official, refuse_differences
-from plumbing.files import BadInput, first_line, is_out_of_memory, reading, refuse_flips
+from plumbing.files import BadInput, check_bytes, first_line, is_out_of_memory, reading
 
 
 def read_weights(path):
@@ -60,7 +60,7 @@ def load_checkpoint(path):
         return official(path, read_weights(path))
     with reading(path, "a model.pt", "take another, or train it again"):
         if zipfile.is_zipfile(path):                                # official weights may be older than that format
-            refuse_flips(path)
+            check_bytes(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(checkpoint, dict) and {"config", "weights", "data", "args"} <= set(checkpoint):
         with reading(path, "a model.pt of this project", "take another, or train it again"):
@@ -266,8 +266,9 @@ def networks_of_state(args):
 def starting_networks(args, data, device, pretrained, conditioning="in_context", flow_map=True):
     """--init and --teacher -> (student, frozen teacher; None from scratch) on the device.
 
-    Fresh, or of a model.pt, or of `consistency.py --loss imf` or `fm`; of a run that goes on as its state.pt has them.
-    pretrained: callable (args, loss) -> path of that one's model.pt.  flow_map: see load_start.
+    A run that goes on has the networks of its state.pt.  Else the student is new (scratch) or comes from a model.pt:
+    that of --init, or of `consistency.py --loss imf` or `fm`, which pretrained(args, loss) -> path trains if needed.
+    flow_map: see load_start.
     """
     if has_state(args):
         net, teacher = networks_of_state(args)

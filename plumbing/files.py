@@ -124,7 +124,7 @@ def reading(path: str | Path, expected: str, repair: str = "make it again"):
         raise BadInput(f"{path}: not {expected} ({first_line(error)}); {repair}") from None
 
 
-def refuse_flips(path: str | Path) -> None:
+def check_bytes(path: str | Path) -> None:
     """ValueError if a file of torch.save is not as it was written: it holds checksums, which torch.load ignores."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()

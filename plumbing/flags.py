@@ -135,7 +135,7 @@ def parser(doc, init_help):
     add("--preview_every", type=number(int, 0), default=0, help="steps between sample pictures (0: at the end only)")
     add("--eval_every", type=number(int, 0), default=0,
         help="steps between evaluations (0: at the end only); a start that is no random network is evaluated too")
-    add("--save_every", type=number(int, 0), default=0, help="steps between state.pt (0: at the end only)")
+    add("--save_every", type=number(int, 0), default=100, help="steps between state.pt (0: at the end only)")
     add("--dry_run", action="store_true", help="print the resolved configuration and exit")
     return p
 
@@ -177,7 +177,7 @@ def guidance_flags(p):
     """Flags of every script: the guidance of teacher and samples."""
     add = p.method.add_argument
     add("--omega", type=number(float, 1), default=6.0,
-        help="CFG scale omega of teacher and samples, and of FSF-DMD's fake side, but of no other (Table 6)")
+        help="CFG scale omega of teacher, samples and FSF-DMD's fake side; other fake sides have none (Table 6)")
     add("--guide_to", type=number(float, 0, 1), default=0.9, help="guidance acts for t in [0, guide_to] (Table 6: "
         "0.9); some flow maps take it as an input, and have learned 0.5 to 1 only")
     add("--cfg_channels", type=number(int, 0), default=0,
@@ -253,7 +253,7 @@ def resolve(p, argv, presets, script):
         name = f"{script}_{values['loss']}" if "loss" in values else script             # consistency_cd
         values["out"] = folder_name(name, values, given, defaults | preset, init_kind)
     args = argparse.Namespace(**values)
-    args.sources = {k: "given" if k in given else "preset" if k in preset else "default" for k in values}
+    args.sources = dict.fromkeys(values, "default") | dict.fromkeys(preset, "preset") | dict.fromkeys(given, "given")
     args.start, args.script = init_kind, script
     args.code = sources(file.name) if file.resolve() == HERE / file.name else {}
     if args.compile == "auto":

@@ -134,7 +134,10 @@ def read_idx_file(path: Path, ndim: int) -> np.ndarray:
 # ---- CIFAR -----------------------------------------------------------------------------------------------------------
 
 def read_cifar(folder: Path) -> tuple:
-    there = [name for name, (train, test, _) in CIFAR.items() if any((folder / file).exists() for file in train + test)]
+    there = []
+    for name, (train, test, _) in CIFAR.items():
+        if any((folder / file).exists() for file in train + test):
+            there.append(name)
     if len(there) != 1:
         raise BadInput(f"--data {folder}: holds {len(there)} sets ({', '.join(there)}), expected one: give each a "
                        "folder of its own")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from common import Stream, again, ahead, barrier, rank, world
 from data import data_kind
 from plumbing.checkpoints import load_checkpoint, start_over
-from plumbing.files import BadInput, Locked, json_text, lock, read_json, read_lines, reading, refuse_flips, write_atomic
+from plumbing.files import BadInput, Locked, check_bytes, json_text, lock, read_json, read_lines, reading, write_atomic
 
 # Flags that change how a run is carried out, not what it computes: a folder may go on with other values of these.
 RUNTIME_FLAGS = {"vae", "steps", "micro_batch", "device", "compile", "out", "resume", "log_every", "preview_every",
@@ -245,8 +245,9 @@ class Run:
         if self.main:
             for path in leftovers(self.folder):
                 path.unlink()
-        if self.main and self.args.resume == "no":                  # in the reverse order of writing: killed here, it
-            for path in reversed(own_paths(self.folder)):           # is still a run folder; resume() replaces args.json
+        if self.main and self.args.resume == "no":
+            # In the reverse order of writing, and args.json stays: killed here, it is still a run folder.
+            for path in reversed(own_paths(self.folder)):
                 if path.name != "args.json":
                     path.unlink(missing_ok=True)
         barrier()
@@ -311,7 +312,7 @@ class Run:
 
     def load(self, path):
         with reading(path, "the state of this run", f"it cannot be resumed, {start_over(self.args)}"):
-            refuse_flips(path)
+            check_bytes(path)
             saved = torch.load(path, map_location="cpu", weights_only=True)
             if not saved["data"]:
                 raise ValueError("it does not say of which data")
@@ -442,7 +443,9 @@ class Run:
                 spans = [f"{k} in [{v.min():.3g}, {v.max():.3g}], median {v.median():.3g}" for k, v in times.items()]
                 raise BadInput(f"{bad[0]} is not finite at step {step + 1} ({', '.join(spans)}); {UNTOUCHED}")
         self.refuse_divergence()
-        steps_with = torch.tensor([sum(name in losses for _, losses, _, _ in self.pending) for name in names])
+        steps_with = torch.zeros(len(names))
+        for _, losses, _, _ in self.pending:
+            steps_with += torch.tensor([name in losses for name in names])
         line = dict(zip(names, (values.sum(0) / steps_with).tolist()))
         line["grad_norm"] = norms.mean().item()
         timed = self.step - self.clock_step

@@ -22,8 +22,10 @@ def begin(run, features):
 
 
 def watch(run, features, teacher=None, panel=None):
-    """The end of a step.  What is due: the evaluation; a picture of the EMA's samples under those of the teacher, which
-    is the start, or the network of --teacher; panel(run), which draws `health`; state.pt.
+    """Do what is due at the end of a step: evaluate, draw samples and the health panel, save.
+
+    teacher: the start, or the network of --teacher; its samples stand above the EMA's.
+    panel: callable (run) that draws `health`.
     """
     args = run.args
     try:
@@ -55,8 +57,8 @@ def measure(run, features, teacher):
 
 def finish(run, features):
     """The end of a run: result.json, and the table of its first and last evaluation."""
-    last = run.evaluations[-1]["step"] if run.evaluations else None
-    measured = run.from_first_process(int(last == run.step))
+    measured_at = run.evaluations[-1]["step"] if run.evaluations else None
+    measured = run.from_first_process(int(measured_at == run.step))
     if run.began == run.step and run.data.kind == "pixels" and not measured:
         if run.main:                                  # stopped at this step before, and --steps asks for no more now
             run.evaluated(evaluate(run.ema, features, run.args))

@@ -178,10 +178,10 @@ def test_the_rows_with_s_below_t_come_with_a_batch():
     for b in common.micro_batches(batch, args, torch.device("cpu")):
         seen.append(b.moving.tolist())
         inputs = b.x0, b.eps, b.t, b.s, b.y, b.g
-        assert torch.equal(consistency.imf_loss(net, *inputs), consistency.imf_loss(net, *inputs, rows=b.moving))
+        assert torch.equal(consistency.imf_loss(net, *inputs), consistency.imf_loss(net, *inputs, moving=b.moving))
         assert torch.equal(consistency.distillation_loss(net, net, *inputs),
-                           consistency.distillation_loss(net, net, *inputs, rows=b.moving))
-        without = consistency.imf_loss(net, *inputs, rows=b.moving[:0])                 # they are what is used
+                           consistency.distillation_loss(net, net, *inputs, moving=b.moving))
+        without = consistency.imf_loss(net, *inputs, moving=b.moving[:0])                 # they are what is used
         assert (without != consistency.imf_loss(net, *inputs)).nonzero()[:, 0].tolist() == seen[-1]
     assert seen == [[1, 2], [], [0]]
 
