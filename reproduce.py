@@ -188,6 +188,7 @@ NOT_IN_TABLE_2 = [                                                    # at the e
 NOT_IN_TABLE_4 = [
     Row("DMD2 from row 3", {}, "fm", DMD2_FROM_CD, CD_FM),
     Row("Consistency distillation + random masking", {}, "fm", CD_MASKED),
+    Row("SiD", {}, "fm", "sid.py --init {start}"),
 ]
 NOT_IN_TABLE_5 = [                                                    # TwinFlow has 2.5 and 2.1 times the passes
     Row("control: iMF, for the passes of row 3", {}, None, TABLE_5["iMF"] + "{long}", base=TABLE_5["iMF"]),
