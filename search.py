@@ -178,13 +178,18 @@ SEARCHES_OF_IMAGES = {
 }
 # By --method alone.  FSF-DMD's lambda is not among them: below its smallest lies CD with masking.
 BEYOND = {
-    "weak": {"DMD2, beyond": (DMD2, PAST_0003)},
+    "weak": {
+        "CD without masking": (CD, SIX_RATES),
+        "DMD2, beyond": (DMD2, PAST_0003),
+    },
     "strong": {
+        "CD without masking": (CD, ["--lr 0.001", "--lr 0.002", "--lr 0.004", "--lr 0.008"]),
         "CD, beyond": (CD_MASKED, ["--lr 0.004", "--lr 0.008", "--lr 0.016"]),
         "DMD2, beyond": (DMD2, PAST_001),
         "SiD, beyond": (SID, PAST_0003),
     },
     "fm": {
+        "CD without masking": (CD, ["--lr 0.00075", "--lr 0.0015", "--lr 0.003", "--lr 0.006"]),
         "CD, beyond": (CD_MASKED, ["--lr 0.0015", "--lr 0.00075"]),
         "DMD2, beyond": (DMD2, PAST_001),
     },

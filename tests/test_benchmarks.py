@@ -36,7 +36,7 @@ from plumbing import checkpoints, kept_runs
 from plumbing.report import spread
 from test_helpers import HERE, rand, read_metrics, run
 from test_helpers import start as begin
-from told import FASHION_2, FASHION_STRONG, KEPT, Told, words_of_the_texts
+from told import FASHION_2, FASHION_4, FASHION_STRONG, KEPT, Told, words_of_the_texts
 
 # ---- What the texts say of cost --------------------------------------------------------------------------------------
 
@@ -343,7 +343,7 @@ def test_what_is_said_of_the_strength_of_the_start_on_fashion_mnist_is_in_the_nu
     assert f"(distance {starts[0]};" in text and f"300 steps ({starts[1]})" in text
     for name, masked, ours in (("table2-digits-weak", 9, (7, 8)), ("table2-digits-strong", 9, (7, 8)),
                                (FASHION_2, 9, (7, 8)), (FASHION_STRONG, 9, (7,)),
-                               ("table4-digits", 8, (6,)), ("table4-fashion-mnist-row1-3-4-5-6-7-8", 8, (6,))):
+                               ("table4-digits", 8, (6,)), (FASHION_4, 8, (6,))):
         told = Told(name)
         for row in ours:
             for N in (1, 2, 4):                                         # "nowhere ahead in every seed"
