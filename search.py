@@ -195,7 +195,7 @@ BEYOND = {
     },
 }
 BEYOND_OF_IMAGES = {
-    "fm": {"CD without masking": (CD, FROM_FM_OF_IMAGES["CD with masking"][1])},
+    "fm": {"CD without masking": (CD, ["--lr 0.001", *FROM_FM_OF_IMAGES["CD with masking"][1]])},
 }
 
 
