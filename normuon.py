@@ -85,7 +85,8 @@ class NorMuon(torch.optim.Optimizer):
     ns_dtype: of the Newton-Schulz products; None = bfloat16 on CUDA, float32 elsewhere.
     As in the official code a parameter without gradient counts as gradient zero: its momentum still moves it, at full
     speed, weight decay does not.  So to freeze a layer that was trained, make a new optimizer without it.
-    Raises ValueError for values out of range, named parameters, a "muon" parameter that is not a matrix, or no matrix.
+    Raises ValueError for values out of range, named or complex parameters, a "muon" parameter that is not a matrix, or
+    no matrix; `step` for sparse gradients.
     """
 
     def __init__(self, params, lr: float = 6e-4, momentum: float = 0.95, beta2: float = 0.95, weight_decay: float = 0.0,
@@ -119,6 +120,8 @@ class NorMuon(torch.optim.Optimizer):
         wrong = [f"{name} {g[name]} is out of range" for name, right in in_range.items() if not right]
         if g["scale"] not in ("aspect", "rms"):
             wrong.append(f"scale {g['scale']!r}, expected 'aspect' or 'rms'")
+        if not all(p.is_floating_point() for p in g["params"]):
+            wrong.append("it takes real numbers, pass a complex parameter as torch.view_as_real gives it")
         if g["muon"] and any(p.ndim != 2 for p in g["params"]):
             wrong.append("it orthogonalises matrices only, put other parameters into a group with muon=False")
         if wrong:
@@ -153,6 +156,8 @@ class NorMuon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            if any(p.grad is not None and p.grad.is_sparse for p in group["params"]):
+                raise ValueError("NorMuon: takes no sparse gradients, as of nn.Embedding(sparse=True)")
             (self._normuon if group["muon"] else self._adamw)(group)
         return loss
 

@@ -474,17 +474,17 @@ def run(args):
 
 
 def print_commands(rows, jobs):
-    """The starts, then each row's command for each seed, to paste."""
-    starts = []
+    """The starts, then each row's command for each seed, to paste where this program was called."""
+    starts, where = [], "" if Path.cwd() == HERE else f"{HERE}/"
     for each in jobs.values():
         for j in each.values():
             starts += [start for start in chain(j)[:0:-1] if start not in starts]
     for start in starts:
-        print(f"# a start\npython {shlex.join(start.command)}")
+        print(f"# a start\npython {where}{shlex.join(start.command)}")
     for r, row in rows.items():
         print(f"# row {r}: {row.label} (the paper: {report.paper_text(row.paper)})")
         for j in jobs[r].values():
-            print(f"python {shlex.join(j.command)}")
+            print(f"python {where}{shlex.join(j.command)}")
 
 
 def regime_of(args, table):

@@ -226,7 +226,8 @@ def run(args):
     if args.method:
         methods = methods | (BEYOND if kind == "pixels" else BEYOND_OF_IMAGES).get(args.start, {})
     if args.method and args.method not in methods:
-        raise BadInput(f"--method {args.method}: is not searched from {args.start}, expected {', '.join(methods)}")
+        raise BadInput(f"--method {args.method}: is not searched from {args.start}, expected "
+                       + ", ".join(repr(name) for name in methods))
     if args.method:
         methods = {args.method: methods[args.method]}
     folder = folder_of(args)

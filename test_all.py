@@ -419,6 +419,10 @@ def test_normuon_scales_batches_and_states():
         normuon.NorMuon([dict(params=[q], muon=True)])
     with pytest.raises(ValueError, match="none of these parameters is a matrix"):
         normuon.NorMuon([q])
+    table = torch.nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(ValueError, match="sparse gradients"):
+        normuon.NorMuon([dict(params=[table.weight], muon=False)]).step()
     # a group that is added later has the same rules, and is not there when it was refused
     opt = normuon.NorMuon([p], lr=0.3)
     opt.add_param_group(dict(params=[q], muon=False))
@@ -649,7 +653,7 @@ def test_the_table_of_losses_to_paste_names_all_that_a_copy_needs():
     modules = [importlib.import_module(name) for name in ("consistency", "fsf_dmd", "dmd2", "sid", "twinflow", "model")]
     written = (HERE / "METHODS.md").read_text()
     rows = re.findall(r"^\| (`\w+\(.*)\|(.*)\|(.*)\|(.*)\|$", written[written.index("## Losses to paste"):], re.M)
-    assert len(rows) == 9
+    assert len(rows) == 11
     imports = re.search(r"under these lines:\n\n```python\n(.*?)```", written, re.S)[1]
     for what, _, _, beside in rows:
         functions, listed = re.findall(r"`(\w+)\(", what), set(re.findall(r"`(\w+)`", beside))

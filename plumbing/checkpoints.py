@@ -228,7 +228,7 @@ def new_network(args, data, conditioning):
     patch = SIZES[args.size]["patch_size"]
     if size % patch:
         others = [name for name, dims in SIZES.items() if size % dims["patch_size"] == 0 and name in ("tiny", "small")]
-        hint = f"; --size {others[0]} takes them" if others else ""
+        hint = f"; --size {others[0]} takes them" if others else "; resize them"
         raise BadInput(f"--data {data.source}: has {size} x {size} pixels, expected a multiple of {patch}, the patch "
                        f"of --size {args.size}{hint}")
     tokens = {k: getattr(args, k) for k in ("n_tokens", "token_block") if getattr(args, k) is not None}

@@ -136,7 +136,7 @@ def parser(doc, init_help):
     add("--eval_every", type=number(int, 0), default=0,
         help="steps between evaluations (0: at the end only); a start that is no random network is evaluated too")
     add("--save_every", type=number(int, 0), default=100, help="steps between state.pt (0: at the end only)")
-    add("--dry_run", action="store_true", help="print the resolved configuration and exit")
+    add("--dry_run", action="store_true", help="print the resolved configuration and exit; data are not read")
     return p
 
 
@@ -256,6 +256,8 @@ def resolve(p, argv, presets, script):
     args.sources = dict.fromkeys(values, "default") | dict.fromkeys(preset, "preset") | dict.fromkeys(given, "given")
     args.start, args.script = init_kind, script
     args.code = sources(file.name) if file.resolve() == HERE / file.name else {}
+    if args.ema == 1 and not args.ema_warmup:
+        raise BadInput("--ema 1 --ema_warmup 0: the result would be the network of step 0; expected --ema below 1")
     if args.compile == "auto":
         args.compile = resolve_compile(args, kind)
         on_gpu = args.device != "cpu" and torch.cuda.is_available()

@@ -174,13 +174,15 @@ def refuse_odd_history(step, evaluations):
 def changed_data(before, now):
     """What differs between two fingerprints of data, in a word; None: nothing.
 
-    The last bits of mean and std depend on the number of threads.
+    The last bits of mean and std, and of what follows from them, depend on the number of threads.
     """
     words = dict(rows="number of images", classes="names of the classes", num_classes="number of classes", vae="VAE")
     for name in ("shape", "num_classes", "classes", "rows", *before):   # these say most
         if name == "source" or name not in before:                  # check_folder has compared the source
             continue
         same = now.get(name) == before[name]
+        if name == "images":                                        # a shuffle moves it by about 0.1 / sqrt(N)
+            same = math.isclose(now[name], before[name], abs_tol=1e-6)
         if name in ("mean", "std") and len(before[name]) == len(now[name]):
             same = all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(before[name], now[name]))
         if not same:
@@ -269,7 +271,9 @@ class Run:
             if self.main and self.step < self.args.steps:
                 print(f"{self.folder}: resuming at step {self.step}")
             elif self.main:
-                print(f"{self.folder}: is done ({self.step} steps); --steps trains longer, --resume no starts over")
+                past = f"is past --steps {self.args.steps} (at {self.step})"
+                what = past if self.step > self.args.steps else f"is done ({self.step} steps)"
+                print(f"{self.folder}: {what}; --steps trains longer, --resume no starts over")
             if self.main:
                 self.say_other_code()
         elif self.main:
@@ -328,9 +332,12 @@ class Run:
         self.refuse_divergence(f"{path} holds it: {start_over(self.args)}")
 
     def fingerprint_of_data(self):
-        """What a run that goes on has to find in the data again: their statistics, number and labels."""
-        labels = zlib.crc32(self.data.y.numpy().tobytes())
-        return dict(self.data.meta, rows=len(self.data.x), labels=labels)
+        """What a run that goes on has to find in the data again: statistics, number, labels; pixels in their order."""
+        found = dict(self.data.meta, rows=len(self.data.x), labels=zlib.crc32(self.data.y.numpy().tobytes()))
+        if self.data.kind == "pixels":                              # of latents that would be to read them all
+            each = self.data.x.flatten(1).mean(1).double()          # [N]
+            found["images"] = float((each * torch.linspace(1, 2, len(each), dtype=torch.float64)).mean())
+        return found
 
     def model_is_good(self):
         """Whether model.pt holds what state.pt holds."""
@@ -349,8 +356,9 @@ class Run:
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:       # nohup
             stops.append(signal.SIGHUP)
         self.began = self.step
-        self.bar = tqdm(total=self.args.steps, initial=self.step, desc=self.folder.name, disable=not self.main,
-                        mininterval=0.5, dynamic_ncols=True)
+        idle = not self.main or self.step >= self.args.steps
+        self.bar = tqdm(total=self.args.steps, initial=self.step, desc=self.folder.name, disable=idle, mininterval=0.5,
+                        dynamic_ncols=True)
         self.handlers = {s: signal.signal(s, self.ask_to_stop) for s in stops}      # after the bar, which they write to
         path = self.folder / "metrics.jsonl"
         if self.main and self.step and path.exists():               # lines after the saved step: killed, then resumed

@@ -17,6 +17,7 @@ import dmd2
 import fsf_dmd
 import model
 import sid
+from common import BadInput
 from data import load_data
 from plumbing import checkpoints, passes
 from test_commands import TOY
@@ -240,6 +241,12 @@ def test_model_pt_is_of_the_ema(in_home, few_samples, script):
     found, saved = checkpoints.load_checkpoint(f"{out}/model.pt")["weights"], state(in_home, out)
     assert_same(found, saved["ema"])
     assert not torch.equal(found["blocks.0.mlp.w3.weight"], saved["net"]["blocks.0.mlp.w3.weight"])
+
+
+def test_an_ema_that_never_moves_is_refused():
+    """model.pt would be the network of step 0, however long the run."""
+    with pytest.raises(BadInput, match="--ema 1 --ema_warmup 0: the result would be the network of step 0"):
+        consistency.parse_args("--loss imf --ema 1 --ema_warmup 0 --dry_run".split())
 
 
 def test_a_seed_decides_weights_rows_noise_and_the_start(tmp_path, few_samples, monkeypatch):

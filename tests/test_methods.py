@@ -649,6 +649,7 @@ def misspelt():
         "nan in the real features": lambda: metrics.precision_recall(rand(9, 2) * math.nan, rand(9, 2)),
         "rate of a group": lambda: normuon.NorMuon([dict(params=[torch.nn.Parameter(rand(2, 2))], lr=-5.0)]),
         "scale of a group": lambda: normuon.NorMuon([dict(params=[torch.nn.Parameter(rand(2, 2))], scale="rsm")]),
+        "complex parameters": lambda: normuon.NorMuon([dict(params=[torch.nn.Parameter(rand(2) * 1j)], muon=False)]),
         "jumps of a plain network": lambda: evaluate.generate(plain.float(), 2, (2, 4, 4), 1, sampler="flow_map"),
         "law of omega": lambda: consistency.draw_guidance(uniform(2, 3), "log_uniform"),
         "law of times": lambda: consistency.draw_times(uniform(2, 2), "lognormal"),

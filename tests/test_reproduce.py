@@ -71,7 +71,7 @@ def test_every_row_is_a_command_that_its_script_accepts(inputs, data, monkeypatc
             assert script == "evaluate.py" or parsed.seed == 3
 
 
-def test_list_prints_what_would_run(capsys):
+def test_list_prints_what_would_run(capsys, monkeypatch, tmp_path):
     """Starts first, then each row's command for each seed.
 
     The strong start is twice as long, and its control as much longer as a distillation.
@@ -87,6 +87,9 @@ def test_list_prints_what_would_run(capsys):
     assert "--steps 1000 --seed 1" in commands[-3]                    # before the row that starts from row 3
     assert "--teacher runs/reproduce/digits/consistency-lossimf-steps800-seed1/model.pt" in commands[-1]
     assert "# row 7: FSF-DMD M=2 (the paper: 3.85, at 4000)" in lines
+    monkeypatch.chdir(tmp_path)                                       # to be pasted there
+    reproduce.run(arguments("2", "--row", "3", "--seeds", "1"))
+    assert f"\npython {HERE}/consistency.py --loss cd " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("table", ["2", "4", "5"])

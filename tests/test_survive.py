@@ -1003,7 +1003,11 @@ def test_a_run_whose_data_have_changed_is_not_resumed(tmp_path, monkeypatch, cap
         images, labels = found["images"], found["labels"]
     train("consistency.py --loss imf --data set.npz --steps 2 --out labelled")
     twice = dict(images=np.concatenate([images, images]), labels=np.concatenate([labels, labels]))
+    two, exchanged = np.flatnonzero(labels == labels[0])[:2], images.copy()             # of one class
+    exchanged[two] = images[two[::-1]]
     for changed, what in ((dict(images=images, labels=labels[::-1]), "labels"),         # the same statistics
+                          (dict(images=exchanged, labels=labels), "images"),
+                          (dict(images=images[::-1], labels=labels), "images"),
                           (twice, "number of images"), (dict(images=255 - images, labels=labels), "mean")):
         np.savez("set.npz", **changed)
         said = refusal("consistency.py --loss imf --data set.npz --steps 4 --out labelled", capsys, monkeypatch)
