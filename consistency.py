@@ -45,7 +45,7 @@ from normuon import NorMuon, param_groups
 from plumbing.checkpoints import load_checkpoint, starting_networks
 from plumbing.flags import (checked, flow_map_flags, number, parser, rcgm_flags, refuse, refuse_idle, resolve,
                             teacher_flag)
-from plumbing.run_folder import Run, check_folder, refuse_folder_of_start
+from plumbing.run_folder import Run, check_data, check_folder, refuse_folder_of_start
 from plumbing.watch import begin, finish, watch
 
 
@@ -364,6 +364,7 @@ def train(args):
     device = setup(args)
     check_folder(args)
     data = load_data(args.data)
+    check_data(args, data)
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 
     net, teacher = starting_networks(args, data, device, pretrained, CONDITIONING.get(args.loss))

@@ -47,7 +47,7 @@ from normuon import NorMuon, param_groups
 from plumbing.checkpoints import starting_networks
 from plumbing.flags import (checked, guidance_flags, health_flag, number, parser, refuse, refuse_guidance, resolve,
                             teacher_flag)
-from plumbing.run_folder import Run, check_folder
+from plumbing.run_folder import Run, check_data, check_folder
 from plumbing.watch import begin, finish, health, watch
 
 
@@ -152,6 +152,7 @@ def train(args):
     device = setup(args)
     check_folder(args)
     data = load_data(args.data)
+    check_data(args, data)
     B, shape = args.batch_size, data.x.shape[1:]
 
     net, teacher = starting_networks(args, data, device, pretrained, flow_map=False)

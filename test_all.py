@@ -601,8 +601,9 @@ def test_what_the_scripts_share_is_written_the_same():
         sections = re.findall(r"^# ---- (\w+) -+$", (HERE / script).read_text(), re.M)
         assert sections == ["method", "flags", "training"], script
         lines = train_lines(script)
-        begin = ["deftrain(args):", "device=setup(args)", "check_folder(args)", "data=load_data(args.data)"]
-        assert lines[:4] == begin, script
+        begin = ["deftrain(args):", "device=setup(args)", "check_folder(args)", "data=load_data(args.data)",
+                 "check_data(args,data)"]
+        assert lines[:5] == begin, script
         assert update in "".join(lines), script
         end = lines[lines.index("#--log,measure,look,save"):]
         assert end[1] == "run.log(total,batch,grad_norm)" and end[2].startswith("watch(run,features"), script

@@ -40,7 +40,7 @@ from normuon import NorMuon, param_groups
 from plumbing.checkpoints import starting_networks
 from plumbing.flags import (checked, flow_map_flags, health_flag, number, parser, rcgm_flags, refuse,
                             refuse_idle_terms, resolve)
-from plumbing.run_folder import Run, check_folder
+from plumbing.run_folder import Run, check_data, check_folder
 from plumbing.watch import begin, finish, health, watch
 
 
@@ -137,6 +137,7 @@ def train(args):
     device = setup(args)
     check_folder(args)
     data = load_data(args.data)
+    check_data(args, data)
     B, shape, null = args.batch_size, data.x.shape[1:], data.num_classes
 
     net = starting_networks(args, data, device, pretrained)[0]                  # it teaches itself: no teacher is kept

@@ -190,6 +190,37 @@ def changed_data(before, now):
     return None
 
 
+def fingerprint(data):
+    """What a run that goes on has to find in the data again: statistics, number, labels; pixels in their order."""
+    found = dict(data.meta, rows=len(data.x), labels=zlib.crc32(data.y.numpy().tobytes()))
+    if data.kind == "pixels":                                       # of latents that would be to read them all
+        each = data.x.flatten(1).mean(1).double()                   # [N]
+        found["images"] = float((each * torch.linspace(1, 2, len(each), dtype=torch.float64)).mean())
+    return found
+
+
+def refuse_changed_data(args, data, before):
+    """BadInput if the data are not those of `before`, the fingerprint in state.pt of --out."""
+    if not before:
+        raise ValueError("it does not say of which data")
+    changed = changed_data(before, fingerprint(data))
+    if changed:
+        raise BadInput(f"--data {data.source}: has changed since {Path(args.out) / 'state.pt'} was written "
+                       f"(its {changed}); {start_over(args)}")
+
+
+def check_data(args, data):
+    """BadInput if the run in --out was trained on other images.
+
+    Scripts ask before a classifier of the images is trained; a Run asks again, of latents too, whose state is large.
+    """
+    path = Path(args.out) / "state.pt"
+    if data.kind == "pixels" and args.resume != "no" and path.exists():
+        with reading(path, "the state of this run", f"it cannot be resumed, {start_over(args)}"):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            refuse_changed_data(args, data, saved["data"])
+
+
 class Run:
     """One run folder while it is written.
 
@@ -302,7 +333,7 @@ class Run:
         if world() == 1:
             return
         flags = {name: value for name, value in vars(self.args).items() if name not in NO_FLAGS | OF_ONE_PROCESS}
-        data = self.fingerprint_of_data()
+        data = fingerprint(self.data)
         number = zlib.crc32(json_text([flags, data["shape"], data["rows"], data["labels"], self.step]).encode())
         for part in self.state.values():
             if isinstance(part, torch.nn.Module):                   # student, EMA, teacher, fake side
@@ -318,26 +349,13 @@ class Run:
         with reading(path, "the state of this run", f"it cannot be resumed, {start_over(self.args)}"):
             check_bytes(path)
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            if not saved["data"]:
-                raise ValueError("it does not say of which data")
-            changed = changed_data(saved["data"], self.fingerprint_of_data())
-            if changed:
-                raise BadInput(f"--data {self.data.source}: has changed since {path} was written (its {changed}); "
-                               f"{start_over(self.args)}")
+            refuse_changed_data(self.args, self.data, saved["data"])
             for name, part in self.state.items():
                 part.load_state_dict(saved[name])
             refuse_odd_history(saved["step"], saved["evaluations"])
             self.step, self.evaluations = saved["step"], saved["evaluations"]
             self.classifier = saved.get("classifier")               # not in the files of earlier versions
         self.refuse_divergence(f"{path} holds it: {start_over(self.args)}")
-
-    def fingerprint_of_data(self):
-        """What a run that goes on has to find in the data again: statistics, number, labels; pixels in their order."""
-        found = dict(self.data.meta, rows=len(self.data.x), labels=zlib.crc32(self.data.y.numpy().tobytes()))
-        if self.data.kind == "pixels":                              # of latents that would be to read them all
-            each = self.data.x.flatten(1).mean(1).double()          # [N]
-            found["images"] = float((each * torch.linspace(1, 2, len(each), dtype=torch.float64)).mean())
-        return found
 
     def model_is_good(self):
         """Whether model.pt holds what state.pt holds."""
@@ -508,7 +526,7 @@ class Run:
             parts = {name: part.state_dict() for name, part in self.state.items()}
             configs = {name: part.config for name, part in self.state.items() if hasattr(part, "config")}
             history = dict(step=self.step, evaluations=self.evaluations, classifier=self.classifier,
-                           data=self.fingerprint_of_data(), configs=configs)
+                           data=fingerprint(self.data), configs=configs)
             write_atomic(self.folder / "state.pt", parts | history)
             self.save_model()
         barrier()

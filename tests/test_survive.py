@@ -1010,8 +1010,10 @@ def test_a_run_whose_data_have_changed_is_not_resumed(tmp_path, monkeypatch, cap
                           (dict(images=images[::-1], labels=labels), "images"),
                           (twice, "number of images"), (dict(images=255 - images, labels=labels), "mean")):
         np.savez("set.npz", **changed)
+        kept = len(list(Path("runs/cache").iterdir()))
         said = refusal("consistency.py --loss imf --data set.npz --steps 4 --out labelled", capsys, monkeypatch)
         assert f"--data set.npz: has changed since labelled/state.pt was written (its {what})" in said
+        assert len(list(Path("runs/cache").iterdir())) == kept                          # no classifier was trained
 
 
 def test_another_number_of_threads_is_no_other_data(in_home, few_samples):
