@@ -195,6 +195,7 @@ BEYOND = {
     },
 }
 BEYOND_OF_IMAGES = {
+    "weak": {"CD without masking": (CD, FROM_WEAK_OF_IMAGES["CD with masking"][1])},
     "fm": {"CD without masking": (CD, ["--lr 0.001", *FROM_FM_OF_IMAGES["CD with masking"][1]])},
 }
 
